@@ -1,0 +1,41 @@
+PYTHON ?= python3
+# `make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...` takes torch's own CPU wheels instead of PyPI's CUDA build.
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+
+.PHONY: serve test test-slow check fmt bench gguf clean
+
+serve: $(VENV)/installed
+	$(BIN)/dovetail serve
+
+test: $(VENV)/installed
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/installed
+	$(BIN)/pytest -m slow
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fmt: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/installed
+	$(BIN)/dovetail bench --json bench.json
+
+gguf: $(VENV)/installed
+	$(PIP) --editable '.[gguf]'
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PIP) --editable '.[train,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

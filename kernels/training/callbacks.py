@@ -1,0 +1,159 @@
+"""What a run shows and keeps: progress, history with a plot, a clean stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+HISTORY_FILE = "training.json"
+PLOT_FILE = "training.png"
+BOOKKEEPING = frozenset(
+    {"step", "epoch", "total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
+)
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with loss and time left on a terminal; one log line per report elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self.console = console
+        self.bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar where the run stands (a resumed run does not start at zero)."""
+        self.progress.start()
+        self.bar = self.progress.add_task("", total=state.max_steps, completed=state.global_step, figures="")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the bar."""
+        self.progress.update(self.bar, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the newest figures."""
+        figures = figures_of(logs or {})
+        if not figures:
+            return
+        text = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self.progress.update(self.bar, figures=text)
+        if not self.console.is_terminal:
+            logger.info("step %d of %d: %s", state.global_step, state.max_steps, text)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the terminal as it was."""
+        self.progress.stop()
+
+
+class History(TrainerCallback):
+    """Keeps every report in ``training.json`` and draws ``training.png`` from it, at each save and at the end."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def write(self, state: TrainerState) -> None:
+        """Both files from the trainer's own log."""
+        rows = [{"step": row["step"], **figures_of(row)} for row in state.log_history if figures_of(row)]
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / HISTORY_FILE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        if rows:
+            plot(rows, self.output / PLOT_FILE)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A killed run still leaves its curve up to the last checkpoint."""
+        if state.is_world_process_zero:
+            self.write(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The whole run."""
+        if state.is_world_process_zero:
+            self.write(state)
+
+
+class CleanStop(TrainerCallback):
+    """Ctrl-C finishes the step, saves and ends the run; a second one kills it."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.previous: Any = None
+
+    def request(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: note the wish, give the default handler back."""
+        self.requested = True
+        signal.signal(signal.SIGINT, self.previous)
+        logger.warning("stopping after this step; the checkpoint will be saved (Ctrl-C again to kill)")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Signals reach the main thread only; elsewhere there is nothing to install."""
+        if threading.current_thread() is threading.main_thread():
+            self.previous = signal.signal(signal.SIGINT, self.request)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask the trainer to save and stop."""
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the signal back."""
+        if self.previous is not None and not self.requested:
+            signal.signal(signal.SIGINT, self.previous)
+
+
+def figures_of(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a log row that describe the training itself."""
+    return {name: value for name, value in row.items() if name not in BOOKKEEPING and isinstance(value, int | float)}
+
+
+def plot(rows: list[dict[str, float]], file: Path) -> None:
+    """One panel per figure, over optimiser steps; evaluation figures share the panel of their training twin."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = sorted({name.removeprefix("eval_") for row in rows for name in row if name != "step"})
+    figure = Figure(figsize=(7, 2.4 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
+        for key, label in ((name, "training"), (f"eval_{name}", "held out")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 20 else None)
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axis.set_xlabel("step")
+    figure.savefig(file, dpi=110)

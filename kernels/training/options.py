@@ -1,0 +1,91 @@
+"""What a recipe's ``[training]`` table may say, and how recipes are read. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+OPTIMIZERS = ("adamw", "muon")
+PRECISIONS = ("fp32", "bf16", "fp16")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay")
+
+Table = TypeVar("Table")
+
+
+class RecipeError(ValueError):
+    """A recipe is missing, is not TOML, or holds a key or value that is not allowed."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How one run trains. ``output`` receives checkpoints, ``training.json`` and ``training.png``.
+
+    ``steps`` counts optimiser steps of ``batch_size * accumulation`` samples for each process. ``muon`` trains the
+    matrices of the hidden layers with torch's Muon at ``muon_learning_rate`` and everything else with AdamW.
+    ``clip_norm`` bounds the gradient's norm. ``threads`` None leaves torch's own choice.
+    """
+
+    output: str
+    steps: int
+    batch_size: int = 8
+    accumulation: int = 1
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    muon_learning_rate: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    schedule: str = "cosine"
+    schedule_options: dict[str, Any] = field(default_factory=dict)
+    warmup_steps: int = 0
+    precision: str = "fp32"
+    seed: int = 0
+    log_every: int = 10
+    evaluate_every: int | None = None
+    save_every: int = 100
+    keep_checkpoints: int = 2
+    loader_workers: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise RecipeError(f"training.{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
+        for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Read a TOML recipe."""
+    if not path.is_file():
+        raise RecipeError(f"the recipe {path} does not exist")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not TOML: {error}") from error
+
+
+def take_table(recipe: dict[str, Any], name: str, table: type[Table]) -> Table:
+    """Build the dataclass ``table`` from ``recipe[name]``; unknown and missing keys are named."""
+    values = recipe.get(name, {})
+    if not isinstance(values, dict):
+        raise RecipeError(f"[{name}] must be a table, not {type(values).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(table)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise RecipeError(f"[{name}] has unknown keys {', '.join(unknown)}; allowed are {', '.join(fields)}")
+    missing = [
+        key
+        for key, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and key not in values
+    ]
+    if missing:
+        raise RecipeError(f"[{name}] lacks {', '.join(missing)}")
+    try:
+        return table(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    except TypeError as error:
+        raise RecipeError(f"[{name}]: {error}") from error

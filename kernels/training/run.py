@@ -1,0 +1,201 @@
+"""One training run on ``transformers.Trainer``: resumable, interruptible, with progress, history and a plot.
+
+A task is a module whose ``forward(**batch)`` returns a dictionary with the scalar ``loss`` and, beside it, named
+scalars to report. It owns the student, frozen teachers kept out of its state, and the losses; this file knows none of
+them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from kernels.training.callbacks import CleanStop, History, ProgressBar, figures_of
+from kernels.training.options import RecipeError, TrainingOptions
+from kernels.training.optimizer import create_optimizer
+
+FINGERPRINT_FILE = "recipe.json"
+
+Task = nn.Module
+Collate = Callable[[list[Any]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a run ended with. ``final`` holds the last figures, ``best`` the lowest evaluation loss and its step."""
+
+    final: dict[str, float]
+    best: dict[str, float]
+    seconds: float
+    checkpoint: str
+    finished: bool
+
+
+class TaskTrainer(Trainer):
+    """Trainer that reads the loss and the named figures out of a task's dictionary."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The task's loss; its other figures are summed until the next report."""
+        outputs = model(**inputs)
+        prefix = "" if model.training else "eval_"
+        for name, value in outputs.items():
+            if name != "loss" and isinstance(value, Tensor | float) and torch.as_tensor(value).numel() == 1:
+                self.sums[prefix + name] += float(value)
+                self.counts[prefix + name] += 1
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Evaluation needs the loss alone; predictions are the evaluators' business."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of the figures gathered since the last report of the same kind."""
+        evaluating = any(name.startswith("eval_") for name in logs)
+        for name in [n for n in self.sums if n.startswith("eval_") == evaluating]:
+            logs[name] = self.sums.pop(name) / self.counts.pop(name)
+        kept = {k: v for k, v in logs.items() if not k.endswith(("_runtime", "_per_second"))}
+        super().log(kept, start_time)
+
+
+def run(
+    task: Task,
+    train_data: Dataset[Any],
+    options: TrainingOptions,
+    *,
+    eval_data: Dataset[Any] | None = None,
+    collate: Collate | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> TrainingReport:
+    """Train ``task`` in place.
+
+    ``recipe`` is what the user wrote; its fingerprint guards resuming. ``resume`` continues from the newest checkpoint
+    in ``options.output``; without it the folder must hold none. Errors: RecipeError where the folder and the wish do
+    not fit together.
+    """
+    output = Path(options.output)
+    checkpoint = prepare_output(output, options, recipe, resume)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    console = console or Console(stderr=True)
+    trainer = TaskTrainer(
+        model=task,
+        args=training_arguments(options, evaluates=eval_data is not None),
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=collate,
+        optimizers=(create_optimizer(task, options), None),
+        callbacks=[ProgressBar(console), History(output), CleanStop()],
+    )
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in {"PrinterCallback", "ProgressCallback"}:
+            trainer.remove_callback(callback)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return report(trainer, output, time.perf_counter() - started)
+
+
+def prepare_output(
+    output: Path, options: TrainingOptions, recipe: Mapping[str, Any] | None, resume: bool
+) -> str | None:
+    """The checkpoint to resume from, or None for a fresh run; the recipe's fingerprint is kept beside it."""
+    output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dict(recipe) if recipe is not None else dataclasses.asdict(options), sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    file = output / FINGERPRINT_FILE
+    checkpoint = get_last_checkpoint(str(output))
+    if checkpoint is not None and not resume:
+        raise RecipeError(f"{output} already holds {Path(checkpoint).name}; resume it (--resume) or choose another output")
+    if checkpoint is not None and file.is_file():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["sha256"] != digest:
+            raise RecipeError(
+                f"the recipe changed since {Path(checkpoint).name} was written (compare {file}); resume with the recipe "
+                "that began the run, or train into another output"
+            )
+    file.write_text(json.dumps({"sha256": digest, "recipe": json.loads(text)}, indent=1) + "\n", encoding="utf-8")
+    return checkpoint
+
+
+def training_arguments(options: TrainingOptions, evaluates: bool) -> TrainingArguments:
+    """The recipe's options in the trainer's words."""
+    return TrainingArguments(
+        output_dir=options.output,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule,
+        lr_scheduler_kwargs=dict(options.schedule_options),
+        warmup_steps=options.warmup_steps,
+        max_grad_norm=options.clip_norm,
+        bf16=options.precision == "bf16",
+        fp16=options.precision == "fp16",
+        seed=options.seed,
+        data_seed=options.seed,
+        use_cpu=not torch.accelerator.is_available(),
+        logging_steps=options.log_every,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=options.evaluate_every or options.save_every,
+        save_steps=options.save_every,
+        save_total_limit=options.keep_checkpoints,
+        dataloader_num_workers=options.loader_workers,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+def report(trainer: TaskTrainer, output: Path, seconds: float) -> TrainingReport:
+    """Gather the figures of a run that has just ended, and make sure its last state is on disk."""
+    state = trainer.state
+    checkpoint = output / f"checkpoint-{state.global_step}"
+    if not checkpoint.is_dir():
+        trainer._save_checkpoint(trainer.model, trial=None)
+    final: dict[str, float] = {}
+    for row in state.log_history:
+        final.update(figures_of(row))
+    evaluations = [row for row in state.log_history if "eval_loss" in row]
+    best = min(evaluations, key=lambda row: row["eval_loss"], default={})
+    return TrainingReport(
+        final=final,
+        best={"step": best["step"], **figures_of(best)} if best else {},
+        seconds=seconds,
+        checkpoint=str(checkpoint),
+        finished=state.global_step >= state.max_steps,
+    )

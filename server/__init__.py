@@ -1,0 +1,1 @@
+"""The server: engine, targets, API, command line."""
