@@ -29,7 +29,9 @@ TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 MAX_FILE_BYTES = 200_000
 MIN_FILE_CHARS = 200
-SKIPPED_FOLDERS = frozenset({"test", "tests", "testing", "site-packages", "idle_test", "lib2to3", "autogen", "encodings", "pydoc_data"})
+SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "testing", "site-packages", "idle_test", "lib2to3", "autogen", "encodings", "pydoc_data"}
+)
 SHINGLE_WORDS = 13  # the usual length for finding benchmark text in a training set
 
 CHAT_TEMPLATE = (
