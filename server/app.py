@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import logging
+import signal
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
 from fastapi import FastAPI
@@ -50,17 +50,24 @@ class DrainingServer(uvicorn.Server):
     """uvicorn, except that it lets running requests finish before it closes their connections.
 
     On the first signal new requests get 503 and running ones ``settings.drain_s`` to finish; a second SIGINT cuts it.
+    A model that cannot be loaded ends the server as well; ``load_error`` then says why.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
-        super().__init__(config)
-        self.app = app
+    def __init__(self, settings: Settings, load: Load) -> None:
         self.load_error: Exception | None = None
-
-    def fail(self, error: Exception) -> None:
-        """End the process: the model could not be loaded."""
-        self.load_error = error
-        self.should_exit = True
+        self.app = create_app(settings, load, self._fail)
+        config = uvicorn.Config(
+            self.app,
+            host=settings.host,
+            port=settings.port,
+            http="h11",  # it bounds the size of headers
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=FINISH_S,
+        )
+        super().__init__(config)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, then close."""
@@ -68,38 +75,31 @@ class DrainingServer(uvicorn.Server):
         await serving.drain(hurry=lambda: self.force_exit)
         await super().shutdown(sockets)
 
-
-def create_server(settings: Settings, load: Load) -> DrainingServer:
-    """A server for one process; ``run()`` serves until a signal. Errors found while loading are in ``load_error``."""
-    if not is_loopback(settings.host) and settings.api_key is None:
-        logger.warning("listening on %s without an API key: anyone who reaches it can use it", settings.host)
-    server: DrainingServer
-
-    def on_failure(error: Exception) -> None:
-        server.fail(error)
-
-    app = create_app(settings, load, on_failure)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        http="h11",  # it bounds the size of headers
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=FINISH_S,
-    )
-    server = DrainingServer(config, app)
-    return server
+    def _fail(self, error: Exception) -> None:
+        self.load_error = error
+        self.should_exit = True
 
 
 def serve(settings: Settings, load: Load) -> None:
     """Serve until told to end. Errors: whatever loading the model raised."""
-    server = create_server(settings, load)
-    asyncio.run(server.serve())
+    if not is_loopback(settings.host) and settings.api_key is None:
+        logger.warning("listening on %s without an API key: anyone who reaches it can use it", settings.host)
+    server = DrainingServer(settings, load)
+    with signals_spent():
+        server.run()
     if server.load_error is not None:
         raise server.load_error
+
+
+@contextmanager
+def signals_spent() -> Iterator[None]:
+    """uvicorn raises the signal that ended it once more; a server that has drained has nothing left to do on it."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def is_loopback(host: str) -> bool:

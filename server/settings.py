@@ -61,6 +61,7 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(None, description="Key that clients must send.")
     model_name: str | None = Field(None, min_length=1, description="Name the model is served under.")
     lenient: bool = Field(False, description="Accept unknown request fields instead of refusing them.")
+    keepalive_s: float = Field(10.0, gt=0, description="Seconds of silence after which a stream sends a comment.")
     drain_s: float = Field(30.0, ge=0, description="Seconds that running requests get at shutdown.")
 
     @field_validator("weights", mode="before")

@@ -169,9 +169,10 @@ class TextCodec:
         """
         if self.template is None:
             raise ChatTemplateError("this model has no chat template; use /v1/completions, or a model that has one")
+        turns = [self._as_plain_text(message) for message in messages]
         try:
             rendered = self.template.render(
-                messages=[self._as_plain_text(message) for message in messages],
+                messages=turns,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,

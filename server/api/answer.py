@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from server.api.errors import ApiError, from_engine, internal_error
-from server.api.generation import PING_S, Generation
+from server.api.generation import Generation
 from server.api.schemas import GenerationBody
 from server.api.sse import DONE, KEEPALIVE, EventStream, event
 from server.engine.request import EngineError
@@ -61,16 +62,16 @@ class Reply:
     created: int
     include_usage: bool = False
     continuous_usage: bool = False
-    ping_s: float = PING_S
+    keepalive_s: float = 10.0
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @classmethod
-    def to(cls, body: GenerationBody, format: ChoiceFormat, created: int) -> Reply:
-        """The reply that this body asks for."""
+    def to(cls, body: GenerationBody, format: ChoiceFormat, keepalive_s: float) -> Reply:
+        """The reply that this body asks for; a stream silent for ``keepalive_s`` sends a comment."""
         options = body.stream_options
         include_usage = options is not None and bool(options.include_usage)
         continuous = options is not None and bool(options.continuous_usage_stats)
-        return cls(format, body.model, created, include_usage, continuous)
+        return cls(format, body.model, int(time.time()), include_usage, continuous, keepalive_s)
 
     async def send(self, generation: Generation, request: HttpRequest, *, stream: bool) -> Response:
         """Stream the generation, or collect it while watching for the client to leave."""
@@ -93,7 +94,7 @@ class Reply:
         """The whole answer."""
         texts = dict.fromkeys(range(len(generation.choices)), "")
         reasons: dict[int, str] = {}
-        async for delta in generation.deltas(self.ping_s):
+        async for delta in generation.deltas(self.keepalive_s):
             if delta is not None:
                 texts[delta.index] += delta.text
                 if delta.finish_reason is not None:
@@ -122,7 +123,7 @@ class Reply:
         for index in range(num_open):
             if (opening := self.format.opening(index)) is not None:
                 yield self._chunk(generation, opening)
-        async with contextlib.aclosing(generation.deltas(self.ping_s)) as deltas:
+        async with contextlib.aclosing(generation.deltas(self.keepalive_s)) as deltas:
             async for delta in deltas:
                 if delta is None:
                     yield None

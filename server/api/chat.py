@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +61,7 @@ async def create_chat_completion(body: ChatBody, request: HttpRequest, serving: 
     body.check_token_ids(model.codec.vocab_size)
     turns = [message.for_template() for message in body.messages]
     prompt = await asyncio.to_thread(model.codec.chat, turns)
-    reply = Reply.to(body, ChatChoices(), int(time.time()))
+    reply = Reply.to(body, ChatChoices(), serving.settings.keepalive_s)
     requests = plan_requests(
         reply.id,
         [prompt],

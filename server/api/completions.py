@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +63,7 @@ async def create_completion(body: CompletionBody, request: HttpRequest, serving:
     body.check_token_ids(model.codec.vocab_size)
     prompts = await asyncio.to_thread(encode_prompts, model.codec, body)
     echoes = await asyncio.to_thread(echo_texts, model.codec, body)
-    reply = Reply.to(body, CompletionChoices(echoes), int(time.time()))
+    reply = Reply.to(body, CompletionChoices(echoes), serving.settings.keepalive_s)
     if body.max_tokens == 0:
         return only_echo(reply, prompts, body, model.context_length)
     requests = plan_requests(

@@ -130,6 +130,8 @@ def from_validation(faults: Sequence[Mapping[str, Any]]) -> ApiError:
     if kind == "missing":
         return ApiError(400, f"{name} is missing.", param=param, code="missing_required_parameter")
     cause = fault.get("ctx", {}).get("error")
+    if kind == "string_unicode":
+        return ApiError(400, f"{name} holds a key that is not valid Unicode.", param=param, code="invalid_unicode")
     if isinstance(cause, InvalidText):
         return ApiError(400, f"{name}: {cause}.", param=param, code="invalid_unicode")
     code = "invalid_value" if kind.startswith(VALUE_FAULTS) else "invalid_type"

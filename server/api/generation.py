@@ -24,8 +24,6 @@ from server.engine.stop import TextOutput
 
 logger = logging.getLogger(__name__)
 
-PING_S = 10.0
-
 
 @dataclass(frozen=True)
 class ChoiceDelta:
@@ -103,12 +101,12 @@ class Generation:
             self.close()
             raise
 
-    async def deltas(self, ping_s: float = PING_S) -> AsyncGenerator[ChoiceDelta | None, None]:
-        """Every delta of every choice as it comes; None after ``ping_s`` of silence. Errors: those of the choices."""
+    async def deltas(self, keepalive_s: float) -> AsyncGenerator[ChoiceDelta | None, None]:
+        """Every delta of every choice as it comes; None after ``keepalive_s`` of silence. Errors: the choices' own."""
         num_open = len(self.choices)
         while num_open:
             try:
-                async with asyncio.timeout(ping_s):
+                async with asyncio.timeout(keepalive_s):
                     event = await self.events.get()
             except TimeoutError:
                 if not self.engine.alive:
