@@ -7,8 +7,8 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from server.api.errors import NotServing, internal_error
-from server.api.serving import LOADING_RETRY_S, EngineHandle, ServedModel, Serving
+from server.api.errors import internal_error
+from server.api.serving import EngineHandle, ServedModel, Serving
 from server.engine.report import rate, timings_json
 from server.engine.request import (
     DraftStats,
@@ -57,13 +57,11 @@ class Choice:
         return ChoiceDelta(self.index, delta.text)
 
     def finish(self, event: FinishedEvent) -> ChoiceDelta:
-        """The last delta. Errors: NotServing where the server cut the request, ApiError 500 where it failed."""
+        """The last delta. Errors: ApiError 500 where the engine failed on the request."""
         self.finished, self.stats, self.timings = True, event.stats, event.timings
         if event.reason is FinishReason.FAILED:
             logger.error("request %s failed: %s", self.request.request_id, event.error)
             raise internal_error(self.request.request_id)
-        if event.reason is FinishReason.CANCELLED and not self.stopped:
-            raise NotServing("shutting_down", "The server is shutting down; the text is not complete.", LOADING_RETRY_S)
         rest = "" if self.stopped else self.output.flush().text
         reason = "length" if event.reason is FinishReason.LENGTH and not self.output.matcher.stopped else "stop"
         self.log(reason)
@@ -87,6 +85,7 @@ class Generation:
     """
 
     def __init__(self, serving: Serving, model: ServedModel, requests: Sequence[Request], stops: Sequence[str]) -> None:
+        self.serving = serving
         self.engine: EngineHandle = model.engine
         self.dispatcher = serving.dispatcher
         self.choices = {
@@ -115,6 +114,8 @@ class Generation:
                 continue
             choice = self.choices[event.request_id]
             if isinstance(event, FinishedEvent):
+                if event.reason is FinishReason.CANCELLED and not choice.stopped:
+                    raise self.serving.interruption()
                 num_open -= 1
                 yield choice.finish(event)
                 continue

@@ -144,6 +144,12 @@ class Serving:
             raise NotServing("engine_dead", "The engine has stopped; restart the server.", LONG_RETRY_S)
         return self.loaded
 
+    def interruption(self) -> NotServing:
+        """Why the engine ended a request that nobody cancelled."""
+        if self.phase is Phase.STOPPING:
+            return NotServing("shutting_down", "The server is shutting down; the text is not complete.", LOADING_RETRY_S)
+        return NotServing("engine_dead", "The engine has stopped; the text is not complete.", LONG_RETRY_S)
+
     def model_named(self, name: str) -> ServedModel:
         """The model if that is its name. Errors: NotServing, ApiError 404 listing what is served."""
         model = self.model()

@@ -210,7 +210,8 @@ ODD = [
 FIELDS = [
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "n",
     "stop", "stream", "stream_options", "seed", "logit_bias", "presence_penalty", "frequency_penalty", "echo",
-    "best_of", "repetition_penalty", "stop_token_ids", "ignore_eos", "speculative", "suffix", "logprobs", "tools", "user",
+    "best_of", "repetition_penalty", "stop_token_ids", "ignore_eos", "speculative", "suffix", "logprobs",
+    "tools", "user",
 ]  # fmt: skip
 
 

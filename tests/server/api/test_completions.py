@@ -73,6 +73,17 @@ async def test_a_stop_string_ends_the_text_and_the_request(connect, make_model, 
     assert model.engine.status().free_slots == 4
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_cancels_what_would_go_on(connect, make_model, stream):
+    model = make_model()
+    burst = tuple(model.codec.encode("one STOP two "))
+    endless = type(model)(type(model.engine)(lambda request: iter(lambda: burst, None)), model.codec)
+    async with connect(endless) as client:
+        answer = await client.post("/v1/completions", json=ask(max_tokens=190, stop="P t", stream=stream))
+        assert answer.status_code == 200
+    assert len(endless.engine.cancelled) == 1
+
+
 async def test_continuous_usage_counts_up(connect, make_model, read_events):
     async with connect(make_model()) as client:
         options = {"include_usage": True, "continuous_usage_stats": True}

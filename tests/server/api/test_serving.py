@@ -118,6 +118,18 @@ async def test_a_dead_engine_is_503(connect, make_model):
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
 
 
+async def test_an_engine_that_dies_tells_its_requests(connect, make_model, read_events):
+    model = make_model(script=forever, round_s=0.01)
+    async with connect(model) as client:
+        stream = asyncio.ensure_future(
+            client.post("/v1/completions", json=COMPLETION | {"max_tokens": 150, "stream": True})
+        )
+        while model.engine.status().running < 1:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(model.engine.stop)
+        assert read_events((await stream).text)[-1]["error"]["code"] == "engine_dead"
+
+
 async def test_shutting_down_ends_running_requests_with_the_truth(connect, make_model, read_events):
     model = make_model(script=forever, round_s=0.01)
     async with connect(model, drain_s=0.05) as client:
