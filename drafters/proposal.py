@@ -26,7 +26,8 @@ class Budget:
     def __post_init__(self) -> None:
         if self.rows < 1 or self.top_k < 1 or self.depth < 0:
             raise ValueError(
-                f"rows {self.rows}, top-k {self.top_k}, depth {self.depth}: rows and top-k must be at least 1, depth at least 0"
+                f"rows {self.rows}, top-k {self.top_k}, depth {self.depth}: rows and top-k must be at least 1, "
+                "depth at least 0"
             )
 
 
@@ -45,8 +46,8 @@ class Proposal:
     def __post_init__(self) -> None:
         if not len(self.token_ids) == len(self.parents) == len(self.log_probs):
             raise ProposalError(
-                f"{len(self.token_ids)} tokens, {len(self.parents)} parents and {len(self.log_probs)} log-probabilities; "
-                "a proposal needs as many of each"
+                f"{len(self.token_ids)} tokens, {len(self.parents)} parents and {len(self.log_probs)} "
+                "log-probabilities; a proposal needs as many of each"
             )
         for node, parent in enumerate(self.parents):
             if parent is not None and not 0 <= parent < node:
@@ -108,11 +109,11 @@ class Proposal:
 def chain(token_ids: Sequence[int], log_probs: Sequence[float] | None = None) -> Proposal:
     """A proposal without branches."""
     parents = tuple(None if i == 0 else i - 1 for i in range(len(token_ids)))
-    return Proposal(tuple(token_ids), parents, tuple(log_probs) if log_probs is not None else (0.0,) * len(token_ids))
+    return Proposal(tuple(token_ids), parents, tuple(log_probs or (0.0,) * len(token_ids)))
 
 
 class TreeGrowth:
-    """Best-first growth of one tree by cumulative draft log-probability (reference: EAGLE-2, section 4.2 [rank, rerank]).
+    """Best-first growth of one tree by cumulative draft log-probability (EAGLE-2's dynamic tree).
 
     The drafter feeds it level by level: ``add`` takes the children of each node expanded last, ``beam`` names the
     nodes worth expanding next, ``proposal`` keeps the ``rows - 1`` best nodes seen. Scores are Python floats of the

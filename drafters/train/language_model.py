@@ -90,7 +90,9 @@ class LanguageModelTask(nn.Module):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Restore; the tied head follows the embedding."""
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        if self.model.config.tie_word_embeddings:
+            state_dict = {**state_dict, "model.lm_head.weight": state_dict["model.model.embed_tokens.weight"]}
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         self.model.tie_weights()
         return result
 
@@ -142,7 +144,7 @@ def strings_in(value: Any) -> Iterator[str]:
 def prepare_corpus(
     options: CorpusOptions, shape: LanguageModelShape, folder: Path
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint16], int]:
-    """(training ids, held-out ids, id of the end-of-text token). Kept in ``folder``, so a resumed run reads them back."""
+    """(training ids, held-out ids, end-of-text id). Kept in ``folder``, so a resumed run reads them back."""
     from tokenizers import Tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
