@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,8 @@ class Budget:
     def __post_init__(self) -> None:
         if self.rows < 1 or self.top_k < 1 or self.depth < 0:
             raise ValueError(
-                f"rows {self.rows}, top-k {self.top_k}, depth {self.depth}: rows and top-k must be at least 1, depth at least 0"
+                f"rows {self.rows}, top-k {self.top_k}, depth {self.depth}: rows and top-k must be at least 1, "
+                "depth at least 0"
             )
 
 
@@ -45,8 +47,8 @@ class Proposal:
     def __post_init__(self) -> None:
         if not len(self.token_ids) == len(self.parents) == len(self.log_probs):
             raise ProposalError(
-                f"{len(self.token_ids)} tokens, {len(self.parents)} parents and {len(self.log_probs)} log-probabilities; "
-                "a proposal needs as many of each"
+                f"{len(self.token_ids)} tokens, {len(self.parents)} parents and {len(self.log_probs)} "
+                "log-probabilities; a proposal needs as many of each"
             )
         for node, parent in enumerate(self.parents):
             if parent is not None and not 0 <= parent < node:
@@ -108,16 +110,16 @@ class Proposal:
 def chain(token_ids: Sequence[int], log_probs: Sequence[float] | None = None) -> Proposal:
     """A proposal without branches."""
     parents = tuple(None if i == 0 else i - 1 for i in range(len(token_ids)))
-    return Proposal(tuple(token_ids), parents, tuple(log_probs) if log_probs is not None else (0.0,) * len(token_ids))
+    return Proposal(tuple(token_ids), parents, tuple(log_probs or (0.0,) * len(token_ids)))
 
 
 class TreeGrowth:
-    """Best-first growth of one tree by cumulative draft log-probability (reference: EAGLE-2, section 4.2 [rank, rerank]).
+    """Best-first growth of one tree by cumulative draft log-probability (EAGLE-2's dynamic tree).
 
     The drafter feeds it level by level: ``add`` takes the children of each node expanded last, ``beam`` names the
     nodes worth expanding next, ``proposal`` keeps the ``rows - 1`` best nodes seen. Scores are Python floats of the
     drafter's fp32 values. A child never outranks its parent: on equal scores the shallower, then the earlier node
-    wins, so the kept set is closed under ancestors.
+    wins, so the kept set is closed under ancestors. A log-probability that is not a number counts as minus infinity.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -128,22 +130,25 @@ class TreeGrowth:
         self.scores: list[float] = []
         self.depths: list[int] = []
         self.newest: range = range(0)
+        self.best: list[tuple[float, int, int]] = []  # (-score, depth, node) of the nodes kept so far, best first
 
     def add(self, children: Sequence[tuple[int | None, Sequence[int], Sequence[float]]]) -> None:
         """Add one level: (expanded node or None for the root, its children's tokens, their log-probabilities)."""
         first = len(self.token_ids)
         for parent, token_ids, log_probs in children:
             base, depth = (0.0, 1) if parent is None else (self.scores[parent], self.depths[parent] + 1)
-            for token_id, log_prob in zip(token_ids, log_probs, strict=True):
-                self.token_ids.append(token_id)
-                self.parents.append(parent)
-                self.log_probs.append(log_prob)
-                self.scores.append(base + min(log_prob, 0.0))
-                self.depths.append(depth)
+            self.token_ids += token_ids
+            self.parents += [parent] * len(token_ids)
+            self.log_probs += log_probs
+            self.scores += [base + (-math.inf if math.isnan(value) else min(value, 0.0)) for value in log_probs]
+            self.depths += [depth] * len(token_ids)
         self.newest = range(first, len(self.token_ids))
+        # What has fallen out of the best cannot return, since nodes are only ever added.
+        ranks = [(-self.scores[node], self.depths[node], node) for node in self.newest]
+        self.best = sorted(self.best + ranks)[: self.budget.rows - 1]
 
     def ranked(self) -> Iterator[int]:
-        """All nodes, best first."""
+        """All nodes ever added, best first."""
         return iter(sorted(range(len(self.scores)), key=lambda node: (-self.scores[node], self.depths[node], node)))
 
     def beam(self) -> list[int]:
@@ -151,22 +156,19 @@ class TreeGrowth:
 
         A child scores at most its parent's score and is deeper, so a node that is not itself kept has no such child.
         """
-        kept = set(self.kept())
-        best = sorted(self.newest, key=lambda node: (-self.scores[node], node))[: self.budget.top_k]
-        return [node for node in best if node in kept]
+        return [node for _, _, node in self.best if node in self.newest][: self.budget.top_k]
 
     def kept(self) -> list[int]:
         """The best ``rows - 1`` nodes in level order."""
-        best = [node for node, _ in zip(self.ranked(), range(self.budget.rows - 1), strict=False)]
-        return sorted(best)
+        return sorted(node for _, _, node in self.best)
 
     def proposal(self) -> Proposal:
         """The tree of the kept nodes."""
         kept = self.kept()
-        place = {node: i for i, node in enumerate(kept)}
-        parents = (self.parents[node] for node in kept)
+        place: dict[int | None, int | None] = {node: i for i, node in enumerate(kept)}
+        place[None] = None
         return Proposal(
             tuple(self.token_ids[node] for node in kept),
-            tuple(None if parent is None else place[parent] for parent in parents),
+            tuple(place[self.parents[node]] for node in kept),
             tuple(self.log_probs[node] for node in kept),
         )

@@ -158,7 +158,7 @@ def collect(sources: Iterable[Source], unseen: Iterable[str], seed: int) -> list
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer for code: newlines with the indentation after them are one piece, digits stand alone."""
+    """A byte-level BPE tokenizer for code: a newline and the indentation after it are one piece, digits stand alone."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

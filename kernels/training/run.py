@@ -25,8 +25,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from kernels.training.callbacks import CleanStop, History, ProgressBar, figures_of
-from kernels.training.options import RecipeError, TrainingOptions
 from kernels.training.optimizer import create_optimizer
+from kernels.training.options import RecipeError, TrainingOptions
 
 FINGERPRINT_FILE = "recipe.json"
 
