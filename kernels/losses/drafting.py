@@ -35,6 +35,19 @@ def soft_cross_entropy(draft_logits: Tensor, target_logits: Tensor, loss_mask: T
     return -(target_probs * draft_log_probs).sum() / (loss_mask.sum() + MASK_EPS)
 
 
+def acceptance_loss(draft_logits: Tensor, target_logits: Tensor, loss_mask: Tensor) -> Tensor:
+    """-log of the acceptance, sum over tokens of min(target, draft probability), logits [..., V], mean over the mask.
+
+    The target's logits are labels. Source: the acceptance loss of arXiv 2602.23881, its logarithmic form.
+    """
+    counted = loss_mask > 0
+    target_probs = torch.softmax(target_logits.detach()[counted], dim=-1, dtype=torch.float32)
+    draft_probs = torch.softmax(draft_logits[counted], dim=-1, dtype=torch.float32)
+    acceptance = torch.minimum(target_probs, draft_probs).sum(dim=-1)
+    tiny = torch.finfo(torch.float32).tiny
+    return -acceptance.clamp_min(tiny).log().sum() / (loss_mask.sum() + MASK_EPS)
+
+
 def argmax_agreement(draft_logits: Tensor, target_logits: Tensor, loss_mask: Tensor) -> Tensor:
     """Share of the mask's positions where drafter and target, logits [..., V], rank the same token first."""
     same = draft_logits.argmax(dim=-1) == target_logits.argmax(dim=-1)
