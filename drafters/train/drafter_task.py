@@ -48,6 +48,7 @@ class DrafterShape:
     num_kv_heads: int
     num_blocks: int = 1
     head_dim: int | None = None
+    fusion: str = "dgf"
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
 

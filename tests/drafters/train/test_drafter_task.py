@@ -149,7 +149,7 @@ def test_a_recipe_ends_in_a_drafter_that_drafts(recipe: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "fp32"), ("muon", "bf16")])
 def test_training_lowers_the_loss(recipe: dict[str, Any], optimizer: str, precision: str) -> None:
-    recipe["drafter"]["num_blocks"] = 2
+    recipe["drafter"] |= {"num_blocks": 2, "fusion": "dgf" if precision == "bf16" else "linear"}
     recipe["training"] |= {
         "optimizer": optimizer,
         "precision": precision,
