@@ -134,12 +134,14 @@ def test_a_failing_engine_is_told(launch, make_model, monkeypatch, capsys):
     assert run_main(monkeypatch, capsys, "generate", "x", "--json") == (1, "dovetail: secret detail\n")
 
 
-def test_train_prints_its_report(launch, monkeypatch, tmp_path):
+def test_train_prints_its_report(monkeypatch, tmp_path):
     @dataclass
     class Report:
         final: dict[str, float]
 
-    launch.train_drafter = lambda recipe, resume: Report({"loss": recipe["x"], "resumed": float(resume)})
+    module = types.ModuleType("server.feature_source")
+    module.train_drafter = lambda recipe, resume: Report({"loss": recipe["x"], "resumed": float(resume)})
+    monkeypatch.setitem(sys.modules, "server.feature_source", module)
     (tmp_path / "recipe.toml").write_text("x = 2")
     result = run("train", "drafter", str(tmp_path / "recipe.toml"), "--resume")
     assert json.loads(result.stdout.splitlines()[-1]) == {"final": {"loss": 2, "resumed": 1.0}}
