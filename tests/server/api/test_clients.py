@@ -74,7 +74,8 @@ def test_a_client_that_leaves_a_stream_frees_its_slot(listen, make_model, until)
     model = make_model(script=forever, round_s=SLOW_ROUND_S)
     with listen(model) as (url, server):
         with httpx.stream("POST", f"{url}/v1/completions", json=COMPLETION | {"stream": True}) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # kept: a dropped iterator closes the connection
+            next(lines)
             assert model.engine.status().running == 1
         until(lambda: model.engine.cancelled)
         assert model.engine.status().free_slots == 4
