@@ -51,22 +51,25 @@ def attend(
     softcap: float | None,
 ) -> Tensor:
     """One segment of ``tree_attention``."""
-    keys = slots.keys[layer, segment.slot, :, : segment.num_keys].to(query.dtype)
-    values = slots.values[layer, segment.slot, :, : segment.num_keys].to(query.dtype)
-    num_kv_heads, _, head_dim = keys.shape
+    views = slots.views(segment)
+    keys, values = views.keys[layer], views.values[layer]
+    if keys.dtype != query.dtype:
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
+    num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
     bias = segment.bias(query.shape[0] // num_kv_heads, window, query.dtype, query.device)
-    folded = query.reshape(num_kv_heads, -1, head_dim)  # the group's heads lie side by side, n rows each
-    if softcap is not None:
-        return capped_attention(folded, keys, values, bias, scale, softcap).view(query.shape)
-    attended = functional.scaled_dot_product_attention(folded[None], keys[None], values[None], bias, scale=scale)
+    folded = query.reshape(1, num_kv_heads, -1, head_dim)  # the group's heads lie side by side, n rows each
+    if softcap is None:
+        attended = functional.scaled_dot_product_attention(folded, keys, values, bias, scale=scale)
+    else:
+        attended = capped_attention(folded, keys, values, bias, scale, softcap)
     return attended.view(query.shape)
 
 
 def capped_attention(
     query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
-    """Attention with squashed scores; all [num_kv_heads, rows or keys, head_dim]. torch's fused kernel has no cap."""
-    scores = torch.tanh(torch.matmul(query * scale, keys.transpose(1, 2)) / softcap) * softcap
+    """Attention with squashed scores; all [1, num_kv_heads, rows or keys, head_dim]. The fused kernel has no cap."""
+    scores = torch.tanh(torch.matmul(query * scale, keys.transpose(2, 3)) / softcap) * softcap
     if bias is not None:
         scores = scores + bias
     return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), values)

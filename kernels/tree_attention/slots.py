@@ -14,6 +14,20 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class SegmentViews:
+    """Where a segment lives in the slots, for all layers: what it attends, and the part its new rows are stored in.
+
+    For each layer [1, num_kv_heads, rows, head_dim]. Made once a pass, because slicing anew in every layer costs as
+    much as the attention itself at one row.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    new_keys: tuple[Tensor, ...]
+    new_values: tuple[Tensor, ...]
+
+
 class SlotError(ValueError):
     """A slot is asked for rows it does not have or cannot hold."""
 
@@ -32,6 +46,7 @@ class Segment:
     num_rows: int
     tail_mask: Tensor | None = None
     biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    views: dict[int, SegmentViews] = field(default_factory=dict, compare=False, repr=False)
 
     def bias(self, group: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """[group * n, keys]: 0 where a row looks, -inf where it must not; None when every row looks everywhere.
@@ -114,12 +129,22 @@ class KVSlots:
         if segment.num_keys > self.capacity:
             raise SlotError(f"slot {segment.slot} holds {self.capacity} rows; {segment.num_keys} are asked for")
 
+    def views(self, segment: Segment) -> SegmentViews:
+        """The segment's keys and values in all layers."""
+        found = segment.views.get(id(self))
+        if found is None:
+            slot, end = slice(segment.slot, segment.slot + 1), segment.num_keys
+            keys, values = self.keys[:, slot, :, :end], self.values[:, slot, :, :end]
+            tail = slice(end - segment.num_rows, end)
+            parts = (keys, values, keys[:, :, :, tail], values[:, :, :, tail])
+            found = segment.views[id(self)] = SegmentViews(*(part.unbind(0) for part in parts))
+        return found
+
     def write(self, layer: int, segment: Segment, keys: Tensor, values: Tensor) -> None:
         """Store the new rows' keys and values [num_kv_heads, n, head_dim] at the end of the segment's tail."""
-        end = segment.num_keys
-        place = slice(end - segment.num_rows, end)
-        self.keys[layer, segment.slot, :, place] = keys
-        self.values[layer, segment.slot, :, place] = values
+        views = self.views(segment)
+        views.new_keys[layer][0].copy_(keys)
+        views.new_values[layer][0].copy_(values)
 
     def keep(self, slot: int, rows: Sequence[int]) -> None:
         """Commit these rows of the tail, in order, and drop the others."""
