@@ -29,4 +29,5 @@ class DynamicGatingFusion(nn.Module):
         feature_branch = self.feature_proj(features)
         token_branch = functional.silu(self.embedding_proj(self.embedding_norm(embeddings)))
         gate = torch.sigmoid(self.gate_proj(torch.cat((feature_branch, token_branch), dim=-1)))
-        return torch.lerp(token_branch, feature_branch, gate)
+        fused = torch.lerp(token_branch, feature_branch, gate)
+        return fused.to(features.dtype)  # under autocast the branches are narrower than the residual stream they begin

@@ -15,8 +15,10 @@ from torch.nn import functional
 
 from drafters.dgf import DynamicGatingFusion
 from drafters.drafter import DrafterError
+from drafters.linear_fusion import LinearFusion
 
 MAX_BLOCKS = 6
+FUSIONS = ("dgf", "linear")
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(block, query [..., heads, n, D], key and value [..., kv heads, n, D]) -> [..., heads, n, D]."""
@@ -26,7 +28,8 @@ Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class DovetailConfig:
     """Shape of a drafter. ``hidden_size`` and ``vocab_size`` are the target's; everything else is free.
 
-    ``target`` tells which weights it was trained on (a fingerprint, for the reader and the server's log).
+    fusion: ``dgf``, the paper's, or ``linear``, EAGLE's; target: which weights it was trained on (a fingerprint, for
+    the reader and the server's log).
     """
 
     hidden_size: int
@@ -36,6 +39,7 @@ class DovetailConfig:
     num_kv_heads: int
     head_dim: int
     num_blocks: int = 1
+    fusion: str = "dgf"
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     target: str | None = None
@@ -48,6 +52,8 @@ class DovetailConfig:
                 raise DrafterError(f"{name} is {value!r}; it must be a whole number of at least 1")
         if self.num_blocks > MAX_BLOCKS:
             raise DrafterError(f"num_blocks is {self.num_blocks}; allowed are 1 to {MAX_BLOCKS}")
+        if self.fusion not in FUSIONS:
+            raise DrafterError(f"fusion is {self.fusion!r}; allowed are {', '.join(FUSIONS)}")
         if self.num_heads % self.num_kv_heads:
             raise DrafterError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
@@ -103,7 +109,10 @@ class DovetailNetwork(nn.Module):
     def __init__(self, config: DovetailConfig) -> None:
         super().__init__()
         self.config = config
-        self.fusion = DynamicGatingFusion(config.hidden_size, config.norm_eps)
+        if config.fusion == "dgf":
+            self.fusion: nn.Module = DynamicGatingFusion(config.hidden_size, config.norm_eps)
+        else:
+            self.fusion = LinearFusion(config.hidden_size)
         self.blocks = nn.ModuleList(LlamaBlock(config, index) for index in range(config.num_blocks))
 
     def forward(self, features: Tensor, embeddings: Tensor, angles: tuple[Tensor, Tensor], attend: Attention) -> Tensor:

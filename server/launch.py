@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +14,9 @@ from server.text import TextCodec
 
 if TYPE_CHECKING:
     from drafters.drafter import Drafter
+    from server.engine.engine import Engine
     from server.engine.thread import EngineThread
+    from server.settings import Settings
     from server.targets.target import TargetInfo
     from server.targets.torch_target import TorchTarget
 
@@ -20,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
+DEFAULT_CONTEXT = 4096
 
 
 class LaunchError(ValueError):
@@ -79,24 +84,22 @@ def load_target(folder: Path, weights: str, num_slots: int, capacity: int, threa
 
 
 def load_drafter(target: TorchTarget, name: str | None, device: str, num_slots: int, capacity: int) -> Drafter | None:
-    """``none``: no drafter; ``ngram``: prompt lookup; otherwise a drafter folder (None: the bundled one)."""
-    from drafters.ngram import NgramDrafter
-
+    """``none``: no drafter; ``ngram``: prompt lookup; otherwise a drafter folder or hub id (None: the bundled one)."""
+    from drafters.dovetail import load_drafter as load_dovetail
+    from drafters.ngram import NGramDrafter
     from server.placement.devices import drafter_placement
 
     if name == "none":
         return None
     if name == "ngram":
-        return NgramDrafter()
-    from drafters.dovetail import DovetailDrafter
-
-    placement = drafter_placement(device)
-    drafter = DovetailDrafter.load(
+        return NGramDrafter()
+    place = drafter_placement(device)
+    drafter = load_dovetail(
         resolve_model(name, "drafter"),
         target.embedding(),
         target.lm_head(),
-        placement.device,
-        placement.dtype,
+        place.device,
+        place.dtype,
         num_slots,
         capacity,
     )
@@ -107,3 +110,57 @@ def load_drafter(target: TorchTarget, name: str | None, device: str, num_slots: 
             f"{', '.join(target.info.feature_layers)}"
         )
     return drafter
+
+
+def load_engine(settings: Settings) -> Engine:
+    """Target, drafter and engine, as the settings say. Errors: TargetError, DrafterError, LaunchError."""
+    from drafters.proposal import Budget
+    from server.engine.engine import Engine, EngineOptions
+
+    folder = resolve_model(settings.target, "target")
+    context = context_length(folder, settings.context)
+    default = Budget()
+    budget = Budget(
+        settings.rows or default.rows,
+        settings.top_k or default.top_k,
+        default.depth if settings.depth is None else settings.depth,
+    )
+    # A full tree may hang below the last position; the drafter also keeps every row it expanded.
+    capacity = context + max(budget.rows, budget.top_k * budget.depth)
+    target = load_target(folder, settings.weights, settings.max_seqs, capacity, settings.threads)
+    drafter_name = settings.drafter
+    if drafter_name is None and settings.target is not None:
+        logger.warning("no drafter is named for %s, so it decodes plainly; --drafter names one", settings.target)
+        drafter_name = "none"
+    drafter = load_drafter(target, drafter_name, settings.drafter_device, settings.max_seqs, capacity)
+    return Engine(target, drafter, EngineOptions(settings.max_seqs, context, budget))
+
+
+def context_length(folder: Path, wanted: int | None) -> int:
+    """What the weights allow, or the shorter context asked for."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise LaunchError(f"{folder} has no config.json; a target is a folder as transformers saves it")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    allowed: int = config.get("text_config", config).get("max_position_embeddings") or DEFAULT_CONTEXT
+    if wanted is not None and wanted > allowed:
+        raise LaunchError(f"--context {wanted} is asked for; the target's positions end at {allowed}")
+    return wanted or min(allowed, DEFAULT_CONTEXT)
+
+
+def load_model(settings: Settings) -> LoadedModel:
+    """Everything one server needs for its model; the engine thread is not started yet."""
+    from server.engine.thread import EngineThread
+
+    engine = load_engine(settings)
+    codec = TextCodec.from_folder(resolve_model(settings.target, "target"))
+    drafter = engine.drafter
+    return LoadedModel(
+        name=settings.served_name,
+        created=int(time.time()),
+        engine=EngineThread(engine, settings.max_waiting),
+        codec=codec,
+        info=engine.target.info,
+        drafter_name="none" if drafter is None else drafter.name,
+        context_length=engine.options.context_length,
+    )

@@ -1,4 +1,4 @@
-"""Train a Dovetail drafter: the paper's losses on the target's features, teacher forced.
+"""Train a Dovetail drafter: the paper's losses on the target's features, teacher forced or unrolled.
 
 Alignment (Dovetail, arXiv 2412.18934, and the authors' code): the pair (f_i, t_{i+1}) predicts f_{i+1}, which the LM
 head turns into the distribution of t_{i+2}. Of T positions T - 1 have a following token; the mask is that of position
@@ -21,7 +21,14 @@ from torch.nn import functional
 from drafters.checkpoint import save_drafter
 from drafters.network import DovetailConfig, DovetailNetwork
 from drafters.train.feature_source import DataOptions, FeatureSource
-from kernels.losses.drafting import argmax_agreement, feature_regression, soft_cross_entropy, with_feature_noise
+from drafters.train.unrolled import unrolled_predictions
+from kernels.losses.drafting import (
+    acceptance_loss,
+    argmax_agreement,
+    feature_regression,
+    soft_cross_entropy,
+    with_feature_noise,
+)
 from kernels.training import RecipeError, TrainingOptions, TrainingReport, run, take_table
 
 TABLES = ("drafter", "loss", "data", "training")
@@ -41,17 +48,29 @@ class DrafterShape:
     num_kv_heads: int
     num_blocks: int = 1
     head_dim: int | None = None
+    fusion: str = "dgf"
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """A recipe's ``[loss]`` table; the defaults are the paper's. ``noise`` 0 leaves the features clean."""
+    """A recipe's ``[loss]`` table; the defaults are the paper's.
+
+    noise: amplitude of the feature noise, 0 for clean features; unrolled_steps: 1 is teacher forcing, more add the
+    losses of drafts that deep, each ``unrolled_decay`` times the one before (EAGLE-3's training-time test).
+    """
 
     regression_weight: float = 1.0
     cross_entropy_weight: float = 0.1
+    acceptance_weight: float = 0.0
     noise: float = 0.2
+    unrolled_steps: int = 1
+    unrolled_decay: float = 0.8
+
+    def __post_init__(self) -> None:
+        if self.unrolled_steps < 1:
+            raise RecipeError(f"loss.unrolled_steps is {self.unrolled_steps}; 1 is teacher forcing, more unroll")
 
 
 class DrafterTask(nn.Module):
@@ -74,34 +93,47 @@ class DrafterTask(nn.Module):
     def forward(self, input_ids: Tensor, loss_mask: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
         """``input_ids`` and ``loss_mask`` [B, T], captured ``features`` [B, T, H] or None to ask the source.
 
-        Returns ``loss``, its parts ``regression`` (SmoothL1) and ``cross_entropy`` (nats), and ``accuracy``: the share
-        of positions where drafter and target rank the same token first.
+        Returns the ``loss`` of all steps and, for the teacher-forced step, its parts: ``regression`` (SmoothL1),
+        ``cross_entropy`` (nats) and ``accuracy``, the share of positions where drafter and target rank the same token
+        first. Unrolled steps add ``accuracy_2``, ``accuracy_3`` ... for the second and later drafted token.
         """
         if features is None:
             features = self.compute_features(input_ids)
         features = features.float()
-        predicted = self.predict(features[:, :-1], input_ids[:, 1:])
+        steps = self.predict(features[:, :-1], input_ids[:, 1:])
+        figures = self.step_figures(steps[0], features[:, 1:], loss_mask[:, :-1])
+        loss = figures.pop("loss")
+        for step, predicted in enumerate(steps[1:], 1):
+            # The first positions have no draft of this depth behind them.
+            later = self.step_figures(predicted[:, step:], features[:, step + 1 :], loss_mask[:, step:-1])
+            loss = loss + self.loss.unrolled_decay**step * later["loss"]
+            figures[f"accuracy_{step + 1}"] = later["accuracy"]
+        return {"loss": loss, **{name: value.detach() for name, value in figures.items()}}
+
+    def predict(self, features: Tensor, next_ids: Tensor) -> list[Tensor]:
+        """Predicted next features of the pairs, [B, T, H] for each step; noise on the inputs while training only."""
+        if self.training and self.loss.noise > 0:
+            features = with_feature_noise(features, self.loss.noise)
+        embedded = functional.embedding(next_ids, self.embedding).float()
+        if self.loss.unrolled_steps == 1:
+            return [self.network.forward_causal(features, embedded)]
+        return unrolled_predictions(self.network, features, embedded, self.loss.unrolled_steps)
+
+    def step_figures(self, predicted: Tensor, wanted: Tensor, loss_mask: Tensor) -> dict[str, Tensor]:
+        """Loss, its parts and the accuracy of one step; predicted and wanted features [B, T, H], mask [B, T]."""
         # Only positions that count reach the losses: with chats most do not, and the LM head is the widest product.
-        counted = loss_mask[:, :-1] > 0
-        predicted, wanted, mask = predicted[counted], features[:, 1:][counted], loss_mask[:, :-1][counted]
+        counted = loss_mask > 0
+        predicted, wanted, mask = predicted[counted], wanted[counted], loss_mask[counted]
         draft_logits = self.logits(predicted)
         with torch.no_grad():
             target_logits = self.logits(wanted)
         regression = feature_regression(predicted, wanted, mask)
         cross_entropy = soft_cross_entropy(draft_logits, target_logits, mask)
-        return {
-            "loss": self.loss.regression_weight * regression + self.loss.cross_entropy_weight * cross_entropy,
-            "regression": regression.detach(),
-            "cross_entropy": cross_entropy.detach(),
-            "accuracy": argmax_agreement(draft_logits, target_logits, mask),
-        }
-
-    def predict(self, features: Tensor, next_ids: Tensor) -> Tensor:
-        """Predicted next features of the pairs, [B, T, H]; noise on the inputs while training only."""
-        if self.training and self.loss.noise > 0:
-            features = with_feature_noise(features, self.loss.noise)
-        embedded = functional.embedding(next_ids, self.embedding).float()
-        return self.network.forward_causal(features, embedded)
+        loss = self.loss.regression_weight * regression + self.loss.cross_entropy_weight * cross_entropy
+        if self.loss.acceptance_weight > 0:
+            loss = loss + self.loss.acceptance_weight * acceptance_loss(draft_logits, target_logits, mask)
+        accuracy = argmax_agreement(draft_logits, target_logits, mask)
+        return {"loss": loss, "regression": regression, "cross_entropy": cross_entropy, "accuracy": accuracy}
 
     def logits(self, features: Tensor) -> Tensor:
         """The target's LM head on features [..., H]."""

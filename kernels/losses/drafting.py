@@ -1,8 +1,7 @@
 """Losses of feature-level drafters: regression of the target's features, and its distribution.
 
 Shapes: ... any leading dimensions (sequences and positions), H hidden size, V vocabulary. A loss mask [...] is 1 where
-a position counts and 0 elsewhere. What it excludes is never computed with, so it may hold anything, NaN too. Means have
-the paper's 1e-5 in their denominator: an empty mask gives 0.
+a position counts and 0 elsewhere. Means have the paper's 1e-5 in their denominator: an empty mask gives 0.
 """
 
 from __future__ import annotations
@@ -14,14 +13,19 @@ from torch.nn import functional
 MASK_EPS = 1e-5
 
 
+def masked_mean(values: Tensor, loss_mask: Tensor) -> Tensor:
+    """Mean of ``values`` [...] over the positions of ``loss_mask`` [...]; what stands elsewhere has no influence."""
+    counted = torch.where(loss_mask > 0, values, torch.zeros_like(values))
+    return counted.sum() / (loss_mask.sum() + MASK_EPS)
+
+
 def feature_regression(predicted: Tensor, features: Tensor, loss_mask: Tensor) -> Tensor:
     """SmoothL1 between predicted and true features [..., H], mean over H, then over the mask [...]; fp32 scalar.
 
     Source: Dovetail (arXiv 2412.18934) section on training, after EAGLE (arXiv 2401.15077).
     """
-    counted = loss_mask > 0
-    distance = functional.smooth_l1_loss(predicted[counted].float(), features[counted].float(), reduction="none")
-    return distance.mean(dim=-1).sum() / (loss_mask.sum() + MASK_EPS)
+    distance = functional.smooth_l1_loss(predicted.float(), features.float(), reduction="none")
+    return masked_mean(distance.mean(dim=-1), loss_mask)
 
 
 def soft_cross_entropy(draft_logits: Tensor, target_logits: Tensor, loss_mask: Tensor) -> Tensor:
@@ -29,16 +33,27 @@ def soft_cross_entropy(draft_logits: Tensor, target_logits: Tensor, loss_mask: T
 
     The target's logits are labels: no gradient flows into them. Source: as ``feature_regression``.
     """
-    counted = loss_mask > 0
-    target_probs = torch.softmax(target_logits.detach()[counted], dim=-1, dtype=torch.float32)
-    draft_log_probs = torch.log_softmax(draft_logits[counted], dim=-1, dtype=torch.float32)
-    return -(target_probs * draft_log_probs).sum() / (loss_mask.sum() + MASK_EPS)
+    target_probs = torch.softmax(target_logits.detach(), dim=-1, dtype=torch.float32)
+    draft_log_probs = torch.log_softmax(draft_logits, dim=-1, dtype=torch.float32)
+    return masked_mean(-(target_probs * draft_log_probs).sum(dim=-1), loss_mask)
+
+
+def acceptance_loss(draft_logits: Tensor, target_logits: Tensor, loss_mask: Tensor) -> Tensor:
+    """-log of the acceptance, sum over tokens of min(target, draft probability), logits [..., V], mean over the mask.
+
+    The target's logits are labels. Source: the acceptance loss of arXiv 2602.23881, its logarithmic form.
+    """
+    target_probs = torch.softmax(target_logits.detach(), dim=-1, dtype=torch.float32)
+    draft_probs = torch.softmax(draft_logits, dim=-1, dtype=torch.float32)
+    acceptance = torch.minimum(target_probs, draft_probs).sum(dim=-1)
+    return masked_mean(-acceptance.clamp_min(torch.finfo(torch.float32).tiny).log(), loss_mask)
 
 
 def argmax_agreement(draft_logits: Tensor, target_logits: Tensor, loss_mask: Tensor) -> Tensor:
     """Share of the mask's positions where drafter and target, logits [..., V], rank the same token first."""
-    same = draft_logits.argmax(dim=-1) == target_logits.argmax(dim=-1)
-    return (same & (loss_mask > 0)).sum() / (loss_mask.sum() + MASK_EPS)
+    # ``max`` and not ``argmax``: over bf16 on a CPU it takes a quarter of the time (7 against 30 ms at [2040, 4096]).
+    same = draft_logits.max(dim=-1).indices == target_logits.max(dim=-1).indices
+    return masked_mean(same.float(), loss_mask)
 
 
 def with_feature_noise(features: Tensor, amplitude: float = 0.2, reference_length: int = 512) -> Tensor:

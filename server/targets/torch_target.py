@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from kernels.tree_attention import KVSlots, Segment, causal_segment, tree_attention, tree_segment
+from server.placement.devices import CPU
 from server.targets.checkpoint import check_files
 from server.targets.target import PrefillChunk, Prefilled, TargetError, TargetInfo, VerifyRows
 
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 ATTENTION_NAME = "dovetail_rows"
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CPU = torch.device("cpu")
 
 
 @dataclass

@@ -16,9 +16,10 @@ CONFIG = DovetailConfig(32, 40, 48, 4, 2, 8, num_blocks=2)
 CAPACITY = 64
 
 
-def create(num_blocks: int = 2, num_slots: int = 4, capacity: int = CAPACITY) -> DovetailDrafter:
+def create(num_blocks: int = 2, num_slots: int = 4, capacity: int = CAPACITY, fusion: str = "dgf") -> DovetailDrafter:
     torch.manual_seed(1)
-    network = DovetailNetwork(replace(CONFIG, num_blocks=num_blocks)).eval().requires_grad_(False)
+    config = replace(CONFIG, num_blocks=num_blocks, fusion=fusion)
+    network = DovetailNetwork(config).eval().requires_grad_(False)
     for parameter in network.parameters():
         parameter.mul_(2.0 if parameter.ndim == 2 else 1.0)  # away from a drafter that ignores its past
     embedding, lm_head = torch.randn(40, 32), 0.2 * torch.randn(40, 32)
@@ -83,9 +84,9 @@ def token_paths(proposal: Proposal) -> dict[tuple[int, ...], float]:
     return dict(zip(paths, scores, strict=True))
 
 
-@pytest.mark.parametrize("num_blocks", [1, 3])
-def test_extending_at_once_piecewise_or_from_scratch_is_the_same(num_blocks: int) -> None:
-    drafter = create(num_blocks)
+@pytest.mark.parametrize(("num_blocks", "fusion"), [(1, "dgf"), (3, "dgf"), (1, "linear")])
+def test_extending_at_once_piecewise_or_from_scratch_is_the_same(num_blocks: int, fusion: str) -> None:
+    drafter = create(num_blocks, fusion=fusion)
     features, token_ids = pairs(12, 0)
     drafter.observe([Observation(0, features, token_ids)])
     start = 0

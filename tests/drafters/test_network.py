@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from drafters.drafter import DrafterError
+from drafters.linear_fusion import LinearFusion
 from drafters.network import DovetailConfig, DovetailNetwork, rotary_table, rotate
 
 LLAMA_7B = (4096, 32000, 11008, 32, 32, 128)
@@ -27,6 +28,26 @@ def test_parameter_counts(shape: tuple[int, ...], first: int, each: int, num_blo
     with torch.device("meta"):
         network = DovetailNetwork(DovetailConfig(*shape, num_blocks=num_blocks))
     assert sum(p.numel() for p in network.parameters()) == first + each * (num_blocks - 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [(LLAMA_7B, 235_937_792), (LLAMA_13B, 369_633_280), (TINY, 53_632)],
+    ids=["7B", "13B", "tiny"],
+)
+def test_parameter_counts_with_linear_fusion(shape: tuple[int, ...], count: int) -> None:
+    with torch.device("meta"):
+        network = DovetailNetwork(DovetailConfig(*shape, fusion="linear"))
+    assert sum(p.numel() for p in network.parameters()) == count
+
+
+def test_linear_fusion_by_hand() -> None:
+    fusion = LinearFusion(2)
+    with torch.no_grad():
+        fusion.proj.weight.copy_(torch.tensor([[1.0, 0.0, 0.0, 2.0], [0.0, 1.0, 3.0, 0.0]]))
+        fusion.proj.bias.copy_(torch.tensor([0.5, -0.5]))
+    got = fusion(torch.tensor([1.0, -1.0]), torch.tensor([3.0, 4.0]))
+    assert got.tolist() == [3.0 - 2.0 + 0.5, 4.0 + 3.0 - 0.5]
 
 
 def test_block_0_has_one_norm_and_the_others_two() -> None:
@@ -69,6 +90,7 @@ def test_rotary_positions_equal_those_of_transformers() -> None:
     ("changes", "named"),
     [
         ({"num_blocks": 7}, "num_blocks is 7"),
+        ({"fusion": "sum"}, "fusion is 'sum'; allowed are dgf, linear"),
         ({"num_blocks": 0}, "num_blocks is 0"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"num_kv_heads": 3}, "num_kv_heads 3"),

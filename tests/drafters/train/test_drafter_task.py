@@ -99,6 +99,22 @@ def test_captured_features_are_taken_and_masked_positions_do_not_matter() -> Non
     assert torch.equal(task(token_ids, mask, features)["loss"], want)
 
 
+def test_unrolled_steps_add_their_decayed_losses() -> None:
+    forced, unrolled = create_task(LossOptions()).eval(), create_task(LossOptions(unrolled_steps=3)).eval()
+    token_ids, mask = torch.randint(0, VOCAB, (2, 8)), torch.ones(2, 8)
+    once, thrice = forced(token_ids, mask), unrolled(token_ids, mask)
+    for name in ("regression", "cross_entropy", "accuracy"):
+        torch.testing.assert_close(once[name], thrice[name])
+    features = TinyTarget().features(token_ids)
+    steps = unrolled.predict(features[:, :-1], token_ids[:, 1:])
+    want = once["loss"]
+    for step, weight in ((1, 0.8), (2, 0.64)):
+        ones = torch.ones(2, 7 - step)
+        want = want + weight * unrolled.step_figures(steps[step][:, step:], features[:, step + 1 :], ones)["loss"]
+    torch.testing.assert_close(thrice["loss"], want)
+    assert {"accuracy_2", "accuracy_3"} <= thrice.keys()
+
+
 def test_noise_while_training_only() -> None:
     task = create_task(LossOptions())
     token_ids, mask = torch.randint(0, VOCAB, (2, 6)), torch.ones(2, 6)
@@ -131,9 +147,17 @@ def test_a_recipe_ends_in_a_drafter_that_drafts(recipe: dict[str, Any]) -> None:
     assert len(proposal) == 7
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_training_lowers_the_loss(recipe: dict[str, Any], optimizer: str) -> None:
-    recipe["training"] |= {"optimizer": optimizer, "steps": 30, "log_every": 5, "save_every": 30, "evaluate_every": 30}
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "fp32"), ("muon", "bf16")])
+def test_training_lowers_the_loss(recipe: dict[str, Any], optimizer: str, precision: str) -> None:
+    recipe["drafter"] |= {"num_blocks": 2, "fusion": "dgf" if precision == "bf16" else "linear"}
+    recipe["training"] |= {
+        "optimizer": optimizer,
+        "precision": precision,
+        "steps": 30,
+        "log_every": 5,
+        "save_every": 30,
+        "evaluate_every": 30,
+    }
     train_drafter(recipe, create_source)
     history = json.loads((Path(recipe["training"]["output"]) / "training.json").read_text())
     losses = [row["loss"] for row in history if "loss" in row]
@@ -163,6 +187,7 @@ def load_state(output: Path) -> dict[str, torch.Tensor]:
         ("data", {"tokens": "nowhere.npy"}, "nowhere.npy, which does not exist"),
         ("data", {"window_length": 5000}, "one window takes 5000"),
         ("data", {"held_out_share": 1.0}, "held_out_share is 1.0"),
+        ("loss", {"unrolled_steps": 0}, "unrolled_steps is 0"),
         ("lose", {"noise": 0.0}, "unknown tables lose"),
     ],
 )

@@ -1,0 +1,222 @@
+"""The server's state: the model being loaded, ready, failed or going down, and who has requests running."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Annotated, Protocol
+
+from fastapi import Depends
+from fastapi import Request as HttpRequest
+
+from server.api.dispatcher import Dispatcher
+from server.api.errors import ApiError, NotServing, shown
+from server.engine.request import Event, Request
+from server.settings import Settings
+from server.text import TextCodec
+
+logger = logging.getLogger(__name__)
+
+LOADING_RETRY_S = 5.0
+LONG_RETRY_S = 120.0
+DRAIN_POLL_S = 0.05
+
+
+class EngineStatus(Protocol):
+    """How busy the engine is."""
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a slot."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for one."""
+
+    @property
+    def slots(self) -> int:
+        """Slots in all."""
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that are free."""
+
+
+class EngineHandle(Protocol):
+    """What the API asks of the engine's thread."""
+
+    def start(self, deliver: Callable[[list[Event]], None]) -> None:
+        """Run; ``deliver`` is called in the engine's thread once a round."""
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Errors: QueueFull, ContextTooLong, EngineStopped."""
+
+    def cancel(self, request_id: str) -> None:
+        """End a request within one round; unknown and finished ids are fine."""
+
+    def stop(self) -> None:
+        """End every request as cancelled and join the thread."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+
+    def status(self) -> EngineStatus:
+        """How busy it is."""
+
+
+class ServedModel(Protocol):
+    """What loading gives; ``server.launch.LoadedModel`` is one."""
+
+    @property
+    def name(self) -> str:
+        """The name clients use."""
+
+    @property
+    def created(self) -> int:
+        """Unix time of loading, seconds."""
+
+    @property
+    def engine(self) -> EngineHandle:
+        """Its engine, not started yet."""
+
+    @property
+    def codec(self) -> TextCodec:
+        """Its tokenizer and chat template."""
+
+    @property
+    def drafter_name(self) -> str:
+        """What drafts for it; ``none`` where nothing does."""
+
+    @property
+    def context_length(self) -> int:
+        """Longest prompt and answer together, in tokens."""
+
+
+Load = Callable[[Settings], ServedModel]
+
+
+class Phase(enum.StrEnum):
+    """Where the server stands."""
+
+    LOADING = "loading"
+    READY = "ok"
+    FAILED = "failed"
+    STOPPING = "shutting_down"
+
+
+class Serving:
+    """One process's model and the way to its engine. Lives on the event loop.
+
+    ``on_failure`` is told when loading failed, so that the process can end.
+    """
+
+    def __init__(self, settings: Settings, load: Load, on_failure: Callable[[Exception], None] | None = None) -> None:
+        self.settings = settings
+        self.load = load
+        self.on_failure = on_failure
+        self.phase = Phase.LOADING
+        self.created = int(time.time())
+        self.loaded: ServedModel | None = None
+        self.failure = ""
+        self.dispatcher = Dispatcher(asyncio.get_running_loop())
+
+    def start_loading(self) -> None:
+        """Load in a thread of its own, which does not keep the process alive when it is told to end."""
+        threading.Thread(target=self._load, name="dovetail-load", daemon=True).start()
+
+    def model(self) -> ServedModel:
+        """The model, ready to answer. Errors: NotServing (503) with the reason."""
+        if self.phase is Phase.STOPPING:
+            raise NotServing(
+                "shutting_down", "The server is shutting down; try again once it is back.", LOADING_RETRY_S
+            )
+        if self.phase is Phase.FAILED:
+            raise NotServing("model_failed", f"The model could not be loaded: {self.failure}", LONG_RETRY_S)
+        if self.loaded is None:
+            raise NotServing("model_loading", "The model is being loaded; try again soon.", LOADING_RETRY_S)
+        if not self.loaded.engine.alive:
+            raise NotServing("engine_dead", "The engine has stopped; restart the server.", LONG_RETRY_S)
+        return self.loaded
+
+    def interruption(self) -> NotServing:
+        """Why the engine ended a request that nobody cancelled."""
+        if self.phase is Phase.STOPPING:
+            return NotServing("shutting_down", "The server is shutting down; the text is not complete.", LOADING_RETRY_S)
+        return NotServing("engine_dead", "The engine has stopped; the text is not complete.", LONG_RETRY_S)
+
+    def model_named(self, name: str) -> ServedModel:
+        """The model if that is its name. Errors: NotServing, ApiError 404 listing what is served."""
+        model = self.model()
+        if name != model.name:
+            raise self.unknown_model(name)
+        return model
+
+    def unknown_model(self, name: str) -> ApiError:
+        """404 for a model name."""
+        message = f"The model {shown(name)} does not exist; this server has {self.name!r}."
+        return ApiError(404, message, param="model", code="model_not_found")
+
+    @property
+    def name(self) -> str:
+        """The name of the model that is, or will be, served."""
+        return self.loaded.name if self.loaded is not None else self.settings.served_name
+
+    async def drain(self, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Refuse new requests, give running ones ``settings.drain_s`` to finish (``hurry`` cuts it), then end them."""
+        self.phase = Phase.STOPPING
+        deadline = time.monotonic() + self.settings.drain_s
+        while self.dispatcher.queues and time.monotonic() < deadline and not hurry():
+            await asyncio.sleep(DRAIN_POLL_S)
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End running requests and the engine. May be called again."""
+        self.phase = Phase.STOPPING
+        if self.loaded is not None:
+            model, self.loaded = self.loaded, None
+            await asyncio.to_thread(model.engine.stop)
+
+    def _load(self) -> None:
+        try:
+            model = self.load(self.settings)
+        except Exception as error:  # told to the event loop, which answers with it
+            self._tell(self._failed, error)
+        else:
+            self._tell(self._ready, model)
+
+    def _tell(self, callback: Callable[..., None], argument: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the server ended while the model was being loaded
+            self.dispatcher.loop.call_soon_threadsafe(callback, argument)
+
+    def _ready(self, model: ServedModel) -> None:
+        if self.phase is Phase.STOPPING:
+            return
+        model.engine.start(self.dispatcher.deliver)
+        self.loaded = model
+        self.phase = Phase.READY
+        logger.info("%s is ready: context %d, drafter %s", model.name, model.context_length, model.drafter_name)
+
+    def _failed(self, error: Exception) -> None:
+        self.failure = str(error) or type(error).__name__
+        self.phase = Phase.FAILED
+        if isinstance(error, ValueError | OSError | ImportError):
+            logger.error("the model could not be loaded: %s", self.failure)
+        else:
+            logger.error("the model could not be loaded", exc_info=error)
+        if self.on_failure is not None:
+            self.on_failure(error)
+
+
+def serving_of(request: HttpRequest) -> Serving:
+    """Route dependency."""
+    serving: Serving = request.app.state.serving
+    return serving
+
+
+CurrentServing = Annotated[Serving, Depends(serving_of)]

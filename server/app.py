@@ -1,0 +1,110 @@
+"""The ASGI app, and the process that serves it."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from server.api import chat, completions, health, models
+from server.api.errors import install_error_handlers
+from server.api.gate import Gate
+from server.api.serving import Load, Serving
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+FINISH_S = 5  # what connections get to take their last bytes once the engine has stopped
+
+
+def create_app(settings: Settings, load: Load, on_failure: Callable[[Exception], None] | None = None) -> FastAPI:
+    """The app. It listens at once and loads the model in a thread; until then inference is answered with 503.
+
+    ``load`` gives the model with its engine not started; ``on_failure`` is told when it raises.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.serving = Serving(settings, load, on_failure)
+        app.state.serving.start_loading()
+        yield
+        await app.state.serving.stop()
+
+    app = FastAPI(
+        title="Dovetail", version=health.installed_version(), lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.add_middleware(Gate, api_key=settings.api_key.get_secret_value() if settings.api_key else None)
+    install_error_handlers(app)
+    for routes in (completions, chat, models, health):
+        app.include_router(routes.router)
+    return app
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, except that it lets running requests finish before it closes their connections.
+
+    On the first signal new requests get 503 and running ones ``settings.drain_s`` to finish; a second SIGINT cuts it.
+    A model that cannot be loaded ends the server as well; ``load_error`` then says why.
+    """
+
+    def __init__(self, settings: Settings, load: Load) -> None:
+        self.load_error: Exception | None = None
+        self.app = create_app(settings, load, self._fail)
+        config = uvicorn.Config(
+            self.app,
+            host=settings.host,
+            port=settings.port,
+            http="h11",  # it bounds the size of headers
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=FINISH_S,
+        )
+        super().__init__(config)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain, then close."""
+        serving: Serving = self.app.state.serving
+        await serving.drain(hurry=lambda: self.force_exit)
+        await super().shutdown(sockets)
+
+    def _fail(self, error: Exception) -> None:
+        self.load_error = error
+        self.should_exit = True
+
+
+def serve(settings: Settings, load: Load) -> None:
+    """Serve until told to end. Errors: whatever loading the model raised."""
+    if not is_loopback(settings.host) and settings.api_key is None:
+        logger.warning("listening on %s without an API key: anyone who reaches it can use it", settings.host)
+    server = DrainingServer(settings, load)
+    with signals_spent():
+        server.run()
+    if server.load_error is not None:
+        raise server.load_error
+
+
+@contextmanager
+def signals_spent() -> Iterator[None]:
+    """uvicorn raises the signal that ended it once more; a server that has drained has nothing left to do on it."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

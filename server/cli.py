@@ -1,0 +1,59 @@
+"""The command line, ``dovetail``. One file a command in ``server.commands``; ``--help`` imports nothing heavy."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from server.commands import train
+from server.commands.generate import generate
+from server.commands.serve import serve
+from server.engine.request import EngineError
+from server.settings import SettingsError
+
+logger = logging.getLogger(__name__)
+
+FAILED, USAGE = 1, 2
+
+app = typer.Typer(
+    name="dovetail",
+    help="Exact, faster answers from language models that do not fit your GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(serve)
+app.command()(generate)
+app.add_typer(train.app, name="train")
+
+
+@app.callback()
+def set_up(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log every step, and tracebacks of errors.")] = False,
+) -> None:
+    """Handlers are set up here and nowhere else; logs go to stderr."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+
+
+def main() -> None:
+    """The console script. Exit codes: 0 fine, 1 failed, 2 usage. An error that has a type of ours is one line."""
+    try:
+        app()
+    except SettingsError as error:
+        fail(error, USAGE)
+    except (ValueError, OSError, ImportError, EngineError) as error:
+        fail(error, FAILED)
+
+
+def fail(error: Exception, exit_code: int) -> None:
+    """One line on stderr; the traceback only with --verbose."""
+    logger.debug("the command failed", exc_info=error)
+    sys.stderr.write(f"dovetail: {error}\n")
+    sys.exit(exit_code)

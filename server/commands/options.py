@@ -1,0 +1,35 @@
+"""Command-line options that several commands share; help and defaults come from ``Settings``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from server.settings import Settings, load_settings
+
+
+def flag(name: str) -> Any:
+    """An option for a setting. Its own default is None: not given."""
+    setting = Settings.model_fields[name]
+    default = "" if setting.default is None or setting.default is False else f" Default: {setting.default}."
+    return typer.Option(f"--{name.replace('_', '-')}", help=f"{setting.description}{default}", show_default=False)
+
+
+Target = Annotated[str | None, typer.Argument(help=Settings.model_fields["target"].description, show_default=False)]
+Drafter = Annotated[str | None, flag("drafter")]
+DrafterDevice = Annotated[str | None, flag("drafter_device")]
+Weights = Annotated[str | None, flag("weights")]
+Vram = Annotated[str | None, flag("vram")]
+Threads = Annotated[int | None, flag("threads")]
+Context = Annotated[int | None, flag("context")]
+Rows = Annotated[int | None, flag("rows")]
+TopK = Annotated[int | None, flag("top_k")]
+Depth = Annotated[int | None, flag("depth")]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.", show_default=False)]
+
+
+def settings_from(config: Path | None, **flags: Any) -> Settings:
+    """Settings from the flags that were given, the environment and the file."""
+    return load_settings({name: value for name, value in flags.items() if value is not None}, config)

@@ -1,0 +1,49 @@
+"""``dovetail serve``: the HTTP server."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from server.commands.options import (
+    Config,
+    Context,
+    Depth,
+    Drafter,
+    DrafterDevice,
+    Rows,
+    Target,
+    Threads,
+    TopK,
+    Vram,
+    Weights,
+    flag,
+    settings_from,
+)
+
+
+def serve(
+    target: Target = None,
+    drafter: Drafter = None,
+    weights: Weights = None,
+    drafter_device: DrafterDevice = None,
+    vram: Vram = None,
+    host: Annotated[str | None, flag("host")] = None,
+    port: Annotated[int | None, flag("port")] = None,
+    threads: Threads = None,
+    context: Context = None,
+    max_seqs: Annotated[int | None, flag("max_seqs")] = None,
+    max_waiting: Annotated[int | None, flag("max_waiting")] = None,
+    rows: Rows = None,
+    top_k: TopK = None,
+    depth: Depth = None,
+    api_key: Annotated[str | None, flag("api_key")] = None,
+    model_name: Annotated[str | None, flag("model_name")] = None,
+    lenient: Annotated[bool | None, flag("lenient")] = None,
+    config: Config = None,
+) -> None:
+    """Answer OpenAI clients over HTTP."""
+    settings = settings_from(**locals())
+    from server import app
+    from server.launch import load_model
+
+    app.serve(settings, load_model)

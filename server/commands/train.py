@@ -1,0 +1,38 @@
+"""``dovetail train``: run a recipe; the last line printed is the report as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Train a model from a recipe.")
+
+Recipe = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe.", show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")]
+
+
+@app.command("language-model")
+def train_language_model(recipe: Recipe, resume: Resume = False) -> None:
+    """Train a small language model from text."""
+    from drafters.train.language_model import train_language_model
+    from kernels.training.options import load_recipe
+
+    print_report(train_language_model(load_recipe(recipe), resume=resume))
+
+
+@app.command("drafter")
+def train_drafter(recipe: Recipe, resume: Resume = False) -> None:
+    """Train a drafter on a target's own features."""
+    from kernels.training.options import load_recipe
+    from server.launch import train_drafter
+
+    print_report(train_drafter(load_recipe(recipe), resume))
+
+
+def print_report(report: Any) -> None:
+    """One line of JSON from a training report (a dataclass)."""
+    typer.echo(json.dumps(dataclasses.asdict(report)))

@@ -1,0 +1,96 @@
+"""Stop strings in growing text. Pure; knows neither engine nor wire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Decoder(Protocol):
+    """Gives the text that tokens complete."""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Text completed by these tokens."""
+        ...
+
+    def flush(self) -> str:
+        """Text still held."""
+        ...
+
+
+class Codec(Protocol):
+    """Whatever offers a fresh decoder."""
+
+    def stream(self, skip_special_tokens: bool = True) -> Decoder:
+        """A decoder for one text."""
+        ...
+
+
+class StopMatcher:
+    """Finds the earliest stop string in a text that comes in pieces.
+
+    The longest end of the text that may still become a stop string is held back until that is settled. The first
+    piece that completes a stop string decides; of several completed by it, the one that begins first.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = tuple(stops)
+        self.held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that is safe to show; once a stop string was met, ``stopped`` is set and nothing follows."""
+        if self.stopped:
+            return ""
+        window = self.held + text
+        starts = [start for stop in self.stops if (start := window.find(stop)) >= 0]
+        if starts:
+            self.stopped, self.held = True, ""
+            return window[: min(starts)]
+        num_held = self._num_held(window)
+        self.held = window[len(window) - num_held :]
+        return window[: len(window) - num_held]
+
+    def flush(self) -> str:
+        """What was held back and never became a stop string."""
+        text, self.held = self.held, ""
+        return text
+
+    def _num_held(self, window: str) -> int:
+        longest = max((len(stop) for stop in self.stops), default=1) - 1
+        for length in range(min(longest, len(window)), 0, -1):
+            if any(stop.startswith(window[-length:]) for stop in self.stops):
+                return length
+        return 0
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """text: what to append; num_tokens_used: tokens of the push that count; stopped: a stop string was met."""
+
+    text: str
+    num_tokens_used: int
+    stopped: bool
+
+
+class TextOutput:
+    """Tokens of one request in, showable text out: incremental decoding, then stop strings, token by token."""
+
+    def __init__(self, codec: Codec, stops: Sequence[str] = ()) -> None:
+        self.decoder = codec.stream()
+        self.matcher = StopMatcher(stops)
+
+    def push(self, token_ids: Sequence[int]) -> TextDelta:
+        """Take a burst; tokens after the one that completed a stop string are not used."""
+        pieces: list[str] = []
+        for used, token_id in enumerate(token_ids, 1):
+            pieces.append(self.matcher.push(self.decoder.push([token_id])))
+            if self.matcher.stopped:
+                return TextDelta("".join(pieces), used, True)
+        return TextDelta("".join(pieces), len(token_ids), False)
+
+    def flush(self) -> TextDelta:
+        """The end of the text; an unfinished character and a disproved stop string come out here."""
+        text = self.matcher.push(self.decoder.flush())
+        return TextDelta(text + self.matcher.flush(), 0, self.matcher.stopped)

@@ -1,0 +1,35 @@
+"""Devices by name, and the types parts are held in there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+class PlacementError(ValueError):
+    """A device is asked for that this machine, or this build of torch, does not have."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a part lives and in which floating-point type."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def drafter_placement(name: str) -> Placement:
+    """``auto`` takes the first CUDA device where there is one. fp16 on a GPU as the paper has it, fp32 on the CPU."""
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cpu":
+        return Placement(CPU, torch.float32)
+    if not torch.cuda.is_available():
+        raise PlacementError(f"{name} is asked for, but torch {torch.__version__} sees no CUDA device; use cpu or auto")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise PlacementError(f"{name} is asked for; this machine has {torch.cuda.device_count()} CUDA devices")
+    return Placement(device, torch.float16)

@@ -1,0 +1,122 @@
+"""What a server or a command runs with: flag, else ``DOVETAIL_*`` environment, else a TOML file, else default."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+BUNDLED = "dovetail"
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+class SettingsError(ValueError):
+    """A flag, an environment variable or a key of the configuration file is wrong; the message names it."""
+
+
+def parse_bytes(value: Any) -> Any:
+    """``3GiB`` to a number of bytes; whatever is not a string passes through."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2] not in UNITS:
+        raise ValueError(
+            f"{value!r} is no amount of memory; write a number and one of {', '.join(filter(None, UNITS))}"
+        )
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class Settings(BaseSettings):
+    """Frozen. A field's description is its help on the command line.
+
+    target None is the bundled model; drafter None is the drafter bundled for the target, ``none`` switches drafting
+    off; threads None is every core this process may use; context None is what the target allows; rows, top_k and depth
+    None are the drafter's own.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="DOVETAIL_", frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    target: str | None = Field(None, description="Folder of safetensors or hub id; nothing: the bundled model.")
+    drafter: str | None = Field(None, description="Folder or hub id of the drafter, 'ngram', or 'none'.")
+    weights: Literal["fp32", "bf16"] = Field("fp32", description="How the target's weights are held.")
+    drafter_device: str = Field("auto", description="auto, cpu or cuda:N.")
+    vram: Bytes | None = Field(None, gt=0, description="GPU memory that may be used, such as 3GiB.")
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; nothing: every core this process may use.")
+    context: int | None = Field(None, ge=2, description="Longest prompt and answer, in tokens.")
+    max_seqs: int = Field(4, ge=1, description="Requests decoded at the same time.")
+    max_waiting: int = Field(64, ge=1, description="Requests that may wait; more are answered with 429.")
+    rows: int | None = Field(None, ge=1, description="Rows of a verify pass for one request, the root included.")
+    top_k: int | None = Field(None, ge=1, description="Children a drafted node may have.")
+    depth: int | None = Field(None, ge=1, description="Longest drafted path.")
+    api_key: SecretStr | None = Field(None, description="Key that clients must send.")
+    model_name: str | None = Field(None, min_length=1, description="Name the model is served under.")
+    lenient: bool = Field(False, description="Accept unknown request fields instead of refusing them.")
+    keepalive_s: float = Field(10.0, gt=0, description="Seconds of silence after which a stream sends a comment.")
+    drain_s: float = Field(30.0, ge=0, description="Seconds that running requests get at shutdown.")
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _refuse_low_bit(cls, value: Any) -> Any:
+        if value in ("int8", "int4"):
+            raise ValueError(f"{value} weights are not supported by this version; use fp32 or bf16")
+        return value
+
+    @field_validator("drafter_device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda:\d+", value):
+            raise ValueError(f"{value!r} is no device; use auto, cpu or cuda:N")
+        return value
+
+    @property
+    def served_name(self) -> str:
+        """The name clients use: as asked, else the target's last path part, else the bundled model's."""
+        if self.model_name is not None:
+            return self.model_name
+        return BUNDLED if self.target is None else Path(self.target).name.removesuffix(".gguf") or self.target
+
+
+def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
+    """Join all sources. ``flags`` holds only what the user gave. Errors: SettingsError, one line for each fault."""
+    if config is not None and not config.is_file():
+        raise SettingsError(f"the configuration file {config} does not exist")
+
+    class Sources(Settings):
+        """Settings read from this configuration file as well."""
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            """Flags, environment, file; no .env file is read unasked."""
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config)
+
+    try:
+        return Sources(**flags)
+    except ValidationError as error:
+        raise SettingsError("; ".join(describe_fault(fault) for fault in error.errors())) from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{config} is not TOML: {error}") from error
+
+
+def describe_fault(fault: Mapping[str, Any]) -> str:
+    """One validation fault as a line that names the setting and says what is allowed."""
+    name = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown setting {name!r}; known are {', '.join(Settings.model_fields)}"
+    return f"{name}: {fault['msg'].removeprefix('Value error, ')}"

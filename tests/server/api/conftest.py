@@ -1,0 +1,93 @@
+"""Clients of the app: in process, and over a socket."""
+
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from server.app import DrainingServer, create_app
+from server.settings import Settings
+
+PATIENCE_S = 5.0
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """Wait for something that another thread brings about."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.005)
+    return value
+
+
+@pytest.fixture(name="until")
+def until_fixture() -> Callable[[Callable[[], Any]], Any]:
+    return until
+
+
+@pytest.fixture
+def connect(
+    make_settings: Callable[..., Settings],
+) -> Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]:
+    """``connect(model, **settings)``: a client of the app in this process; with ``ready=False`` it does not wait."""
+
+    @asynccontextmanager
+    async def open_client(model: Any, ready: bool = True, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+        load = model if callable(model) else lambda _: model
+        app: FastAPI = create_app(make_settings(**settings), load)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+        ):
+            while ready and (await client.get("/health")).status_code != 200:
+                pass
+            client.app = app  # type: ignore[attr-defined]
+            yield client
+
+    return open_client
+
+
+@pytest.fixture
+def listen(make_settings: Callable[..., Settings]) -> Callable[..., Any]:
+    """``listen(model, **settings)``: a real server on a free loopback port; gives its URL and the server."""
+
+    @contextmanager
+    def run(model: Any, **settings: Any) -> Iterator[tuple[str, DrainingServer]]:
+        load = model if callable(model) else lambda _: model
+        server = DrainingServer(make_settings(port=0, **settings), load)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        until(lambda: server.started or not thread.is_alive())
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        if not callable(model):
+            until(lambda: httpx.get(f"{url}/health").status_code == 200)
+        try:
+            yield url, server
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+
+    return run
+
+
+@pytest.fixture
+def read_events() -> Callable[[str], list[Any]]:
+    """The ``data:`` payloads of a stream's text; comments are dropped."""
+
+    def read(text: str) -> list[Any]:
+        payloads = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
+        return [payload if payload == "[DONE]" else json.loads(payload) for payload in payloads]
+
+    return read

@@ -1,0 +1,176 @@
+import pytest
+
+pytestmark = pytest.mark.anyio
+ANSWER = "Grüße 🌍, one two three. STOP and more"
+
+
+def ask(**fields):
+    return {"model": "tiny", "prompt": "one", "max_tokens": 100, "temperature": 0} | fields
+
+
+async def complete(client, **fields):
+    answer = await client.post("/v1/completions", json=ask(**fields))
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+async def test_an_answer_carries_text_usage_and_timings(connect, make_model):
+    model = make_model()
+    async with connect(model) as client:
+        body = await complete(client)
+    num_tokens = len(model.codec.encode(ANSWER)) + 1
+    assert body["object"] == "text_completion"
+    assert body["id"].startswith("cmpl-")
+    assert body["model"] == "tiny"
+    assert body["choices"] == [{"text": ANSWER, "index": 0, "logprobs": None, "finish_reason": "stop"}]
+    num_prompt = len(model.codec.encode("one"))
+    assert body["usage"] == {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_tokens,
+        "total_tokens": num_prompt + num_tokens,
+    }
+    rounds = -(-num_tokens // 3)
+    timings = body["timings"]
+    assert timings["draft_rounds"] == rounds
+    assert timings["draft_n"] == 4 * rounds
+    assert timings["draft_n_accepted"] == num_tokens - rounds
+    assert timings["acceptance_length"] == pytest.approx(num_tokens / rounds, abs=1e-3)
+    assert timings["tokens_per_s"] == pytest.approx((num_tokens - 1) / 0.1, rel=1e-2)
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+async def test_the_stream_holds_the_same_text(connect, make_model, read_events, size):
+    async with connect(make_model(size=size)) as client:
+        whole = await complete(client, stop=["STOP"])
+        answer = await client.post("/v1/completions", json=ask(stop="STOP", stream=True))
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["x-request-id"]
+    *chunks, done = read_events(answer.text)
+    assert done == "[DONE]"
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "Grüße 🌍, one two three. "
+    assert whole["choices"][0]["text"] == "Grüße 🌍, one two three. "
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[-2:]] == [None, "stop"]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert chunks[-1]["timings"]["draft_rounds"] >= 1
+    assert not any("usage" in chunk for chunk in chunks)
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+async def test_a_stop_string_ends_the_text_and_the_request(connect, make_model, read_events, size):
+    model = make_model(size=size)
+    used = len(model.codec.encode("Grüße 🌍, one two three. STOP"))
+    async with connect(model) as client:
+        whole = await complete(client, stop=["never", "STOP"])
+        options = {"include_usage": True}
+        answer = await client.post("/v1/completions", json=ask(stop="STOP", stream=True, stream_options=options))
+    assert whole["choices"][0]["finish_reason"] == "stop"
+    assert whole["usage"]["completion_tokens"] == used
+    *chunks, last, _ = read_events(answer.text)
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert last["choices"] == []
+    assert last["usage"] == whole["usage"]
+    assert last["timings"].keys() == whole["timings"].keys()
+    assert model.engine.status().free_slots == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_cancels_what_would_go_on(connect, make_model, stream):
+    model = make_model()
+    burst = tuple(model.codec.encode("one STOP two "))
+    endless = type(model)(type(model.engine)(lambda request: iter(lambda: burst, None)), model.codec)
+    async with connect(endless) as client:
+        answer = await client.post("/v1/completions", json=ask(max_tokens=190, stop="P t", stream=stream))
+        assert answer.status_code == 200
+    assert len(endless.engine.cancelled) == 1
+
+
+async def test_continuous_usage_counts_up(connect, make_model, read_events):
+    async with connect(make_model()) as client:
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        answer = await client.post("/v1/completions", json=ask(stream=True, stream_options=options))
+    counts = [event["usage"]["completion_tokens"] for event in read_events(answer.text)[:-1]]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 3
+
+
+async def test_max_tokens_is_exact_and_defaults_to_sixteen(connect, make_model):
+    async with connect(make_model(text="x" * 60)) as client:
+        limited = await complete(client, max_tokens=5)
+        default = await complete(client, max_tokens=None)
+    assert limited["choices"][0] == {"text": "xxxxx", "index": 0, "logprobs": None, "finish_reason": "length"}
+    assert limited["usage"]["completion_tokens"] == 5
+    assert default["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_prompts"),
+    [("one", 1), (["one", "two"], 2), ([5, 6, 7], 1), ([[5, 6], [7]], 2)],
+)
+async def test_all_prompt_shapes(connect, make_model, prompt, num_prompts):
+    model = make_model()
+    async with connect(model) as client:
+        body = await complete(client, prompt=prompt, n=2)
+    assert [choice["index"] for choice in body["choices"]] == list(range(2 * num_prompts))
+    assert {choice["text"] for choice in body["choices"]} == {ANSWER}
+    asked = sorted((list(request.prompt_ids), request.choice) for request in model.engine.submitted)
+    prompts = [prompt] if num_prompts == 1 else prompt
+    ids = [model.codec.encode(p) if isinstance(p, str) else p for p in prompts]
+    assert asked == sorted((p, choice) for p in ids for choice in (0, 1))
+    assert body["usage"]["prompt_tokens"] == sum(map(len, ids))
+
+
+async def test_choices_are_prompt_major(connect, make_model):
+    model = make_model(script=lambda request: [tuple(request.prompt_ids), (request.choice + 40,)])
+    async with connect(model) as client:
+        body = await complete(client, prompt=[[60, 61], [62]], n=2, max_tokens=10)
+    expected = [[60, 61, 40], [60, 61, 41], [62, 40], [62, 41]]
+    assert [choice["text"] for choice in body["choices"]] == [model.codec.decode(ids) for ids in expected]
+
+
+async def test_echo_puts_the_prompt_first(connect, make_model, read_events):
+    model = make_model()
+    ids = model.codec.encode("two ")
+    async with connect(model) as client:
+        whole = await complete(client, prompt=ids, echo=True)
+        only = await complete(client, prompt=["two ", "é"], echo=True, max_tokens=0, n=2)
+        answer = await client.post("/v1/completions", json=ask(prompt=ids, echo=True, stream=True))
+    assert whole["choices"][0]["text"] == "two " + ANSWER
+    assert [choice["text"] for choice in only["choices"]] == ["two ", "two ", "é", "é"]
+    assert only["choices"][0]["finish_reason"] == "length"
+    assert only["usage"]["completion_tokens"] == 0
+    assert "".join(chunk["choices"][0]["text"] for chunk in read_events(answer.text)[:-1]) == "two " + ANSWER
+
+
+async def test_sampling_fields_reach_the_engine(connect, make_model):
+    model = make_model()
+    fields = {
+        "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": -3, "presence_penalty": 1,
+        "frequency_penalty": -1.5, "repetition_penalty": 1.1, "logit_bias": {"7": -100, "8": 2.5},
+    }  # fmt: skip
+    async with connect(model) as client:
+        await complete(client, **fields, stop_token_ids=[9], speculative={"enabled": False})
+        await complete(client, ignore_eos=True, top_k=-1, temperature=None, speculative={"enabled": True})
+    first, second = model.engine.submitted
+    assert {name: getattr(first.sampling, name) for name in fields} == fields | {"logit_bias": {7: -100.0, 8: 2.5}}
+    assert first.stop_ids == model.codec.stop_ids | {9}
+    assert not first.draft
+    assert second.stop_ids == frozenset()
+    assert second.draft
+    assert (second.sampling.top_k, second.sampling.temperature) == (0, 1.0)
+
+
+async def test_fields_that_change_nothing_are_accepted(connect, make_model):
+    fields = {
+        "user": "me", "suffix": None, "best_of": 1, "logprobs": None, "stop": None, "store": False, "min_tokens": 0,
+        "service_tier": "auto", "metadata": {"a": "b"}, "n": None, "stream": None, "stream_options": None,
+    }  # fmt: skip
+    async with connect(make_model()) as client:
+        await complete(client, **fields)
+
+
+async def test_lenient_servers_drop_unknown_fields_but_not_known_ones(connect, make_model):
+    async with connect(make_model(), lenient=True) as client:
+        await complete(client, unheard_of=1)
+        answer = await client.post("/v1/completions", json=ask(suffix="x"))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "unsupported_parameter"

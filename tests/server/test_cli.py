@@ -1,0 +1,154 @@
+import json
+import subprocess
+import sys
+import types
+from dataclasses import dataclass
+
+import pytest
+from typer.testing import CliRunner
+
+from server import cli
+
+ANSWER = "Grüße 🌍, one two three. STOP and more"
+GREEN = "\x1b[32m"
+
+
+@pytest.fixture
+def launch(monkeypatch, make_settings):
+    """Stands in for loading: ``launch.model`` is what the commands get, ``launch.settings`` what they asked for."""
+    module = types.ModuleType("server.launch")
+
+    def load_model(settings):
+        module.settings = settings
+        if isinstance(module.model, Exception):
+            raise module.model
+        return module.model
+
+    module.load_model = load_model
+    monkeypatch.setitem(sys.modules, "server.launch", module)
+    return module
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+
+
+def run_main(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["dovetail", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code, capsys.readouterr().err
+
+
+def test_generate_prints_the_text_and_the_figures(launch, make_model):
+    launch.model = make_model()
+    result = run("generate", "one", "--max-tokens", "100")
+    lines = result.stdout.splitlines()
+    assert lines[0] == "one" + ANSWER
+    assert "tokens/s, acceptance length 2." in lines[-1]
+    assert not launch.model.engine.alive
+
+
+def test_accepted_drafts_have_another_colour(launch, make_model, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    launch.model = make_model()
+    coloured = run("generate", "one", "--max-tokens", "100").stdout.splitlines()[0]
+    launch.model = make_model(size=1)
+    plain = run("generate", "one", "--max-tokens", "100", "--no-draft").stdout.splitlines()[0]
+    assert GREEN in coloured
+    assert GREEN not in plain
+
+
+def test_generate_json_ends_with_one_object(launch, make_model):
+    launch.model = make_model()
+    result = run("generate", "one", "--json", "--max-tokens", "7", "--temperature", "0.5", "--seed", "3")
+    answer = json.loads(result.stdout.splitlines()[-1])
+    ids = launch.model.codec.encode(ANSWER)[:7]
+    assert answer["token_ids"] == ids
+    assert answer["text"] == launch.model.codec.decode(ids)
+    assert answer["usage"]["completion_tokens"] == 7
+    assert answer["finish_reason"] == "length"
+    assert {"draft_rounds", "draft_n", "draft_n_accepted", "acceptance_length", "tokens_per_s"} <= set(
+        answer["timings"]
+    )
+    request = launch.model.engine.submitted[0]
+    assert (request.sampling.temperature, request.sampling.seed, request.draft) == (0.5, 3, True)
+
+
+def test_flags_become_settings(launch, make_model):
+    launch.model = make_model()
+    run("generate", "one", "some/model", "--rows", "9", "--top-k", "3", "--depth", "4", "--drafter", "x", "--json")
+    settings = launch.settings
+    assert (settings.target, settings.rows, settings.top_k, settings.depth, settings.drafter) == (
+        "some/model", 9, 3, 4, "x",
+    )  # fmt: skip
+    assert settings.max_seqs == 1
+    launch.model = make_model()
+    run("generate", "one", "--no-draft", "--json")
+    assert launch.settings.drafter == "none"
+    assert not launch.model.engine.submitted[0].draft
+
+
+def test_serve_hands_its_settings_on(launch, monkeypatch, make_settings):
+    served = []
+    monkeypatch.setattr("server.app.serve", lambda settings, load: served.append((settings, load)))
+    run("serve", "some/model", "--port", "0", "--lenient", "--max-seqs", "2", "--api-key", "k", "--vram", "1GiB")
+    (settings, load) = served[0]
+    assert load is launch.load_model
+    assert (settings.target, settings.port, settings.lenient, settings.max_seqs) == ("some/model", 0, True, 2)
+    assert (settings.api_key.get_secret_value(), settings.vram) == ("k", 2**30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate", "x", "--weights", "int4"], 2, "int4 weights are not supported"),
+        (["generate", "x", "--config", "nowhere.toml"], 2, "nowhere.toml does not exist"),
+        (["generate", "x", "--no-draft", "--drafter", "y"], 2, "contradicts"),
+        (["generate", "x", "--max-tokens", "0"], 2, "max-tokens"),
+        (["generate"], 2, "Missing argument"),
+        (["generate", "x" * 300], 1, "maximum context length is 200"),
+        (["generate", "a\udcff"], 1, "lone surrogate"),
+        (["train", "language-model", "nowhere.toml"], 2, "does not exist"),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(
+    launch, make_model, monkeypatch, capsys, tmp_path, arguments, code, message
+):
+    monkeypatch.chdir(tmp_path)
+    launch.model = make_model()
+    given, told = run_main(monkeypatch, capsys, *arguments)
+    assert given == code
+    assert message in told
+    assert "Traceback" not in told
+
+
+def test_loading_errors_are_told(launch, monkeypatch, capsys):
+    launch.model = ValueError("model.safetensors is cut short")
+    assert run_main(monkeypatch, capsys, "generate", "x") == (1, "dovetail: model.safetensors is cut short\n")
+
+
+def test_a_failing_engine_is_told(launch, make_model, monkeypatch, capsys):
+    launch.model = make_model(script=lambda request: [(70,), None])
+    assert run_main(monkeypatch, capsys, "generate", "x", "--json") == (1, "dovetail: secret detail\n")
+
+
+def test_train_prints_its_report(launch, monkeypatch, tmp_path):
+    @dataclass
+    class Report:
+        final: dict[str, float]
+
+    launch.train_drafter = lambda recipe, resume: Report({"loss": recipe["x"], "resumed": float(resume)})
+    (tmp_path / "recipe.toml").write_text("x = 2")
+    result = run("train", "drafter", str(tmp_path / "recipe.toml"), "--resume")
+    assert json.loads(result.stdout.splitlines()[-1]) == {"final": {"loss": 2, "resumed": 1.0}}
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from typer.testing import CliRunner; from server import cli;"
+        "assert CliRunner().invoke(cli.app, ['serve', '--help']).exit_code == 0;"
+        "sys.exit(bool({'torch', 'transformers', 'fastapi'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import pytest
+
+from server.settings import Settings, SettingsError, load_settings
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"DOVETAIL_{name.upper()}", raising=False)
+
+
+def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "dovetail.toml"
+    config.write_text('port = 1\nhost = "::1"\nmax_seqs = 2\n')
+    monkeypatch.setenv("DOVETAIL_PORT", "2")
+    monkeypatch.setenv("DOVETAIL_HOST", "0.0.0.0")
+    settings = load_settings({"port": 3}, config)
+    assert (settings.port, settings.host, settings.max_seqs, settings.max_waiting) == (3, "0.0.0.0", 2, 64)
+
+
+def test_settings_are_frozen_and_keep_the_key_to_themselves() -> None:
+    settings = load_settings({"api_key": "secret"})
+    with pytest.raises(ValueError, match="frozen"):
+        settings.port = 1  # type: ignore[misc]
+    assert "secret" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"weights": "int4"}, "weights: int4 weights are not supported"),
+        ({"weights": "fp64"}, "weights: Input should be 'fp32' or 'bf16'"),
+        ({"vram": "3 apples"}, "vram: '3 apples' is no amount of memory"),
+        ({"drafter_device": "gpu"}, "drafter_device: 'gpu' is no device"),
+        ({"threads": 0}, "threads: Input should be greater than or equal to 1"),
+        ({"port": 70000}, "port: "),
+        ({"vision": "x"}, "unknown setting 'vision'; known are target"),
+    ],
+)
+def test_faults_are_named(flags: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(flags)
+    assert message in str(caught.value)
+
+
+def test_faulty_files_are_named(tmp_path: Path) -> None:
+    config = tmp_path / "dovetail.toml"
+    with pytest.raises(SettingsError, match="does not exist"):
+        load_settings({}, config)
+    config.write_text("port =")
+    with pytest.raises(SettingsError, match="is not TOML"):
+        load_settings({}, config)
+    config.write_text("prot = 1")
+    with pytest.raises(SettingsError, match="unknown setting 'prot'"):
+        load_settings({}, config)
+
+
+@pytest.mark.parametrize(("given", "number"), [("3GiB", 3 * 2**30), ("1.5 MB", 1_500_000), ("7", 7)])
+def test_amounts_of_memory(given: str, number: int) -> None:
+    assert load_settings({"vram": given}).vram == number
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({}, "dovetail"),
+        ({"target": "/models/qwen/"}, "qwen"),
+        ({"target": "org/x"}, "x"),
+        ({"target": "a", "model_name": "b"}, "b"),
+    ],
+)
+def test_served_name(flags: dict[str, str], name: str) -> None:
+    assert load_settings(flags).served_name == name
