@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM
 
-from server.bench.gguf_file import write_gguf
 from server.engine.engine import Engine
 from server.engine.generate import generate
 from server.engine.request import EngineError, FinishReason, Request, SamplingParams
@@ -105,6 +104,8 @@ class TransformersPeer:
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=WEIGHTS[weights], use_safetensors=True, trust_remote_code=False
         ).eval()
+        # Where a text ends is the case's business; generate() would fall back on the model's own ids.
+        self.model.generation_config.eos_token_id = None
 
     @torch.inference_mode()
     def run(self, case: Case) -> Timed:
@@ -132,9 +133,11 @@ class LlamaCppPeer:
 
     def __init__(self, folder: Path, weights: str, threads: int, context_length: int) -> None:
         """Errors: PeerUnavailable without the package; GGUFError for an architecture the writer does not know."""
-        if importlib.util.find_spec("llama_cpp") is None:
+        if not (importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf")):
             raise PeerUnavailable("llama-cpp-python is not installed; `make gguf` builds it (10 to 15 minutes)")
         from llama_cpp import Llama
+
+        from server.bench.gguf_file import write_gguf
 
         with tempfile.TemporaryDirectory(prefix="dovetail-bench-") as scratch:
             file = write_gguf(folder, Path(scratch) / "target.gguf", weights)

@@ -151,7 +151,8 @@ def frequency_factors(config: Any) -> Tensor:
     size = head_size(config)
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
     scaled, _ = ROPE_INIT_FUNCTIONS[rope_type(config)](config, torch.device("cpu"))
-    return plain / scaled
+    factors: Tensor = plain / scaled
+    return factors
 
 
 def storage(tensor: Tensor, quantization: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
