@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     max_waiting: int = Field(64, ge=1, description="Requests that may wait; more are answered with 429.")
     rows: int | None = Field(None, ge=1, description="Rows of a verify pass for one request, the root included.")
     top_k: int | None = Field(None, ge=1, description="Children a drafted node may have.")
-    depth: int | None = Field(None, ge=1, description="Longest drafted path.")
+    depth: int | None = Field(None, ge=0, description="Draft levels after the first.")
     api_key: SecretStr | None = Field(None, description="Key that clients must send.")
     model_name: str | None = Field(None, min_length=1, description="Name the model is served under.")
     lenient: bool = Field(False, description="Accept unknown request fields instead of refusing them.")

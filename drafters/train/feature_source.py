@@ -60,12 +60,14 @@ class FeatureSource(Protocol):
 class DataOptions:
     """A recipe's ``[data]`` table.
 
-    target: the model to draft for, as the server names targets; tokens: a ``.npy`` file of packed token ids;
-    window_length: tokens of one sample; held_out_share: the end of the file kept for evaluation.
+    target: the model to draft for, as the server names targets; tokens: a ``.npy`` file of packed token ids; weights:
+    the type the target's weights are held in while it computes features; window_length: tokens of one sample;
+    held_out_share: the end of the file kept for evaluation.
     """
 
     target: str
     tokens: str
+    weights: str = "fp32"
     window_length: int = 256
     held_out_share: float = 0.01
 

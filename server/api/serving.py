@@ -147,7 +147,9 @@ class Serving:
     def interruption(self) -> NotServing:
         """Why the engine ended a request that nobody cancelled."""
         if self.phase is Phase.STOPPING:
-            return NotServing("shutting_down", "The server is shutting down; the text is not complete.", LOADING_RETRY_S)
+            return NotServing(
+                "shutting_down", "The server is shutting down; the text is not complete.", LOADING_RETRY_S
+            )
         return NotServing("engine_dead", "The engine has stopped; the text is not complete.", LONG_RETRY_S)
 
     def model_named(self, name: str) -> ServedModel:

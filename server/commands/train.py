@@ -28,7 +28,7 @@ def train_language_model(recipe: Recipe, resume: Resume = False) -> None:
 def train_drafter(recipe: Recipe, resume: Resume = False) -> None:
     """Train a drafter on a target's own features."""
     from kernels.training.options import load_recipe
-    from server.launch import train_drafter
+    from server.feature_source import train_drafter
 
     print_report(train_drafter(load_recipe(recipe), resume))
 
