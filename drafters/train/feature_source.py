@@ -30,8 +30,10 @@ class FeatureSource(Protocol):
     seen without asking the target for it.
     """
 
-    fingerprint: str
-    """Identifies the target's weights; kept in the drafter's configuration."""
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the target's weights; kept in the drafter's configuration."""
+        ...
 
     @property
     def train_data(self) -> Samples:
