@@ -105,7 +105,7 @@ def bench(
     report = run_bench(
         settings, BenchOptions(suite, max_tokens, repeats, peers, simulate_acceptance, ignore_eos), limit
     )
-    show(report, Console(stderr=True))
+    show(report, Console(stderr=True, markup=False))
     line = json.dumps(report)
     if json_file is not None:
         json_file.write_text(line + "\n", encoding="utf-8")

@@ -37,7 +37,7 @@ EXTRAS = {
 def doctor() -> None:
     """Show devices, bandwidth, versions, bundled models and extras. The last line printed is JSON."""
     report = examine()
-    show(report, Console(stderr=True))
+    show(report, Console(stderr=True, markup=False))
     typer.echo(json.dumps(report))
 
 
