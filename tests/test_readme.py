@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A block is run when this comment stands on the line before it.
 RUNNABLE = re.findall(r"<!-- runnable -->\n```sh\n(.*?)```", README, flags=re.DOTALL)
-START_LIMIT_S = 60
+START_LIMIT_S = 120
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def environment() -> dict[str, str]:
     if not (ROOT / "server/assets/target/config.json").is_file() and "DOVETAIL_TARGET" not in os.environ:
         pytest.skip("there is no bundled target, and DOVETAIL_TARGET names no other")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "DOVETAIL_MODEL_NAME": "dovetail"}
 
 
 @pytest.fixture(scope="module")
