@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from server.commands import train
+from server.commands import bench, train
+from server.commands.doctor import doctor
 from server.commands.generate import generate
 from server.commands.serve import serve
 from server.engine.request import EngineError
@@ -27,6 +28,8 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(generate)
+app.add_typer(bench.app, name="bench")
+app.command()(doctor)
 app.add_typer(train.app, name="train")
 
 
