@@ -1,0 +1,10 @@
+"""Linear layers whose weights are packed to 4, 8 or 16 bits and read once for all rows of a pass.
+
+`pack` a weight at load, then `linear(x, packed)`. Written for verifying many drafted rows on a CPU: one row and eight rows
+cost nearly the same, since the weights cross the memory bus once, and every row is bit-equal to the row computed alone.
+"""
+
+from kernels.linear_lowbit.cpu import linear
+from kernels.linear_lowbit.packed import FORMAT_VERSION, PackedWeight, pack, unpack
+
+__all__ = ["FORMAT_VERSION", "PackedWeight", "linear", "pack", "unpack"]
