@@ -1,7 +1,7 @@
 """Builds the native kernels: one shared object with a C interface, every instruction set inside, chosen at run time.
 
-The extension is optional: where no compiler is found, or it fails, the install goes on without it and the reference kernels
-stand in (see kernels/native.py).
+The extension is optional: where no compiler is found, or it fails, the install goes on without it and the reference
+kernels stand in (see kernels/native.py).
 """
 
 from glob import glob

@@ -1,7 +1,7 @@
 """The shared object with the native kernels: found, checked, loaded once; absent where no compiler was at hand.
 
-It is built with the install (see `setup.py`), holds every instruction set and chooses at load. All calls go through ctypes,
-which releases the interpreter's lock while native code runs.
+It is built with the install (see `setup.py`), holds every instruction set and chooses at load. All calls go through
+ctypes, which releases the interpreter's lock while native code runs.
 """
 
 import ctypes
@@ -55,8 +55,8 @@ def library() -> ctypes.CDLL | None:
     native = ctypes.CDLL(str(path))
     if (abi := native.dovetail_abi()) != ABI:
         logger.warning(
-            "%s was built from other sources (interface %d, wanted %d): the plain torch reference stands in, tens of times "
-            "slower. `pip install --editable .` builds it anew.", path.name, abi, ABI,
+            "%s was built from other sources (interface %d, wanted %d): the plain torch reference stands in, tens of "
+            "times slower. `pip install --editable .` builds it anew.", path.name, abi, ABI,
         )  # fmt: skip
         return None
     for name, (arguments, result) in _SIGNATURES.items():
@@ -68,7 +68,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def available_instruction_sets() -> list[str]:
-    """Names of the instruction sets that this processor and build offer, fastest first; empty without native kernels."""
+    """Names of the instruction sets that processor and build offer, fastest first; empty without native kernels."""
     native = library()
     names: list[str] = []
     while native is not None and (name := native.dovetail_available_instruction_set(len(names))) is not None:
@@ -103,7 +103,7 @@ def num_threads() -> int:
 
 
 def set_num_threads(count: int) -> int:
-    """Resizes the pool and returns its size: more threads than processors only wait for each other, so the count is capped."""
+    """Resizes the pool and returns its size, capped: more threads than processors only wait for each other."""
     if count < 1:
         raise ValueError(f"threads must be at least 1, got {count}")
     native, limit = library(), available_threads()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def available_threads(root: Path = Path("/")) -> int:
-    """Threads worth starting, at least 1: usable processors, fewer where a cgroup (v1 or v2) grants less time than that.
+    """Threads worth starting, at least 1: usable processors, fewer where a cgroup (v1 or v2) grants less time.
 
     `root` is where `proc` and `sys` lie.
     """

@@ -73,9 +73,10 @@ def packed_bytes(out_features: int, in_features: int, bits: int, group_size: int
 def pack(
     weight: Tensor, bits: int, group_size: int = 32, *, zero_point: bool = False, importance: Tensor | None = None
 ) -> PackedWeight:
-    """Packs weight [out_features, in_features] once, at load. Raises ValueError for a shape or value that has no packed form.
+    """Packs weight [out_features, in_features] once, at load.
 
     bits 4 and 8 quantise with the least squared error (see `reference.quantise`); 16 keeps bf16, 32 keeps fp32.
+    Raises ValueError for a shape or value that has no packed form.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"a weight must be a floating-point matrix, got {weight.dtype} {list(weight.shape)}")
@@ -100,7 +101,7 @@ def pack_quantised(weight: QuantisedWeight) -> PackedWeight:
     out_features, in_features = weight.codes.shape
     codes = _pad_rows(weight.codes)
     if weight.bits == 4:
-        pairs = codes.unflatten(1, (-1, 2, 4))
+        pairs = codes.reshape(len(codes), -1, 2, 4)
         codes = (pairs[:, :, 0] | pairs[:, :, 1] << 4).flatten(1)
     num_groups = in_features // weight.group_size
     parts = [

@@ -2,10 +2,11 @@
 
 Letters: N rows of activations, O output features, I input features, G = I / group_size groups of a weight row.
 
-A weight group (group_size consecutive inputs of one output) is stored as unsigned codes of `bits` bits with one fp16 scale:
-weight = scale * (code - 2^(bits - 1)), or with zero points (an fp16 minimum per group) weight = scale * code + minimum.
-Activations are quantised per row and span of 128 inputs to signed bytes: value = scale * byte, scale = largest magnitude / 127.
-Products of codes and bytes are summed exactly, as integers, over a group; fp32 sums over the groups of a span, then over spans.
+A weight group (group_size consecutive inputs of one output) is stored as unsigned codes of `bits` bits with one fp16
+scale: weight = scale * (code - 2^(bits - 1)), or with zero points (an fp16 minimum per group) scale * code + minimum.
+Activations are quantised per row and span of 128 inputs to signed bytes: value = scale * byte, scale = largest
+magnitude / 127. Products of codes and bytes are summed exactly, as integers, over a group, then in fp32 over the groups
+of a span, then over spans.
 """
 
 from dataclasses import dataclass
@@ -30,10 +31,11 @@ class QuantisedWeight:
 
     def dequantise(self) -> Tensor:
         """The weights that the codes stand for, fp32 [O, I]."""
-        codes = self.codes.float().unflatten(1, (-1, self.group_size))
+        codes = self.codes.float().reshape(len(self.codes), -1, self.group_size)
         scale = self.scale.float().unsqueeze(-1)
         if self.minimum is None:
-            return (scale * (codes - 2 ** (self.bits - 1))).flatten(1)
+            centred: Tensor = scale * (codes - 2 ** (self.bits - 1))
+            return centred.flatten(1)
         return torch.addcmul(self.minimum.float().unsqueeze(-1), scale, codes).flatten(1)
 
 
@@ -42,8 +44,9 @@ def quantise(
 ) -> QuantisedWeight:
     """Codes and scales of weight [O, I] with the least squared error among a search over clipping ranges.
 
-    Every candidate range gives codes; the scale (and minimum) is then refitted to those codes by least squares. `importance`
-    [I] weighs the error of each input, e.g. the mean square of its activations on a calibration text. The search is ours.
+    Every candidate range gives codes; the scale (and minimum) is then refitted to those codes by least squares.
+    `importance` [I] weighs the error of each input, e.g. the mean square of its activations on a calibration text.
+    The search is ours.
     """
     out_features, in_features = weight.shape
     groups = weight.detach().float().reshape(-1, group_size)
@@ -51,7 +54,7 @@ def quantise(
     cost = cost.reshape(-1, group_size)
     rows = max(1, _CHUNK_ELEMENTS // in_features) * (in_features // group_size)
     search = _search_with_minimum if zero_point else _search_symmetric
-    parts = [search(piece, cost.repeat(len(piece) // len(cost), 1), bits) for piece in groups.split(rows)]
+    parts = [search(piece, cost.repeat(len(piece) // len(cost), 1), bits) for piece in torch.split(groups, rows)]
     codes = torch.cat([part[0] for part in parts]).reshape(out_features, in_features)
     scale = torch.cat([part[1] for part in parts]).reshape(out_features, -1)
     minimum = torch.cat([part[2] for part in parts]).reshape(out_features, -1) if zero_point else None
@@ -113,7 +116,7 @@ def _search_with_minimum(groups: Tensor, cost: Tensor, bits: int) -> tuple[Tenso
 def quantise_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """x fp32 [N, I] -> bytes int8 [N, I], scale fp32 [N, spans].
 
-    A span that holds NaN or infinity has scale NaN and bytes 0: the row's outputs are all NaN, other rows are untouched.
+    A span with NaN or infinity has scale NaN and bytes 0: the row's outputs are all NaN, other rows are untouched.
     """
     num_rows, in_features = x.shape
     num_spans = -(-in_features // ACTIVATION_SPAN)
@@ -131,9 +134,9 @@ def linear_integer(x: Tensor, weight: QuantisedWeight) -> Tensor:
     """x fp32 [N, I] times the quantised weight: fp32 [N, O], through the integer sums that the native kernels take."""
     values, activation_scale = quantise_activations(x)
     codes = weight.codes.to(torch.float64) - (0 if weight.minimum is not None else 2 ** (weight.bits - 1))
-    grouped = values.to(torch.float64).unflatten(1, (-1, weight.group_size))
+    grouped = values.to(torch.float64).reshape(len(x), -1, weight.group_size)
     # float64 holds every integer sum exactly.
-    dots = torch.einsum("ngi,ogi->gno", grouped, codes.unflatten(1, (-1, weight.group_size))).float()
+    dots = torch.einsum("ngi,ogi->gno", grouped, codes.reshape(len(codes), -1, weight.group_size)).float()
     sums = grouped.sum(-1).float()
     span_groups = ACTIVATION_SPAN // weight.group_size
     out = torch.zeros(len(x), len(weight.codes))
@@ -148,5 +151,5 @@ def linear_integer(x: Tensor, weight: QuantisedWeight) -> Tensor:
 
 
 def linear_float(x: Tensor, weight: Tensor) -> Tensor:
-    """x fp32 [N, I] times weight [O, I] in bf16 (activations are rounded to bf16 as well) or fp32, summed in fp32: [N, O]."""
+    """x fp32 [N, I] times weight [O, I] in bf16 (activations rounded to bf16 as well) or fp32, summed in fp32: [N, O]."""
     return torch.nn.functional.linear(x.to(weight.dtype).float(), weight.float())

@@ -60,26 +60,57 @@ void encode_rows(Pool& pool, const Packed& w, const float* x, int64_t stride, in
   pool.run(rows, std::max<int64_t>(1, worth_sharing / w.in), body);
 }
 
-void multiply_panels(const Packed& w, const Activations& activations, int rows, int64_t begin, int64_t end, float* y, int64_t stride) {
+namespace {
+
+// A tile on its way through the spans of one panel.
+struct Cursor {
+  StepFunction step;
+  Step at;
+  int width;
+};
+
+int start_tiles(const Packed& w, const Activations& activations, int rows, float* sums, Cursor* tiles) {
   const StepFunction* steps = instruction_set().steps[format_of(w)];
-  const int span_chunks = kSpan / kChunk;
-  const int group_chunks = w.integer() ? w.group / kChunk : 1;
+  for (int tile = 0; tile < tile_count(rows); ++tile) {
+    const TileRange range = tile_range(rows, tile);
+    const Activations part = tile_at(activations, w, range.first);
+    const int group_chunks = w.integer() ? w.group / kChunk : 1;
+    tiles[tile] = {steps[range.width - 1],
+                   {nullptr, part.values, part.offsets, part.scales, sums + range.first * kPanel, 0, group_chunks},
+                   range.width};
+  }
+  return tile_count(rows);
+}
+
+// The sums of one panel. All tiles take a span before any takes the next: its weights come from L1 for all but the first.
+void multiply_panel(const Packed& w, const uint8_t* weights, Cursor* tiles, int num_tiles) {
   const int64_t chunks = w.chunks();
-  alignas(64) float sums[kBlock * kPanel];
-  const uint8_t* weights = w.data + begin * w.panel_bytes();
-  for (int64_t panel = begin; panel < end; ++panel) {
-    std::memset(sums, 0, static_cast<size_t>(rows) * kPanel * sizeof(float));
-    for (int64_t c = 0, span = 0; c < chunks; c += span_chunks, ++span) {
-      const int width = static_cast<int>(std::min<int64_t>(span_chunks, chunks - c));
-      for (int tile = 0; tile < tile_count(rows); ++tile) {
-        const TileRange range = tile_range(rows, tile);
-        const Activations part = tile_at(activations, w, range.first);
-        steps[range.width - 1]({weights, part.values + c * range.width * kChunk * w.element_bytes(),
-                                part.offsets + c / group_chunks * range.width, part.scales + span * range.width,
-                                sums + range.first * kPanel, width, group_chunks});
-      }
-      weights += w.integer() ? width / group_chunks * w.group_bytes() : width * w.chunk_bytes();
+  for (int64_t c = 0; c < chunks; c += kSpan / kChunk) {
+    const int width = static_cast<int>(std::min<int64_t>(kSpan / kChunk, chunks - c));
+    const int groups = w.integer() ? width * kChunk / w.group : 0;
+    for (Cursor* tile = tiles; tile < tiles + num_tiles; ++tile) {
+      tile->at.weights = weights;
+      tile->at.chunks = width;
+      tile->step(tile->at);
+      tile->at.values += width * tile->width * kChunk * w.element_bytes();
+      tile->at.offsets += groups * tile->width;
+      tile->at.scales += tile->width;
     }
+    weights += w.integer() ? groups * w.group_bytes() : width * w.chunk_bytes();
+  }
+}
+
+}  // namespace
+
+void multiply_panels(const Packed& w, const Activations& activations, int rows, int64_t begin, int64_t end, float* y, int64_t stride) {
+  alignas(64) float sums[kBlock * kPanel];
+  Cursor start[kBlock / kTile];
+  const int num_tiles = start_tiles(w, activations, rows, sums, start);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    Cursor tiles[kBlock / kTile];
+    std::copy(start, start + num_tiles, tiles);
+    std::memset(sums, 0, static_cast<size_t>(rows) * kPanel * sizeof(float));
+    multiply_panel(w, w.data + panel * w.panel_bytes(), tiles, num_tiles);
     const int64_t valid = std::min<int64_t>(kPanel, w.out - panel * kPanel);
     for (int row = 0; row < rows; ++row) {
       std::memcpy(y + row * stride + panel * kPanel, sums + row * kPanel, static_cast<size_t>(valid) * sizeof(float));
