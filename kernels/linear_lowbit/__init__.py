@@ -1,7 +1,7 @@
 """Linear layers whose weights are packed to 4, 8 or 16 bits and read once for all rows of a pass.
 
-`pack` a weight at load, then `linear(x, packed)`. Written for verifying many drafted rows on a CPU: the weights cross the
-memory bus once for all rows, and every row is bit-equal to the row computed alone.
+`pack` a weight at load, then `linear(x, packed)`. Written for verifying many drafted rows on a CPU: the weights cross
+the memory bus once for all rows, and every row is bit-equal to the row computed alone.
 """
 
 from kernels.linear_lowbit.cpu import linear

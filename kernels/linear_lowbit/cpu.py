@@ -14,8 +14,8 @@ from kernels.native import library
 def linear(x: Tensor, packed: PackedWeight) -> Tensor:
     """x [..., in_features] times the packed weight: [..., out_features] in x's dtype.
 
-    Every row's result is the same bit for bit whatever the number of rows and whatever stands beside it. A row with NaN
-    or infinity in it gives NaN for all its outputs on 4 and 8 bits. Raises ValueError for another width, dtype or device.
+    Every row's result is the same bit for bit whatever the number of rows and whatever stands beside it. A row with
+    NaN or infinity gives NaN for all its outputs on 4 and 8 bits. Raises ValueError for another width, dtype or device.
     """
     if x.shape[-1] != packed.in_features:
         raise ValueError(f"the weight takes {packed.in_features} input features, got x of shape {list(x.shape)}")

@@ -151,5 +151,5 @@ def linear_integer(x: Tensor, weight: QuantisedWeight) -> Tensor:
 
 
 def linear_float(x: Tensor, weight: Tensor) -> Tensor:
-    """x fp32 [N, I] times weight [O, I] in bf16 (activations rounded to bf16 as well) or fp32, summed in fp32: [N, O]."""
+    """x fp32 [N, I] times weight [O, I] in bf16 (activations rounded to bf16 too) or fp32, summed in fp32: [N, O]."""
     return torch.nn.functional.linear(x.to(weight.dtype).float(), weight.float())
