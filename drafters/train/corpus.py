@@ -29,7 +29,9 @@ TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 MAX_FILE_BYTES = 200_000
 MIN_FILE_CHARS = 200
-SKIPPED_FOLDERS = frozenset({"test", "tests", "testing", "site-packages", "idle_test", "lib2to3", "autogen", "encodings", "pydoc_data"})
+SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "testing", "site-packages", "idle_test", "lib2to3", "autogen", "encodings", "pydoc_data"}
+)
 SHINGLE_WORDS = 13  # the usual length for finding benchmark text in a training set
 
 CHAT_TEMPLATE = (
@@ -156,7 +158,7 @@ def collect(sources: Iterable[Source], unseen: Iterable[str], seed: int) -> list
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer for code: newlines with the indentation after them are one piece, digits stand alone."""
+    """A byte-level BPE tokenizer for code: a newline and the indentation after it are one piece, digits stand alone."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -73,29 +73,33 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
 class LanguageModelTask(nn.Module):
     """Next-token cross-entropy of a causal transformers model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.is_tied: bool = model.config.tie_word_embeddings
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """``input_ids`` and ``labels`` [B, T]; returns the mean loss in nats a token."""
         return {"loss": self.model(input_ids=input_ids, labels=labels, use_cache=False).loss}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's state without the tied copy of the embedding, which safetensors would refuse."""
         state = super().state_dict(*args, **kwargs)
-        if self.model.config.tie_word_embeddings:
+        if self.is_tied:
             state.pop("model.lm_head.weight", None)
         return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Restore; the tied head follows the embedding."""
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        self.model.tie_weights()
+        if self.is_tied:
+            state_dict = {**state_dict, "model.lm_head.weight": state_dict["model.model.embed_tokens.weight"]}
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        model: Any = self.model
+        model.tie_weights()
         return result
 
 
-def create_model(shape: LanguageModelShape, end_id: int) -> nn.Module:
+def create_model(shape: LanguageModelShape, end_id: int) -> Any:
     """A freshly initialised LLaMA model with tied embeddings. Eager attention is the fastest on a CPU at this size."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -142,7 +146,7 @@ def strings_in(value: Any) -> Iterator[str]:
 def prepare_corpus(
     options: CorpusOptions, shape: LanguageModelShape, folder: Path
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint16], int]:
-    """(training ids, held-out ids, id of the end-of-text token). Kept in ``folder``, so a resumed run reads them back."""
+    """(training ids, held-out ids, end-of-text id). Kept in ``folder``, so a resumed run reads them back."""
     from tokenizers import Tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,6 +164,8 @@ def prepare_corpus(
         np.save(packed, corpus.pack(texts, tokenizer, tokenizer.token_to_id(corpus.END_OF_TEXT)))
     ids = np.load(packed, mmap_mode="r")
     end_id = Tokenizer.from_file(str(tokenizer_file)).token_to_id(corpus.END_OF_TEXT)
+    if end_id is None:
+        raise RecipeError(f"{tokenizer_file} has no token {corpus.END_OF_TEXT}, which closes every document")
     split = int(len(ids) * (1 - options.held_out_share)) // shape.context_length * shape.context_length
     logger.info("corpus: %d tokens to train on, %d held out", split, len(ids) - split)
     return ids[:split], ids[split:], end_id

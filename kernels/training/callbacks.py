@@ -41,9 +41,7 @@ class ProgressBar(TrainerCallback):
         self.progress.start()
         self.bar = self.progress.add_task("", total=state.max_steps, completed=state.global_step, figures="")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
         self.progress.update(self.bar, completed=state.global_step)
 
@@ -118,9 +116,7 @@ class CleanStop(TrainerCallback):
         if threading.current_thread() is threading.main_thread():
             self.previous = signal.signal(signal.SIGINT, self.request)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the trainer to save and stop."""
         if self.requested:
             control.should_save = True

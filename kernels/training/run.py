@@ -25,8 +25,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from kernels.training.callbacks import CleanStop, History, ProgressBar, figures_of
-from kernels.training.options import RecipeError, TrainingOptions
 from kernels.training.optimizer import create_optimizer
+from kernels.training.options import RecipeError, TrainingOptions
 
 FINGERPRINT_FILE = "recipe.json"
 
@@ -139,13 +139,15 @@ def prepare_output(
     file = output / FINGERPRINT_FILE
     checkpoint = get_last_checkpoint(str(output))
     if checkpoint is not None and not resume:
-        raise RecipeError(f"{output} already holds {Path(checkpoint).name}; resume it (--resume) or choose another output")
+        raise RecipeError(
+            f"{output} already holds {Path(checkpoint).name}; resume it (--resume) or choose another output"
+        )
     if checkpoint is not None and file.is_file():
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["sha256"] != digest:
             raise RecipeError(
-                f"the recipe changed since {Path(checkpoint).name} was written (compare {file}); resume with the recipe "
-                "that began the run, or train into another output"
+                f"the recipe changed since {Path(checkpoint).name} was written (compare {file}); resume with the "
+                "recipe that began the run, or train into another output"
             )
     file.write_text(json.dumps({"sha256": digest, "recipe": json.loads(text)}, indent=1) + "\n", encoding="utf-8")
     return checkpoint

@@ -1,0 +1,146 @@
+"""The Dovetail drafter as a network: fusion, then 1 to 6 Llama blocks. Storage of keys is the caller's affair.
+
+Shapes: ... leading dimensions, n rows, H hidden size, D head size. Training hands in [B, T, H] and plain causal
+attention; drafting hands in flattened rows [n, H] and attention over slots. Both run the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from drafters.dgf import DynamicGatingFusion
+from drafters.drafter import DrafterError
+
+MAX_BLOCKS = 6
+
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(block, query [..., heads, n, D], key and value [..., kv heads, n, D]) -> [..., heads, n, D]."""
+
+
+@dataclass(frozen=True)
+class DovetailConfig:
+    """Shape of a drafter. ``hidden_size`` and ``vocab_size`` are the target's; everything else is free.
+
+    ``target`` tells which weights it was trained on (a fingerprint, for the reader and the server's log).
+    """
+
+    hidden_size: int
+    vocab_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_blocks: int = 1
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    target: str | None = None
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "vocab_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*sizes, "num_blocks"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise DrafterError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if self.num_blocks > MAX_BLOCKS:
+            raise DrafterError(f"num_blocks is {self.num_blocks}; allowed are 1 to {MAX_BLOCKS}")
+        if self.num_heads % self.num_kv_heads:
+            raise DrafterError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
+                "every key head serves the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise DrafterError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+
+
+class LlamaBlock(nn.Module):
+    """One Llama decoder block: grouped-query attention with rotary positions, then SwiGLU, both residual.
+
+    Block 0 has no norm before its attention, as in EAGLE. Query, key and value (gate and up) are one matrix each: one
+    product instead of three (two) at every draft level.
+    """
+
+    def __init__(self, config: DovetailConfig, index: int) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.index = index
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.attention_norm = nn.Identity() if index == 0 else nn.RMSNorm(hidden, eps=config.norm_eps)
+        self.qkv_proj = nn.Linear(hidden, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim, bias=False)
+        self.output_proj = nn.Linear(config.num_heads * config.head_dim, hidden, bias=False)
+        self.mlp_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
+        self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        for linear in (self.qkv_proj, self.output_proj, self.gate_up_proj, self.down_proj):
+            nn.init.normal_(linear.weight, std=0.02)
+
+    def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
+        """``hidden`` [..., n, H] and (cos, sin) of its rows, each [n, D] -> [..., n, H]."""
+        num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
+        by_head = self.qkv_proj(self.attention_norm(hidden)).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
+        turned = rotate(by_head.narrow(-3, 0, num_heads + num_kv_heads), *angles)
+        query, key = turned.narrow(-3, 0, num_heads), turned.narrow(-3, num_heads, num_kv_heads)
+        value = by_head.narrow(-3, num_heads + num_kv_heads, num_kv_heads)
+        attended = attend(self.index, query, key, value)
+        hidden = hidden + self.output_proj(attended.transpose(-3, -2).flatten(-2))
+        gate, up = self.gate_up_proj(self.mlp_norm(hidden)).chunk(2, dim=-1)
+        output: Tensor = hidden + self.down_proj(functional.silu(gate) * up)
+        return output
+
+
+class DovetailNetwork(nn.Module):
+    """Features and following tokens in, predicted next features out (Dovetail, arXiv 2412.18934).
+
+    No norm follows the last block: the LM head of the target reads the output as it reads the target's own feature.
+    The embedding and the LM head are the target's and not part of this module.
+    """
+
+    def __init__(self, config: DovetailConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.fusion = DynamicGatingFusion(config.hidden_size, config.norm_eps)
+        self.blocks = nn.ModuleList(LlamaBlock(config, index) for index in range(config.num_blocks))
+
+    def forward(self, features: Tensor, embeddings: Tensor, angles: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
+        """Row i holds the feature of position i and the embedding of the token after it; all [..., n, H]."""
+        hidden: Tensor = self.fusion(features, embeddings)
+        for block in self.blocks:
+            hidden = block(hidden, angles, attend)
+        return hidden
+
+    def forward_causal(self, features: Tensor, embeddings: Tensor) -> Tensor:
+        """Whole sequences [B, T, H] from position 0, as training sees them."""
+        angles = rotary_table(self.config, features.shape[-2], torch.float32, features.device)
+        return self.forward(features, embeddings, angles, causal_attention)
+
+
+def causal_attention(block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Plain causal attention of whole sequences; nothing is stored, so ``block`` does not matter."""
+    del block
+    # Rotation in fp32 leaves query and key wider than value under autocast.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions, halves paired as in Llama: ``vectors`` [..., heads, n, D], ``cos`` and ``sin`` [n, D].
+
+    The sign of the half turn is folded into ``sin`` (see ``rotary_table``), which saves a negation and a copy.
+    """
+    return vectors * cos + vectors.roll(vectors.shape[-1] // 2, dims=-1) * sin
+
+
+def rotary_table(
+    config: DovetailConfig, num_positions: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of positions 0 .. num_positions - 1, each [num_positions, D]; computed in fp32."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    positions = torch.arange(num_positions, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, config.rope_theta**-exponents)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)

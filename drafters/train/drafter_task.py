@@ -1,0 +1,153 @@
+"""Train a Dovetail drafter: the paper's losses on the target's features, teacher forced.
+
+Alignment (Dovetail, arXiv 2412.18934, and the authors' code): the pair (f_i, t_{i+1}) predicts f_{i+1}, which the LM
+head turns into the distribution of t_{i+2}. Of T positions T - 1 have a following token; the mask is that of position
+i. The authors pad the last position with zeros and mask it; here it is left out, which is the same sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional
+
+from drafters.checkpoint import save_drafter
+from drafters.network import DovetailConfig, DovetailNetwork
+from drafters.train.feature_source import DataOptions, FeatureSource
+from kernels.losses.drafting import argmax_agreement, feature_regression, soft_cross_entropy, with_feature_noise
+from kernels.training import RecipeError, TrainingOptions, TrainingReport, run, take_table
+
+TABLES = ("drafter", "loss", "data", "training")
+
+SourceFactory = Callable[[DataOptions], FeatureSource]
+
+
+@dataclass(frozen=True)
+class DrafterShape:
+    """A recipe's ``[drafter]`` table; hidden size and vocabulary come from the target.
+
+    ``head_dim`` defaults to hidden size / heads, as in Llama.
+    """
+
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    num_blocks: int = 1
+    head_dim: int | None = None
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """A recipe's ``[loss]`` table; the defaults are the paper's. ``noise`` 0 leaves the features clean."""
+
+    regression_weight: float = 1.0
+    cross_entropy_weight: float = 0.1
+    noise: float = 0.2
+
+
+class DrafterTask(nn.Module):
+    """Loss and figures of a drafter on batches of a FeatureSource.
+
+    Only ``network`` is trained and saved; embedding and LM head are the target's and frozen.
+    """
+
+    embedding: Tensor
+    lm_head: Tensor
+
+    def __init__(self, network: DovetailNetwork, source: FeatureSource, loss: LossOptions) -> None:
+        super().__init__()
+        self.network = network
+        self.loss = loss
+        self.compute_features = source.features
+        self.register_buffer("embedding", source.embedding().detach(), persistent=False)
+        self.register_buffer("lm_head", source.lm_head().detach(), persistent=False)
+
+    def forward(self, input_ids: Tensor, loss_mask: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
+        """``input_ids`` and ``loss_mask`` [B, T], captured ``features`` [B, T, H] or None to ask the source.
+
+        Returns ``loss``, its parts ``regression`` (SmoothL1) and ``cross_entropy`` (nats), and ``accuracy``: the share
+        of positions where drafter and target rank the same token first.
+        """
+        if features is None:
+            features = self.compute_features(input_ids)
+        features = features.float()
+        predicted = self.predict(features[:, :-1], input_ids[:, 1:])
+        # Only positions that count reach the losses: with chats most do not, and the LM head is the widest product.
+        counted = loss_mask[:, :-1] > 0
+        predicted, wanted, mask = predicted[counted], features[:, 1:][counted], loss_mask[:, :-1][counted]
+        draft_logits = self.logits(predicted)
+        with torch.no_grad():
+            target_logits = self.logits(wanted)
+        regression = feature_regression(predicted, wanted, mask)
+        cross_entropy = soft_cross_entropy(draft_logits, target_logits, mask)
+        return {
+            "loss": self.loss.regression_weight * regression + self.loss.cross_entropy_weight * cross_entropy,
+            "regression": regression.detach(),
+            "cross_entropy": cross_entropy.detach(),
+            "accuracy": argmax_agreement(draft_logits, target_logits, mask),
+        }
+
+    def predict(self, features: Tensor, next_ids: Tensor) -> Tensor:
+        """Predicted next features of the pairs, [B, T, H]; noise on the inputs while training only."""
+        if self.training and self.loss.noise > 0:
+            features = with_feature_noise(features, self.loss.noise)
+        embedded = functional.embedding(next_ids, self.embedding).float()
+        return self.network.forward_causal(features, embedded)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """The target's LM head on features [..., H]."""
+        return functional.linear(features.to(self.lm_head.dtype), self.lm_head)
+
+
+def drafter_config(shape: DrafterShape, source: FeatureSource) -> DovetailConfig:
+    """The drafter's whole configuration: the recipe's part and the target's."""
+    vocab_size, hidden_size = source.embedding().shape
+    values = dataclasses.asdict(shape)
+    if shape.head_dim is None:
+        if hidden_size % shape.num_heads:
+            raise RecipeError(
+                f"the target's hidden size {hidden_size} is not a multiple of drafter.num_heads {shape.num_heads}; "
+                "give drafter.head_dim or another number of heads"
+            )
+        values["head_dim"] = hidden_size // shape.num_heads
+    return DovetailConfig(hidden_size=hidden_size, vocab_size=vocab_size, target=source.fingerprint, **values)
+
+
+def train_drafter(
+    recipe: dict[str, Any], source_factory: SourceFactory, *, resume: bool = False, console: Console | None = None
+) -> TrainingReport:
+    """Run a recipe; ``output/drafter`` then holds a folder for ``drafters.dovetail.load_drafter``.
+
+    ``source_factory`` builds the FeatureSource from the ``[data]`` table. Errors: RecipeError for the recipe and its
+    data, DrafterError for a shape that no drafter can have.
+    """
+    if unknown := sorted(set(recipe) - set(TABLES)):
+        raise RecipeError(f"the recipe has unknown tables {', '.join(unknown)}; allowed are {', '.join(TABLES)}")
+    shape = take_table(recipe, "drafter", DrafterShape)
+    loss = take_table(recipe, "loss", LossOptions)
+    data = take_table(recipe, "data", DataOptions)
+    options = take_table(recipe, "training", TrainingOptions)
+    source = source_factory(data)
+    torch.manual_seed(options.seed)
+    task = DrafterTask(DovetailNetwork(drafter_config(shape, source)), source, loss)
+    report = run(
+        task,
+        source.train_data,
+        options,
+        eval_data=source.held_out_data,
+        recipe=recipe,
+        resume=resume,
+        console=console,
+    )
+    folder = Path(options.output) / "drafter"
+    save_drafter(task.network, folder)
+    return dataclasses.replace(report, checkpoint=str(folder))

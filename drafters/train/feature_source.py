@@ -1,0 +1,139 @@
+"""What a drafter is trained on: token ids with the target's features, however they are made.
+
+``drafters.train`` never loads a target. Whoever owns one builds a source from it and hands it in: features computed on
+the fly, as here, or read back from disk, where the samples carry them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from drafters.train.language_model import PackedWindows
+from kernels.training import RecipeError
+
+Samples = Dataset[dict[str, Tensor]]
+
+
+class FeatureSource(Protocol):
+    """Tokens, features and the two matrices a drafter borrows from its target.
+
+    A sample of the data sets is ``input_ids`` [T], ``loss_mask`` [T] (1 where the position counts) and, where they
+    were captured before, ``features`` [T, H]. Data sets are addressed by index, so a resumed run skips what it has
+    seen without asking the target for it.
+    """
+
+    fingerprint: str
+    """Identifies the target's weights; kept in the drafter's configuration."""
+
+    @property
+    def train_data(self) -> Samples:
+        """Samples to learn from."""
+        ...
+
+    @property
+    def held_out_data(self) -> Samples | None:
+        """Samples to evaluate on, or None."""
+        ...
+
+    def embedding(self) -> Tensor:
+        """[V, H] the target's input embedding."""
+        ...
+
+    def lm_head(self) -> Tensor:
+        """[V, H] the target's output projection; the same tensor as ``embedding()`` where they are tied."""
+        ...
+
+    def features(self, token_ids: Tensor) -> Tensor:
+        """[B, T, H] the vectors the target's LM head consumes, for samples [B, T] that do not carry them."""
+        ...
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """A recipe's ``[data]`` table.
+
+    target: the model to draft for, as the server names targets; tokens: a ``.npy`` file of packed token ids;
+    window_length: tokens of one sample; held_out_share: the end of the file kept for evaluation.
+    """
+
+    target: str
+    tokens: str
+    window_length: int = 256
+    held_out_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.window_length < 3:
+            raise RecipeError(f"data.window_length is {self.window_length}; a sample needs at least 3 tokens")
+        if not 0.0 <= self.held_out_share < 1.0:
+            raise RecipeError(f"data.held_out_share is {self.held_out_share}; allowed are 0 up to, not including, 1")
+
+
+class DraftingWindows(Dataset[dict[str, Tensor]]):
+    """Windows of a packed corpus in which every position counts."""
+
+    def __init__(self, windows: PackedWindows) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        token_ids = self.windows[index]["input_ids"]
+        return {"input_ids": token_ids, "loss_mask": torch.ones(len(token_ids))}
+
+
+def packed_windows(options: DataOptions) -> tuple[Samples, Samples | None]:
+    """(training samples, held-out samples or None) of the packed file, split as language-model training splits it."""
+    file, length = Path(options.tokens).expanduser(), options.window_length
+    if not file.is_file():
+        raise RecipeError(
+            f"data.tokens names {file}, which does not exist; a language-model run writes corpus/tokens.npy"
+        )
+    try:
+        ids = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise RecipeError(f"{file} is no array of token ids: {error}") from error
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise RecipeError(f"{file} holds {ids.dtype} of shape {ids.shape}; packed token ids are one row of integers")
+    split = int(len(ids) * (1 - options.held_out_share)) // length * length
+    train, held_out = PackedWindows(ids[:split], length), PackedWindows(ids[split:], length)
+    if len(train) == 0:
+        raise RecipeError(f"{file} holds {len(ids)} tokens; one window takes {length}")
+    return DraftingWindows(train), DraftingWindows(held_out) if len(held_out) else None
+
+
+@dataclass(frozen=True)
+class OnTheFlySource:
+    """A FeatureSource that asks the target anew for every batch: no disk, one target pass a step.
+
+    ``compute`` maps token ids [B, T] to features [B, T, H]; it runs without gradients and outside autocast, so the
+    target computes in its own type.
+    """
+
+    compute: Callable[[Tensor], Tensor]
+    target_embedding: Tensor
+    target_lm_head: Tensor
+    fingerprint: str
+    train_data: Samples
+    held_out_data: Samples | None = None
+
+    def embedding(self) -> Tensor:
+        """[V, H]."""
+        return self.target_embedding
+
+    def lm_head(self) -> Tensor:
+        """[V, H]."""
+        return self.target_lm_head
+
+    def features(self, token_ids: Tensor) -> Tensor:
+        """[B, T, H]."""
+        with torch.no_grad(), torch.autocast(token_ids.device.type, enabled=False):
+            return self.compute(token_ids)

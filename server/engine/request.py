@@ -1,0 +1,147 @@
+"""A request as the engine sees it: prompt and sampling in, events out. No torch here."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+class EngineError(Exception):
+    """Base of everything the engine refuses or fails with."""
+
+
+class QueueFull(EngineError):
+    """The waiting queue is at its bound. ``retry_after_s`` is an estimate for the client."""
+
+    def __init__(self, limit: int, retry_after_s: float) -> None:
+        super().__init__(
+            f"{limit} requests are waiting already, the server's limit; try again in {retry_after_s:.0f} s"
+        )
+        self.retry_after_s = retry_after_s
+
+
+class ContextTooLong(EngineError):
+    """Prompt and requested tokens do not fit the context."""
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, context: int) -> None:
+        super().__init__(
+            f"This model's maximum context length is {context} tokens. However, {prompt_tokens} tokens are in the "
+            f"prompt and {max_tokens} were requested for the completion; shorten the prompt or lower max_tokens."
+        )
+
+
+class EngineStopped(EngineError):
+    """The engine no longer runs; the server must be restarted."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. temperature 0 is greedy.
+
+    Applied in this order: logit bias and penalties on the logits, temperature, top-k, top-p, min-p. ``seed`` None
+    means: the server draws one for this request.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the arg-max of the raw logits is the answer, so no logits need to be looked at."""
+        return (
+            self.temperature == 0
+            and not self.logit_bias
+            and self.presence_penalty == 0
+            and self.frequency_penalty == 0
+            and self.repetition_penalty == 1
+        )
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One choice of one API call. ``choice`` numbers the choices that share a prompt and a seed.
+
+    stop_ids end the text when the target emits one of them; the stop id itself is the last token reported.
+    ``draft`` False asks for plain decoding.
+    """
+
+    request_id: str
+    prompt_ids: Sequence[int]
+    max_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_ids: frozenset[int] = frozenset()
+    choice: int = 0
+    draft: bool = True
+
+
+@dataclass
+class DraftStats:
+    """What drafting did for one request. acceptance_length counts the target's own token of every round as well."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    committed: int = 0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens committed per verify pass."""
+        return self.committed / self.rounds if self.rounds else 0.0
+
+
+@dataclass
+class Timings:
+    """Moments of one request on the monotonic clock, in seconds."""
+
+    submitted: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+    @property
+    def tokens_per_s_base(self) -> float:
+        """Seconds spent decoding after the first token."""
+        if self.first_token is None or self.finished is None:
+            return 0.0
+        return self.finished - self.first_token
+
+
+@dataclass(frozen=True)
+class TokensEvent:
+    """Tokens committed for a request in one round, in order; ``drafted[i]`` says whether token i was a draft."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    drafted: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class FinishedEvent:
+    """The end of a request; nothing follows. ``error`` is set when the reason is FAILED."""
+
+    request_id: str
+    reason: FinishReason
+    stats: DraftStats
+    timings: Timings
+    error: str | None = None
+
+
+Event = TokensEvent | FinishedEvent

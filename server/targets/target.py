@@ -1,0 +1,112 @@
+"""What the engine asks of a target: prefill, verify, keep, fork, release."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from drafters.proposal import Proposal
+
+
+class TargetError(ValueError):
+    """A target cannot be loaded or asked for what it cannot give; the message names the file or the argument."""
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """What others need to know about a target.
+
+    context_length: positions its weights allow; num_parameters: tied weights counted once; feature_layers: the
+    features it can give; feature_size: width of one feature vector.
+    """
+
+    name: str
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    context_length: int
+    num_parameters: int
+    weights: str
+    feature_layers: tuple[str, ...] = ("last",)
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """Consecutive prompt tokens of one request, appended after the slot's committed rows."""
+
+    slot: int
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class VerifyRows:
+    """The rows of one request in a verify pass: the root, then the proposal's nodes."""
+
+    slot: int
+    root_id: int
+    proposal: Proposal
+
+
+class Verified(Protocol):
+    """Results of one verify pass. Rows are numbered through all requests in the order they were given."""
+
+    features: Tensor
+    """[rows, feature width], the vectors the LM head consumes."""
+
+    def argmax(self) -> list[int]:
+        """The target's greedy next token after each row."""
+        ...
+
+    def logits(self, row_ids: Sequence[int]) -> Tensor:
+        """[len(row_ids), vocabulary] fp32 on the CPU; computed for the rows asked."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """features [n, feature width] of every row of the chunk, logits [vocabulary] fp32 after its last row."""
+
+    features: Tensor
+    logits: Tensor
+
+
+class Target(Protocol):
+    """The model whose distribution is served. One thread calls it."""
+
+    info: TargetInfo
+
+    def prefill(self, chunk: PrefillChunk) -> Prefilled:
+        """Run and commit prompt rows."""
+        ...
+
+    def verify(self, rows: Sequence[VerifyRows]) -> Verified:
+        """One forward pass over all rows of all requests; commits nothing until ``keep``."""
+        ...
+
+    def keep(self, slot: int, rows: Sequence[int]) -> None:
+        """Commit these rows of the slot's last verify pass (0 is the root), in path order; drop the others."""
+        ...
+
+    def fork(self, source: int, slot: int, length: int) -> None:
+        """Let ``slot`` start from the first ``length`` committed rows of ``source``."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """Empty a slot."""
+        ...
+
+    def length(self, slot: int) -> int:
+        """Committed rows of a slot."""
+        ...
+
+    def embedding(self) -> Tensor:
+        """[vocabulary, hidden] input embedding; frozen."""
+        ...
+
+    def lm_head(self) -> Tensor:
+        """[vocabulary, hidden] output projection; the same tensor as ``embedding()`` where they are tied."""
+        ...

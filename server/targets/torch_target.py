@@ -1,0 +1,265 @@
+"""Any decoder-only transformers model as a target: weights on the CPU, our attention and KV slots plugged in.
+
+The model's own code runs unchanged: transformers asks its attention-function registry for the function named in the
+config, and ours stores the new rows' keys and values in slots and attends them there. The rows of all requests lie
+behind one another in one flattened pass; each has its own position, slot and ancestors.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from kernels.tree_attention import KVSlots, Segment, causal_segment, tree_attention, tree_segment
+from server.targets.checkpoint import check_files
+from server.targets.target import PrefillChunk, Prefilled, TargetError, TargetInfo, VerifyRows
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_NAME = "dovetail_rows"
+WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CPU = torch.device("cpu")
+
+
+@dataclass
+class RowPass:
+    """One flattened forward pass: where its rows live. ``num_calls`` counts the layers that attended."""
+
+    slots: KVSlots
+    segments: Sequence[Segment]
+    num_calls: int = field(default=0)
+
+
+def attend_slots(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001 - the registry passes it by position
+    *,
+    row_pass: RowPass,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query, key, value [1, heads, rows, head_dim] -> [1, rows, heads, head_dim].
+
+    The mask is ours (transformers builds none for a name it does not know). Attention sinks are refused.
+    """
+    if s_aux is not None:
+        raise TargetError("this architecture uses attention sinks, which the row attention does not know")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    start = 0
+    for segment in row_pass.segments:
+        rows = slice(start, start + segment.num_rows)
+        row_pass.slots.write(layer, segment, key[0, :, rows], value[0, :, rows])
+        start += segment.num_rows
+    row_pass.num_calls += 1
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = tree_attention(query[0], row_pass.slots, layer, row_pass.segments, scale, sliding_window, softcap)
+    return output.transpose(0, 1).unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION_NAME, attend_slots)
+
+
+class TorchVerified:
+    """Features of every row; arg-max and logits are computed when asked, in one product over all rows."""
+
+    def __init__(self, features: Tensor, head: LogitsHead) -> None:
+        self.features = features
+        self.head = head
+
+    @cached_property
+    def all_logits(self) -> Tensor:
+        """[rows, vocabulary] fp32."""
+        return self.head(self.features)
+
+    def argmax(self) -> list[int]:
+        """The greedy next token after each row."""
+        token_ids: list[int] = self.all_logits.argmax(dim=-1).tolist()
+        return token_ids
+
+    def logits(self, row_ids: Sequence[int]) -> Tensor:
+        """[len(row_ids), vocabulary] fp32."""
+        return self.all_logits[list(row_ids)]
+
+
+class LogitsHead:
+    """The LM head and whatever the architecture does to its product (Gemma 2 caps, Cohere and Granite scale)."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        self.projection: nn.Module = model.get_output_embeddings()
+        self.factor: float = getattr(config, "logit_scale", None) or 1.0
+        self.factor /= getattr(config, "logits_scaling", None) or 1.0
+        self.cap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """features [rows, hidden] -> logits [rows, vocabulary] in fp32."""
+        logits: Tensor = self.projection(features).float()
+        if self.factor != 1.0:
+            logits = logits * self.factor
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+class TorchTarget:
+    """A target run by transformers on the CPU; see ``Target`` for the methods' meaning."""
+
+    def __init__(self, model: Any, name: str, weights: str, num_slots: int, capacity: int) -> None:
+        """``model`` must have been created with ``ATTENTION_NAME``; ``capacity`` counts rows a slot can hold."""
+        config = model.config.get_text_config()
+        for setting in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
+            if getattr(config, setting, None) is None:
+                raise TargetError(
+                    f"{type(model).__name__} cannot be a target: its config has no {setting}; decoder-only models with "
+                    "attention in every layer and positions given by number can"
+                )
+        self.model = model.eval().requires_grad_(False)
+        self.head = LogitsHead(model)
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        dtype = next(model.parameters()).dtype
+        self.slots = KVSlots(num_slots, capacity, config.num_hidden_layers, kv_heads, head_dim, dtype, CPU)
+        self.info = TargetInfo(
+            name=name,
+            architecture=type(model).__name__,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            context_length=config.max_position_embeddings,
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            weights=weights,
+        )
+
+    @classmethod
+    def load(cls, folder: Path, weights: str, num_slots: int, capacity: int) -> TorchTarget:
+        """Load a folder of safetensors. Errors: TargetError naming the file or setting that is wrong."""
+        if weights not in WEIGHTS:
+            raise TargetError(f"weights {weights!r} are not available; allowed are {', '.join(WEIGHTS)}")
+        check_files(folder)
+        config = copy.deepcopy(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=WEIGHTS[weights],
+                attn_implementation=ATTENTION_NAME,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise TargetError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+        for problem in ("missing_keys", "mismatched_keys"):
+            if report[problem]:
+                names = ", ".join(sorted(map(str, report[problem]))[:5])
+                raise TargetError(f"the weights in {folder} do not fit its config.json: {problem} {names}")
+        target = cls(model, folder.name, weights, num_slots, capacity)
+        target.self_check()
+        return target
+
+    def prefill(self, chunk: PrefillChunk) -> Prefilled:
+        """Run and commit consecutive rows."""
+        length = self.slots.lengths[chunk.slot]
+        segment = causal_segment(chunk.slot, length, len(chunk.token_ids))
+        positions = list(range(length, length + len(chunk.token_ids)))
+        features = self._forward([segment], list(chunk.token_ids), positions)
+        self.slots.lengths[chunk.slot] = length + len(chunk.token_ids)
+        return Prefilled(features, self.head(features[-1:])[0])
+
+    def verify(self, rows: Sequence[VerifyRows]) -> TorchVerified:
+        """One pass over the rows of all requests; they stay behind the committed rows until ``keep``."""
+        segments, token_ids, positions = [], list[int](), list[int]()
+        for part in rows:
+            length = self.slots.lengths[part.slot]
+            segments.append(tree_segment(part.slot, length, part.proposal.row_parents, CPU))
+            token_ids += [part.root_id, *part.proposal.token_ids]
+            positions += [length, *(length + depth for depth in part.proposal.depths)]
+        return TorchVerified(self._forward(segments, token_ids, positions), self.head)
+
+    def keep(self, slot: int, rows: Sequence[int]) -> None:
+        """Commit a path of the last verify pass."""
+        self.slots.keep(slot, rows)
+
+    def fork(self, source: int, slot: int, length: int) -> None:
+        """Copy committed rows."""
+        self.slots.fork(source, slot, length)
+
+    def release(self, slot: int) -> None:
+        """Empty a slot."""
+        self.slots.release(slot)
+
+    def length(self, slot: int) -> int:
+        """Committed rows."""
+        return self.slots.lengths[slot]
+
+    def embedding(self) -> Tensor:
+        """[vocabulary, hidden]."""
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight
+
+    def lm_head(self) -> Tensor:
+        """[vocabulary, hidden]."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    @torch.inference_mode()
+    def _forward(self, segments: list[Segment], token_ids: list[int], positions: list[int]) -> Tensor:
+        """Features [rows, hidden] after the final norm."""
+        for segment in segments:
+            self.slots.check(segment)
+        row_pass = RowPass(self.slots, segments)
+        output = self.model.base_model(
+            input_ids=torch.tensor([token_ids]),
+            position_ids=torch.tensor([positions]),
+            use_cache=False,
+            row_pass=row_pass,
+        )
+        if row_pass.num_calls != self.info.num_layers:
+            raise TargetError(
+                f"{self.info.architecture} attends in {row_pass.num_calls} of {self.info.num_layers} layers through "
+                "transformers' attention registry; models with other kinds of layers cannot be verified row by row"
+            )
+        features: Tensor = output.last_hidden_state[0]
+        return features
+
+    def self_check(self) -> None:
+        """Refuse an architecture whose rows are not independent or whose logits are not the head's product.
+
+        Two short passes: a root with two children must give the second child what it gets alone behind the root, and
+        the model's own forward must give the same logits.
+        """
+        ids = [1 % self.info.vocab_size, 2 % self.info.vocab_size, 3 % self.info.vocab_size]
+        tree = self._forward([tree_segment(0, 0, [-1, 0, 0], CPU)], ids, [0, 1, 1])[2:]
+        chain = [causal_segment(0, 0, 2)]
+        alone = self._forward(chain, [ids[0], ids[2]], [0, 1])[1:]
+        with torch.inference_mode():
+            whole = self.model(
+                input_ids=torch.tensor([[ids[0], ids[2]]]),
+                position_ids=torch.tensor([[0, 1]]),
+                use_cache=False,
+                row_pass=RowPass(self.slots, chain),
+            ).logits[0, 1:]
+        tolerance = 1e-3 if self.info.weights == "fp32" else 0.1
+        for what, got in (("its rows are not independent", tree), ("its logits are not those of its LM head", alone)):
+            if not torch.allclose(self.head(got), whole.float(), atol=tolerance, rtol=tolerance):
+                raise TargetError(f"{self.info.architecture} cannot be a target: {what}")

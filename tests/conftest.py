@@ -1,0 +1,29 @@
+"""Fixtures every test may use: folders of saved models, where larger data lie."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, Qwen3ForCausalLM
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def save_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    def save(model: LlamaForCausalLM | Qwen3ForCausalLM, name: str = "model") -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    folder = os.environ.get("DOVETAIL_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("DOVETAIL_TEST_DATA does not name a folder with the larger test data")
+    return Path(folder)

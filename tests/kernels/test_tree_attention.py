@@ -1,0 +1,88 @@
+"""Attention over slots against its slow twin, and the bookkeeping of rows."""
+
+import pytest
+import torch
+
+from kernels.tree_attention import KVSlots, Segment, SlotError, causal_segment, tree_attention, tree_segment
+from kernels.tree_attention.reference import tree_attention_reference
+
+CPU = torch.device("cpu")
+
+
+def filled_slots(num_kv_heads: int = 2, capacity: int = 40, dtype: torch.dtype = torch.float32) -> KVSlots:
+    slots = KVSlots(3, capacity, 2, num_kv_heads, 8, dtype, CPU)
+    slots.keys.copy_(torch.randn(slots.keys.shape))
+    slots.values.copy_(torch.randn(slots.values.shape))
+    return slots
+
+
+def random_parents(num_rows: int) -> list[int]:
+    return [-1] + [int(torch.randint(0, row, ())) for row in range(1, num_rows)]
+
+
+@pytest.mark.parametrize("num_heads", [2, 4, 6])
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_of_several_slots_equal_the_reference(num_heads: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    slots = filled_slots()
+    segments = [
+        causal_segment(0, 5, 7),
+        tree_segment(1, 0, random_parents(9), CPU),
+        tree_segment(2, 11, random_parents(1), CPU),
+    ]
+    query = torch.randn(num_heads, sum(s.num_rows for s in segments), 8)
+    got = tree_attention(query, slots, 1, segments, 0.3)
+    torch.testing.assert_close(got, tree_attention_reference(query, slots, 1, segments, 0.3), atol=1e-6, rtol=1e-5)
+
+
+def test_a_level_sees_earlier_uncommitted_rows_of_its_own_path() -> None:
+    torch.manual_seed(0)
+    slots = filled_slots()
+    mask = torch.tensor([[True, False, True, False], [False, True, False, True]])
+    segment = Segment(0, 3, 2, mask)
+    query = torch.randn(2, 2, 8)
+    got = tree_attention(query, slots, 0, [segment], 1.0)
+    torch.testing.assert_close(got, tree_attention_reference(query, slots, 0, [segment], 1.0))
+    slots.keys[0, 0, :, 4] += 1.0  # a row off its path must not touch the first row's result
+    assert torch.equal(tree_attention(query, slots, 0, [segment], 1.0)[:, 0], got[:, 0])
+
+
+def test_window_counts_positions_along_the_path() -> None:
+    torch.manual_seed(0)
+    slots = filled_slots(num_kv_heads=1)
+    # Two branches of length 2 below a prefix of 4: the window of 3 holds the row, its parent and one prefix row.
+    segment = tree_segment(0, 4, [-1, -1, 0, 1], CPU)
+    query = torch.randn(1, 4, 8)
+    got = tree_attention(query, slots, 0, [segment], 1.0, window=3)
+    for row, seen in ((2, [3, 4, 6]), (3, [3, 5, 7]), (0, [2, 3, 4])):
+        keys, values = slots.keys[0, 0, 0, seen], slots.values[0, 0, 0, seen]
+        want = torch.softmax(keys @ query[0, row], 0) @ values
+        torch.testing.assert_close(got[0, row], want)
+
+
+def test_keep_moves_the_path_and_fork_copies_it() -> None:
+    slots = filled_slots()
+    before = slots.keys.clone()
+    slots.lengths[1] = 4
+    slots.keep(1, [0, 2, 5])
+    assert slots.lengths[1] == 7
+    assert torch.equal(slots.keys[:, 1, :, 4:7], before[:, 1, :, [4, 6, 9]])
+    slots.fork(1, 2, 6)
+    assert slots.lengths[2] == 6
+    assert torch.equal(slots.keys[:, 2, :, :6], slots.keys[:, 1, :, :6])
+    slots.release(1)
+    assert slots.lengths[1] == 0
+
+
+def test_misuse_is_refused_by_name() -> None:
+    slots = filled_slots(capacity=10)
+    with pytest.raises(SlotError, match="holds 10 rows; 12"):
+        slots.check(causal_segment(0, 8, 4))
+    with pytest.raises(SlotError, match="slot 3 does not exist"):
+        slots.check(causal_segment(3, 0, 1))
+    with pytest.raises(SlotError, match="rising order"):
+        slots.keep(0, [0, 2, 1])
+    with pytest.raises(SlotError, match="0 committed rows"):
+        slots.fork(0, 1, 1)
+    with pytest.raises(SlotError, match="parent"):
+        tree_segment(0, 0, [-1, 2, 0], CPU)

@@ -1,0 +1,238 @@
+"""The engine's promise: the text is the target's own, whatever drafts, however many requests run beside it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from doubles import OracleDrafter, tiny_llama
+
+from drafters.drafter import Drafter, DraftState, Observation
+from drafters.proposal import Budget, Proposal
+from server.engine.engine import Engine, EngineOptions
+from server.engine.generate import Generated, generate
+from server.engine.request import (
+    ContextTooLong,
+    EngineError,
+    FinishedEvent,
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokensEvent,
+)
+from server.targets.torch_target import TorchTarget
+
+PROMPTS = ([1, 2, 3, 4, 5], [9], [30, 31, 32, 30, 31, 32, 30], [5, 4, 3, 2, 1, 0, 66])
+NUM_TOKENS = 24
+BUDGETS = {"1x1": Budget(16, 1, 1), "4x3": Budget(16, 4, 3), "10x7": Budget(40, 10, 7)}
+SAMPLED = SamplingParams(temperature=1.2, top_p=0.95, top_k=40, frequency_penalty=0.3, seed=7)
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def target(model: torch.nn.Module, save_model: Callable[..., Path]) -> TorchTarget:
+    return TorchTarget.load(save_model(model, "engine"), "fp32", num_slots=4, capacity=160)
+
+
+def run(
+    target: TorchTarget,
+    drafter: Drafter | None,
+    sampling: SamplingParams,
+    batch: int = 4,
+    budget: Budget | None = None,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    **more: object,
+) -> list[Generated]:
+    options = EngineOptions(max_seqs=batch, context_length=120, budget=budget or Budget(), prefill_chunk=3, guard=False)
+    engine = Engine(target, drafter, options)
+    requests = [Request(f"r{i}", p, NUM_TOKENS, sampling, **more) for i, p in enumerate(prompts)]  # type: ignore[arg-type]
+    results = generate(engine, requests)
+    engine.scheduler.slots.check()
+    assert not engine.scheduler.has_work
+    assert [target.length(slot) for slot in range(4)] == [0] * 4
+    return [results[f"r{i}"] for i in range(len(prompts))]
+
+
+@pytest.fixture(scope="module")
+def plain(target: TorchTarget) -> dict[str, list[list[int]]]:
+    """Texts of plain decoding, one request at a time."""
+    return {
+        name: [list(run(target, None, params, 1, prompts=[p])[0].token_ids) for p in PROMPTS]
+        for name, params in (("greedy", GREEDY), ("sampled", SAMPLED))
+    }
+
+
+def test_plain_greedy_equals_transformers_generate(model: torch.nn.Module, plain: dict[str, list[list[int]]]) -> None:
+    for prompt, text in zip(PROMPTS, plain["greedy"], strict=True):
+        want = model.generate(  # type: ignore[operator]
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=NUM_TOKENS,
+            do_sample=False, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        assert want[0, len(prompt) :].tolist() == text
+
+
+class RandomDrafter(OracleDrafter):
+    """Proposes random trees."""
+
+    name = "random"
+
+    def grow(self, prefix: list[int], budget: Budget) -> Proposal:
+        generator = torch.Generator().manual_seed(sum(prefix) + len(prefix))
+        rows = int(torch.randint(0, budget.rows, (), generator=generator))
+        parents = [None, *(int(torch.randint(0, i, (), generator=generator)) for i in range(1, rows))][:rows]
+        tokens = torch.randint(0, self.vocab_size, (rows,), generator=generator).tolist()
+        return Proposal(tuple(tokens), tuple(parents), (-1.0,) * rows)
+
+
+def drafter_named(name: str, plain_texts: Sequence[Sequence[int]]) -> Drafter | None:
+    texts = [[*p, *t] for p, t in zip(PROMPTS, plain_texts, strict=True)]
+    if name == "none":
+        return None
+    if name == "random":
+        return RandomDrafter(texts, 67)
+    return OracleDrafter(texts, 67, wrong=name == "wrong")
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("shape", BUDGETS)
+@pytest.mark.parametrize("name", ["oracle", "wrong", "random", "none"])
+@pytest.mark.parametrize("mode", ["greedy", "sampled"])
+def test_text_does_not_depend_on_drafter_tree_or_batch(
+    target: TorchTarget, plain: dict[str, list[list[int]]], mode: str, name: str, shape: str, batch: int
+) -> None:
+    params = GREEDY if mode == "greedy" else SAMPLED
+    results = run(target, drafter_named(name, plain[mode]), params, batch, BUDGETS[shape])
+    assert [list(r.token_ids) for r in results] == plain[mode]
+    for result in results:
+        stats = result.finished.stats
+        assert result.finished.reason == FinishReason.LENGTH
+        assert sum(result.drafted) == stats.accepted
+        assert stats.committed == NUM_TOKENS - 1  # the first token comes from the prefill
+        if name in ("wrong", "none"):
+            assert stats.acceptance_length == 1
+        if name == "oracle":
+            depth = BUDGETS[shape].depth
+            assert stats.rounds == -(-(NUM_TOKENS - 1) // (depth + 2))
+
+
+def test_a_stop_token_inside_an_accepted_block_ends_the_text_there(
+    target: TorchTarget, plain: dict[str, list[list[int]]]
+) -> None:
+    text = plain["greedy"][0]
+    stop = text[6]
+    (result,) = run(target, drafter_named("oracle", plain["greedy"]), GREEDY, prompts=PROMPTS[:1], stop_ids={stop})
+    assert list(result.token_ids) == text[: text.index(stop) + 1]
+    assert result.finished.reason == FinishReason.STOP
+
+
+@pytest.mark.parametrize("limit", range(1, 9))
+def test_max_tokens_is_exact_inside_an_accepted_block(
+    target: TorchTarget, plain: dict[str, list[list[int]]], limit: int
+) -> None:
+    engine = Engine(target, drafter_named("oracle", plain["greedy"]), EngineOptions(4, 120, Budget(40, 10, 7)))
+    results = generate(engine, [Request("r", PROMPTS[0], limit, GREEDY)])
+    assert list(results["r"].token_ids) == plain["greedy"][0][:limit]
+
+
+def test_choices_of_one_seed_differ_and_repeat(target: TorchTarget) -> None:
+    def texts(choice: int) -> tuple[int, ...]:
+        engine = Engine(target, None, EngineOptions(4, 120))
+        return generate(engine, [Request("r", [1, 2], 16, SAMPLED, choice=choice)])["r"].token_ids
+
+    assert texts(0) == texts(0)
+    assert texts(0) != texts(1)
+
+
+def test_requests_may_opt_out_of_drafting(target: TorchTarget, plain: dict[str, list[list[int]]]) -> None:
+    results = run(target, drafter_named("oracle", plain["greedy"]), GREEDY, draft=False)
+    assert [list(r.token_ids) for r in results] == plain["greedy"]
+    assert all(r.finished.stats.drafted == 0 for r in results)
+
+
+def test_cancel_frees_the_slot_in_every_state(target: TorchTarget) -> None:
+    engine = Engine(target, None, EngineOptions(max_seqs=2, context_length=120, prefill_chunk=2))
+    for name in ("prefilling", "decoding", "waiting"):
+        engine.submit(Request(name, [1, 2, 3, 4], 50, GREEDY))
+    engine.step()
+    for name in ("waiting", "prefilling", "decoding"):
+        (event,) = engine.cancel(name)
+        assert isinstance(event, FinishedEvent)
+        assert event.reason == FinishReason.CANCELLED
+        engine.scheduler.slots.check()
+        engine.step()
+    assert engine.cancel("decoding") == []
+    assert not engine.scheduler.has_work
+    assert engine.scheduler.slots.owners == {}
+
+
+class BrokenDrafter(OracleDrafter):
+    """Fails in its second round."""
+
+    calls = 0
+
+    def propose(self, states: Sequence[DraftState], budget: Budget) -> list[Proposal]:
+        self.calls += 1
+        if self.calls == 2:
+            raise RuntimeError("the device is gone")
+        return super().propose(states, budget)
+
+
+def test_an_error_fails_the_batch_it_touched_and_the_engine_lives(target: TorchTarget) -> None:
+    engine = Engine(target, BrokenDrafter([], 67), EngineOptions(2, 120, guard=False))
+    results = generate(engine, [Request("a", [1], 20, GREEDY), Request("b", [2], 20, GREEDY)])
+    assert {r.finished.reason for r in results.values()} == {FinishReason.FAILED}
+    assert "the device is gone" in str(results["a"].finished.error)
+    assert generate(engine, [Request("c", [1], 4, GREEDY)])["c"].finished.reason == FinishReason.LENGTH
+
+
+def test_what_cannot_run_is_refused_before_it_is_queued(target: TorchTarget) -> None:
+    engine = Engine(target, None, EngineOptions(2, 32))
+    with pytest.raises(ContextTooLong, match=r"32 tokens.*30 tokens.*3 were"):
+        engine.submit(Request("a", list(range(30)), 3, GREEDY))
+    with pytest.raises(EngineError, match="0 prompt tokens"):
+        engine.submit(Request("a", [], 3, GREEDY))
+    assert generate(engine, [Request("b", list(range(31)), 1, GREEDY)])["b"].finished.reason == FinishReason.LENGTH
+
+
+class Recorder(OracleDrafter):
+    """Writes down what it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__([], 67)
+        self.shown: dict[int, list[tuple[torch.Tensor, list[int]]]] = {}
+
+    def observe(self, batch: Sequence[Observation]) -> None:
+        for seen in batch:
+            self.shown.setdefault(seen.slot, []).append((seen.features, list(seen.next_ids)))
+
+
+def test_the_drafter_sees_every_position_once_in_order_with_its_true_feature(
+    model: torch.nn.Module, target: TorchTarget, plain: dict[str, list[list[int]]]
+) -> None:
+    recorder = Recorder()
+    (result,) = run(target, recorder, GREEDY, prompts=PROMPTS[:1])
+    assert list(result.token_ids) == plain["greedy"][0]
+    features = torch.cat([f for f, _ in recorder.shown[0]])
+    next_ids = [t for _, ids in recorder.shown[0] for t in ids]
+    text = [*PROMPTS[0], *plain["greedy"][0]]
+    assert next_ids == text[1 : len(next_ids) + 1]
+    with torch.inference_mode():
+        want = model(torch.tensor([text]), output_hidden_states=True).hidden_states[-1][0]
+    torch.testing.assert_close(features, want[: len(features)], atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_arrive_in_one_event_a_round_and_say_which_were_drafts(
+    target: TorchTarget, plain: dict[str, list[list[int]]]
+) -> None:
+    engine = Engine(target, drafter_named("oracle", plain["greedy"]), EngineOptions(1, 120, Budget(16, 2, 3)))
+    engine.submit(Request("r", PROMPTS[1], 12, GREEDY))
+    bursts = []
+    while engine.scheduler.has_work:
+        bursts += [e for e in engine.step() if isinstance(e, TokensEvent)]
+    assert [len(b.token_ids) for b in bursts] == [1, 5, 5, 1]
+    assert bursts[1].drafted == (True, True, True, True, False)
