@@ -37,6 +37,8 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "dovetail_set_threads": ([ctypes.c_int], None),
     "dovetail_threads": ([], ctypes.c_int),
     "dovetail_packed_bytes": ([ctypes.POINTER(PackedDescriptor)], _INT64),
+    "dovetail_decoder_layer": ([_POINTER, _POINTER, _POINTER, _POINTER, _POINTER], None),
+    "dovetail_argmax": ([ctypes.POINTER(PackedDescriptor), _POINTER, _INT64, _POINTER, _POINTER], None),
     "dovetail_linear": ([ctypes.POINTER(PackedDescriptor), _POINTER, _INT64, _POINTER], None),
 }
 

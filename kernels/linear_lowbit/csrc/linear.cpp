@@ -113,7 +113,7 @@ void multiply_panels(const Packed& w, const Activations& activations, int rows, 
     multiply_panel(w, w.data + panel * w.panel_bytes(), tiles, num_tiles);
     const int64_t valid = std::min<int64_t>(kPanel, w.out - panel * kPanel);
     for (int row = 0; row < rows; ++row) {
-      std::memcpy(y + row * stride + panel * kPanel, sums + row * kPanel, static_cast<size_t>(valid) * sizeof(float));
+      std::memcpy(y + row * stride + (panel - begin) * kPanel, sums + row * kPanel, static_cast<size_t>(valid) * sizeof(float));
     }
   }
 }
@@ -123,12 +123,14 @@ int64_t panel_grain(const Packed& w, int threads) {
   return std::max<int64_t>(1, w.panels() / (pieces_per_thread * threads));
 }
 
-void linear(Pool& pool, Workspace& workspace, const Packed& w, const float* x, int64_t rows, float* y) {
+void linear(Pool& pool, Workspace& workspace, const Packed& w, const float* x, int64_t stride, int64_t rows, float* y) {
   for (int64_t first = 0; first < rows; first += kBlock) {
     const int block = static_cast<int>(std::min<int64_t>(kBlock, rows - first));
     const Activations activations = workspace.activations(w, block);
-    encode_rows(pool, w, x + first * w.in, w.in, block, activations);
-    auto body = [&](int64_t begin, int64_t end) { multiply_panels(w, activations, block, begin, end, y + first * w.out, w.out); };
+    encode_rows(pool, w, x + first * stride, stride, block, activations);
+    auto body = [&](int64_t begin, int64_t end) {
+      multiply_panels(w, activations, block, begin, end, y + first * w.out + begin * kPanel, w.out);
+    };
     pool.run(w.panels(), panel_grain(w, pool.threads()), body);
   }
 }
@@ -177,7 +179,7 @@ void dovetail_linear(const Packed* w, const float* x, int64_t rows, float* y) {
   static Workspace workspace;
   Pool& pool = Pool::instance();
   const std::lock_guard<std::mutex> lock(pool.caller());
-  linear(pool, workspace, *w, x, rows, y);
+  linear(pool, workspace, *w, x, w->in, rows, y);
 }
 }
 #pragma GCC visibility pop

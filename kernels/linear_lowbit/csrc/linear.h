@@ -28,13 +28,13 @@ Activations tile_at(const Activations& activations, const Packed& w, int first);
 // Encodes `rows` (at most kBlock) rows of x, `stride` floats apart.
 void encode_rows(Pool& pool, const Packed& w, const float* x, int64_t stride, int rows, const Activations& activations);
 
-// Output rows [32 * begin, 32 * end) of encoded activations into y, `stride` floats apart.
+// Outputs [32 * begin, 32 * end) of every encoded activation row: y[row * stride] is output 32 * begin of that row.
 void multiply_panels(const Packed& w, const Activations& activations, int rows, int64_t begin, int64_t end, float* y, int64_t stride);
 
 // How many panels a thread takes at a time.
 int64_t panel_grain(const Packed& w, int threads);
 
-// All of it for any number of rows, in blocks of kBlock.
-void linear(Pool& pool, Workspace& workspace, const Packed& w, const float* x, int64_t rows, float* y);
+// All of it for any number of rows, in blocks of kBlock. Rows of x lie `stride` floats apart, rows of y behind one another.
+void linear(Pool& pool, Workspace& workspace, const Packed& w, const float* x, int64_t stride, int64_t rows, float* y);
 
 }  // namespace dovetail

@@ -32,10 +32,10 @@ int main() {
           std::vector<float> x(rows * w.in), fast(rows * w.out), slow(fast.size()), alone(fast.size());
           for (auto& value : x) value = normal(random);
           dovetail_choose_instruction_set("arm-dotprod");
-          linear(pool, workspace, w, x.data(), rows, fast.data());
-          for (int row = 0; row < rows; ++row) linear(pool, workspace, w, x.data() + row * w.in, 1, alone.data() + row * w.out);
+          linear(pool, workspace, w, x.data(), w.in, rows, fast.data());
+          for (int row = 0; row < rows; ++row) linear(pool, workspace, w, x.data() + row * w.in, w.in, 1, alone.data() + row * w.out);
           dovetail_choose_instruction_set("portable");
-          linear(pool, workspace, w, x.data(), rows, slow.data());
+          linear(pool, workspace, w, x.data(), w.in, rows, slow.data());
           double error = 0, size = 0;
           for (size_t i = 0; i < fast.size(); ++i) error += std::pow(fast[i] - slow[i], 2), size += std::pow(slow[i], 2);
           const bool same_rows = std::memcmp(fast.data(), alone.data(), fast.size() * sizeof(float)) == 0;
