@@ -1,7 +1,6 @@
 // What a decoder layer does between its products, one activation row at a time or one key head at a time.
 //
-// Plain loops without reductions, so that compilers vectorise them under each instruction set's attribute. Every result
-// depends on its own row and on the keys it sees, in the order of their positions: never on the rows beside it.
+// Every result depends on its own row and on the keys it sees, in the order of their positions: never on the rows beside it.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +15,7 @@ struct AttendTask {
   const void* keys;      // [capacity, head_dim] of this slot and key head, bf16 or fp32
   const void* values;    // the same
   bool bf16;
-  int head_dim;
+  int head_dim;          // a multiple of 16
   int prefix;            // keys that every row sees
   int tail;              // keys behind them, the new rows last
   int num_rows;
@@ -30,12 +29,11 @@ struct AttendTask {
 // Floats of scratch memory that `attend` wants.
 inline int64_t attend_scratch(const AttendTask& task) {
   const int64_t heads = int64_t{task.num_rows} * task.group;
-  const int64_t open = kKeyBlock + task.tail + kKeyBlock;
-  return heads * (task.head_dim + 2 + open) + (kKeyBlock + open) * task.head_dim + open;
+  const int64_t open = task.tail + 2 * kKeyBlock;  // keys behind the last whole block of the prefix, rounded up
+  return heads * (task.head_dim + 8 + open) + (2 * kKeyBlock + open) * task.head_dim + open + kKeyBlock;
 }
 
 struct LayerMath {
-  const char* name;
   // out = x / rms(x) * weight
   void (*normalise)(const float* x, const float* weight, float epsilon, int width, float* out);
   // x[i] = x[i] * cos[i] + rotated(x)[i] * sin[i] over the first `width` values, halves rotated against each other
