@@ -18,6 +18,8 @@ NATIVE = Extension(
         "-std=c++20",
         "-O3",
         "-ffp-contract=off",
+        "-fno-trapping-math",
+        "-fno-math-errno",
         "-fvisibility=hidden",
         "-pthread",
         "-Wall",

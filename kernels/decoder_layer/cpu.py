@@ -30,7 +30,8 @@ class _PassDescriptor(ctypes.Structure):
     """`struct Pass` of csrc/layer.cpp."""
 
     _fields_ = [
-        ("segments", ctypes.POINTER(_SegmentDescriptor)), ("num_segments", ctypes.c_int32), ("num_rows", ctypes.c_int32),
+        ("segments", ctypes.POINTER(_SegmentDescriptor)),
+        ("num_segments", ctypes.c_int32), ("num_rows", ctypes.c_int32),
         ("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p),
         ("capacity", ctypes.c_int64), ("bf16", ctypes.c_int32),
     ]  # fmt: skip
@@ -97,7 +98,8 @@ def decoder_layer(hidden: Tensor, layer: PackedDecoderLayer, layer_index: int, r
         raise RuntimeError("the native decoder layer is not built; run the layer with transformers' own code")
     if hidden.shape != (row_pass.num_rows, layer.qkv.in_features) or hidden.dtype != torch.float32:
         raise ValueError(
-            f"hidden must be fp32 [{row_pass.num_rows}, {layer.qkv.in_features}], got {hidden.dtype} {list(hidden.shape)}"
+            f"hidden must be fp32 [{row_pass.num_rows}, {layer.qkv.in_features}], "
+            f"got {hidden.dtype} {list(hidden.shape)}"
         )
     if not hidden.is_contiguous() or hidden.device.type != "cpu":
         raise ValueError("hidden must be contiguous and on the CPU: it is replaced in place")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels.linear_lowbit import PackedWeight, pack
+from kernels.linear_lowbit import PackedWeight, PackingError, pack, packing_error
 from kernels.native import PackedDescriptor
 
 # Layers whose forward is exactly: norm, q/k/v (biases, q/k norms over the head), rope, attention, output, add, norm,
@@ -26,7 +28,8 @@ class LayerDescriptor(ctypes.Structure):
     """`struct Layer` of csrc/layer.cpp."""
 
     _fields_ = [
-        ("qkv", PackedDescriptor), ("output", PackedDescriptor), ("gate_up", PackedDescriptor), ("down", PackedDescriptor),
+        ("qkv", PackedDescriptor), ("output", PackedDescriptor),
+        ("gate_up", PackedDescriptor), ("down", PackedDescriptor),
         ("input_norm", ctypes.c_void_p), ("post_norm", ctypes.c_void_p),
         ("query_norm", ctypes.c_void_p), ("key_norm", ctypes.c_void_p),
         ("qkv_bias", ctypes.c_void_p), ("output_bias", ctypes.c_void_p),
@@ -92,8 +95,14 @@ def check_layer(layer: nn.Module) -> None:
         window = getattr(config, "sliding_window", None)
     if window is not None:
         raise UnsupportedLayer(f"{kind} with a sliding window of {window}; the native layer attends to all keys")
+    if attention.head_dim % 16:
+        raise UnsupportedLayer(f"{kind} with heads of {attention.head_dim}; the native layer takes multiples of 16")
     if getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
         raise UnsupportedLayer(f"{kind} that rotates only part of each head ({config.partial_rotary_factor})")
+
+
+def _joined_weight(*projections: Any) -> Tensor:
+    return torch.cat([projection.weight.detach() for projection in projections])
 
 
 def _vector(values: Tensor | None) -> Tensor | None:
@@ -123,10 +132,9 @@ def pack_decoder_layer(layer: nn.Module, bits: int, group_size: int = 32) -> Pac
     query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
 
     def packed(*projections: Any) -> PackedWeight:
-        return pack(torch.cat([projection.weight.detach() for projection in projections]), bits, group_size)
+        return pack(_joined_weight(*projections), bits, group_size)
 
     qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-    head_dim: int = attention.head_dim
     input_norm, post_norm = (_vector(norm.weight) for norm in norms)
     assert input_norm is not None and post_norm is not None
     return PackedDecoderLayer(
@@ -142,9 +150,52 @@ def pack_decoder_layer(layer: nn.Module, bits: int, group_size: int = 32) -> Pac
         output_bias=_joined_bias(attention.o_proj),
         gate_up_bias=_joined_bias(mlp.gate_proj, mlp.up_proj),
         down_bias=_joined_bias(mlp.down_proj),
-        num_heads=attention.q_proj.out_features // head_dim,
-        num_kv_heads=attention.k_proj.out_features // head_dim,
-        head_dim=head_dim,
-        epsilon=norms[0].variance_epsilon,
-        scale=attention.scaling,
+        **_numbers(attention, norms[0]),
     )
+
+
+def packing_errors(layer: nn.Module, packed: PackedDecoderLayer) -> dict[str, PackingError]:
+    """Each packed matrix of the layer against the module's weights."""
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
+    return {
+        "qkv": packing_error(_joined_weight(attention.q_proj, attention.k_proj, attention.v_proj), packed.qkv),
+        "output": packing_error(attention.o_proj.weight, packed.output),
+        "gate_up": packing_error(_joined_weight(mlp.gate_proj, mlp.up_proj), packed.gate_up),
+        "down": packing_error(mlp.down_proj.weight, packed.down),
+    }
+
+
+_TENSOR_TYPES = (PackedWeight, Tensor)
+
+
+def layer_tensors(layer: PackedDecoderLayer, prefix: str) -> dict[str, PackedWeight | Tensor]:
+    """What `save_packed` stores of a layer, named `prefix.field`; its numbers come from the model's config again."""
+    values = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+    return {f"{prefix}.{name}": value for name, value in values.items() if isinstance(value, _TENSOR_TYPES)}
+
+
+def layer_from_tensors(
+    weights: Mapping[str, PackedWeight | Tensor], prefix: str, module: nn.Module
+) -> PackedDecoderLayer:
+    """The inverse of `layer_tensors`. `module` is the layer of a model made from the config, on the meta device say."""
+    check_layer(module)
+    attention: Any = module.self_attn
+    norm: Any = module.input_layernorm
+    tensors: dict[str, Any] = {}
+    for field in dataclasses.fields(PackedDecoderLayer):
+        if field.type in ("PackedWeight", "Tensor", "Tensor | None"):
+            tensors[field.name] = weights.get(f"{prefix}.{field.name}")
+            if tensors[field.name] is None and field.type != "Tensor | None":
+                raise ValueError(f"the packed checkpoint holds no {prefix}.{field.name}")
+    return PackedDecoderLayer(**tensors, **_numbers(attention, norm))
+
+
+def _numbers(attention: Any, norm: Any) -> dict[str, Any]:
+    return {
+        "num_heads": attention.q_proj.out_features // attention.head_dim,
+        "num_kv_heads": attention.k_proj.out_features // attention.head_dim,
+        "head_dim": attention.head_dim,
+        "epsilon": norm.variance_epsilon,
+        "scale": attention.scaling,
+    }

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,12 @@ from kernels.decoder_layer import (
     check_layer,
     decoder_layer,
     head_argmax,
+    layer_from_tensors,
+    layer_tensors,
     pack_decoder_layer,
+    packing_errors,
 )
-from kernels.linear_lowbit import linear, pack
+from kernels.linear_lowbit import linear, load_packed, pack, save_packed
 from kernels.tree_attention import KVSlots, Segment, SlotError, causal_segment, tree_segment
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
@@ -185,3 +189,23 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     other = KVSlots(1, 8, 1, 1, 16, torch.float32, CPU)
     with pytest.raises(ValueError, match="2 key heads of 16, the slots hold 1"):
         decoder_layer(torch.zeros(2, 64), machine.layer, 0, LayerPass(other, [causal_segment(0, 0, 2)], table, table))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_saved_layer_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
+    machine = Machine(build(kind), 4)
+    hidden = torch.randn(5, 64)
+    wanted = machine.prefill(0, hidden, 5)
+    save_packed(tmp_path / "layer.safetensors", layer_tensors(machine.layer, "layers.0"))
+    loaded = load_packed(tmp_path / "layer.safetensors")
+    machine.layer = layer_from_tensors(loaded, "layers.0", machine.model.layers[0])
+    assert torch.equal(machine.prefill(1, hidden, 5), wanted)
+    with pytest.raises(ValueError, match=r"holds no layers\.1\.qkv"):
+        layer_from_tensors(loaded, "layers.1", machine.model.layers[0])
+
+
+def test_packing_errors_name_every_matrix() -> None:
+    model = build("llama")
+    errors = packing_errors(model.layers[0], pack_decoder_layer(model.layers[0], 4))
+    assert list(errors) == ["qkv", "output", "gate_up", "down"]
+    assert all(0.01 < error.relative < 0.1 for error in errors.values())
