@@ -39,6 +39,8 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "dovetail_packed_bytes": ([ctypes.POINTER(PackedDescriptor)], _INT64),
     "dovetail_decoder_layer": ([_POINTER, _POINTER, _POINTER, _POINTER, _POINTER], None),
     "dovetail_argmax": ([ctypes.POINTER(PackedDescriptor), _POINTER, _INT64, _POINTER, _POINTER], None),
+    "dovetail_stream": ([_POINTER, _INT64], ctypes.c_uint64),
+    "dovetail_dots": ([_INT64], _INT64),
     "dovetail_linear": ([ctypes.POINTER(PackedDescriptor), _POINTER, _INT64, _POINTER], None),
 }
 
