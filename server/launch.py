@@ -77,10 +77,13 @@ def load_target(folder: Path, weights: str, num_slots: int, capacity: int, threa
     """The target with ``capacity`` rows a slot; ``threads`` None takes every usable core."""
     import torch
 
-    from server.targets.torch_target import TorchTarget
+    from kernels.native import set_num_threads
+    from server.targets.native_target import load_target as load
 
-    torch.set_num_threads(threads or num_usable_cores())
-    return TorchTarget.load(folder, weights, num_slots, capacity)
+    num_threads = threads or num_usable_cores()
+    torch.set_num_threads(num_threads)
+    set_num_threads(num_threads)
+    return load(folder, weights, num_slots, capacity)
 
 
 def load_drafter(target: TorchTarget, name: str | None, device: str, num_slots: int, capacity: int) -> Drafter | None:

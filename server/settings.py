@@ -46,7 +46,7 @@ class Settings(BaseSettings):
 
     target: str | None = Field(None, description="Folder of safetensors or hub id; nothing: the bundled model.")
     drafter: str | None = Field(None, description="Folder or hub id of the drafter, 'ngram', or 'none'.")
-    weights: Literal["fp32", "bf16"] = Field("fp32", description="How the target's weights are held.")
+    weights: Literal["fp32", "bf16", "int8", "int4"] = Field("fp32", description="How the target's weights are held.")
     drafter_device: str = Field("auto", description="auto, cpu or cuda:N.")
     vram: Bytes | None = Field(None, gt=0, description="GPU memory that may be used, such as 3GiB.")
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -63,13 +63,6 @@ class Settings(BaseSettings):
     lenient: bool = Field(False, description="Accept unknown request fields instead of refusing them.")
     keepalive_s: float = Field(10.0, gt=0, description="Seconds of silence after which a stream sends a comment.")
     drain_s: float = Field(30.0, ge=0, description="Seconds that running requests get at shutdown.")
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _refuse_low_bit(cls, value: Any) -> Any:
-        if value in ("int8", "int4"):
-            raise ValueError(f"{value} weights are not supported by this version; use fp32 or bf16")
-        return value
 
     @field_validator("drafter_device")
     @classmethod

@@ -103,7 +103,7 @@ def test_serve_hands_its_settings_on(launch, monkeypatch, make_settings):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["generate", "x", "--weights", "int4"], 2, "int4 weights are not supported"),
+        (["generate", "x", "--weights", "int3"], 2, "Input should be 'fp32', 'bf16', 'int8' or 'int4'"),
         (["generate", "x", "--config", "nowhere.toml"], 2, "nowhere.toml does not exist"),
         (["generate", "x", "--no-draft", "--drafter", "y"], 2, "contradicts"),
         (["generate", "x", "--max-tokens", "0"], 2, "max-tokens"),
