@@ -101,6 +101,11 @@ class TransformersPeer:
     name = "transformers"
 
     def __init__(self, folder: Path, weights: str) -> None:
+        """Errors: PeerUnavailable for weights that transformers does not hold."""
+        if weights not in WEIGHTS:
+            raise PeerUnavailable(
+                f"transformers has no {weights} form of these weights; --weights bf16 compares with it"
+            )
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=WEIGHTS[weights], use_safetensors=True, trust_remote_code=False
         ).eval()

@@ -33,6 +33,8 @@ FORMATS = {
     "fp32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "fp16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "int8": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "int4": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
 # Rotary scalings that are a fixed factor per frequency, which GGUF holds as a tensor.
 STATIC_ROPE = ("default", "linear", "llama3")
@@ -48,7 +50,9 @@ class GGUFError(ValueError):
 
 
 def write_gguf(folder: Path, file: Path, weights: str) -> Path:
-    """Write the model in ``folder`` to ``file`` with matrices in ``weights`` (fp32, fp16 or bf16) and norms in fp32.
+    """Write the model in ``folder`` to ``file`` with matrices in ``weights`` and norms in fp32.
+
+    int8 and int4 are llama.cpp's own Q8_0 and Q4_0 (groups of 32), quantised from the folder's weights.
 
     Errors: GGUFError for other architectures, tokenizers or rotary scalings; TargetError for damaged files.
     """
@@ -67,7 +71,8 @@ def write_gguf(folder: Path, file: Path, weights: str) -> Path:
     for name, tensor in tensors(folder, config):
         stored = storage(tensor, quantization)
         dtype = np.dtype(np.float16 if stored is gguf.GGMLQuantizationType.F16 else np.float32)
-        num_bytes = tensor.numel() * (4 if stored is gguf.GGMLQuantizationType.F32 else 2)
+        group, group_bytes = gguf.GGML_QUANT_SIZES[stored]
+        num_bytes = tensor.numel() // group * group_bytes
         writer.add_tensor_info(name, list(tensor.shape), dtype, num_bytes, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -156,8 +161,11 @@ def frequency_factors(config: Any) -> Tensor:
 
 
 def storage(tensor: Tensor, quantization: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
-    """Vectors stay in fp32, as llama.cpp wants them."""
-    return gguf.GGMLQuantizationType.F32 if tensor.ndim == 1 else quantization
+    """Vectors stay in fp32, as llama.cpp wants them; matrices that do not divide into its groups stay in fp16."""
+    if tensor.ndim == 1:
+        return gguf.GGMLQuantizationType.F32
+    whole = tensor.shape[-1] % gguf.GGML_QUANT_SIZES[quantization][0] == 0
+    return quantization if whole else gguf.GGMLQuantizationType.F16
 
 
 @dataclass(frozen=True)
