@@ -58,7 +58,7 @@ class SidePath(nn.Module):
 
 
 class MEModule(nn.Module):
-    """ShuffleNetV1's bottleneck with the side path (figure 3). With stride 2 the pooled input fills the last channels.
+    """ShuffleNetV1's bottleneck with the side path. With stride 2 the pooled input fills the last channels.
 
     ``first_groups`` is 1 in the first module of a net, whose input is too narrow to be grouped.
     """
