@@ -7,6 +7,7 @@ import logging
 import math
 import signal
 import threading
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -145,6 +146,17 @@ class CleanStop(TrainerCallback):
         if self.previous is not None:
             signal.signal(signal.SIGINT, self.previous)
             self.previous = None
+
+
+class AfterStep(TrainerCallback):
+    """Calls a function of the task after each optimiser step, before anything is evaluated or saved."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One call."""
+        self.function()
 
 
 class Epochs(Protocol):

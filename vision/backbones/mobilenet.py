@@ -72,13 +72,14 @@ class MobileNet(Backbone):
 
     def reset_parameters(self) -> None:
         """FD-MobileNet's code as it ran: Kaiming over the inputs for depthwise, over the outputs for pointwise layers
-        and the head; the stem keeps torch's own initialisation.
+        and the head; the stem keeps torch's own initialisation. The head always has the deviation of the authors' 1000
+        classes: over ten outputs the formula gives ten times that, and logits too large to train.
         """
         for block in self.blocks:
             depthwise, pointwise = (layer for layer in block.children() if isinstance(layer, nn.Conv2d))
             nn.init.kaiming_normal_(depthwise.weight, mode="fan_in")
             nn.init.kaiming_normal_(pointwise.weight, mode="fan_out")
-        nn.init.kaiming_normal_(self.head.weight, mode="fan_out")
+        nn.init.normal_(self.head.weight, 0.0, (2 / 1000) ** 0.5)
         nn.init.zeros_(self.head.bias)
 
     def stage_maps(self, images: Tensor) -> FeatureMaps:

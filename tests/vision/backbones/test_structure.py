@@ -1,5 +1,7 @@
 """What re-implementations of these networks got wrong, one test each."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -212,6 +214,15 @@ def test_mobilenet_depthwise_share(name: str, depthwise_macs: int) -> None:
             layer.register_forward_hook(lambda layer, _, y: seen.append(y.numel() * 9))
         model(torch.empty(1, 3, 224, 224))
     assert sum(seen) == depthwise_macs
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+@pytest.mark.parametrize("name", ["snet49", "shufflenet_v2_x0_5", "menet_108_8x1_g3", "fd_mobilenet_x0_25"])
+def test_fresh_networks_start_near_the_uniform_guess(name: str, classes: int) -> None:
+    torch.manual_seed(0)
+    model = create_backbone(name, classes)
+    loss = F.cross_entropy(model(torch.randn(16, 3, 64, 64)), torch.randint(0, classes, (16,)))
+    assert loss < math.log(classes) + 1.5
 
 
 @pytest.mark.parametrize("name", ["snet49", "menet_108_8x1_g3", "fd_mobilenet_x0_25", "mobilenet_v1_x0_25"])
