@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader
 
-from kernels.diagonalwise import refactorize, restore, tune
+from kernels.diagonalwise import refactorize, tune
 from kernels.training import AfterStep, RecipeError, TrainingOptions, TrainingReport, run, take_table
 from vision.backbones import create_backbone
 from vision.backbones.backbone import Backbone
@@ -223,7 +223,7 @@ def finish(
     state = PartialState()
     figures: dict[str, float] = {"skipped_images": float(task.skipped)}
     if state.is_main_process:
-        model = restore(task.trained)
+        model = task.trained
         reestimate_statistics(model, train_data, options)
         save_backbone(model, Path(options.training.output) / "model")
         result = evaluate_model(model, eval_data, options.training.batch_size, options.training.loader_workers)

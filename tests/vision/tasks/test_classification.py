@@ -99,12 +99,13 @@ def test_unreadable_images_are_counted(tiny_recipe: Recipe, image_folder: Path) 
 
 
 def test_the_average_is_what_is_evaluated_and_saved(tiny_recipe: Recipe) -> None:
+    """An average that forgets at once follows the weights closely, but is not them."""
     plain = train(tiny_recipe())
-    recipe = tiny_recipe(task={"ema_decay": 0.5}, training={"output": str(Path(plain.checkpoint).parent / "ema")})
-    averaged = train(recipe)
-    a, b = weights(plain.checkpoint), weights(averaged.checkpoint)
-    assert not torch.equal(a["head.weight"], b["head.weight"])
-    assert not torch.equal(a["stem.1.running_mean"], b["stem.1.running_mean"])
+    recipe = tiny_recipe(task={"ema_decay": 0.01}, training={"output": str(Path(plain.checkpoint).parent / "ema")})
+    a, b = weights(plain.checkpoint), weights(train(recipe).checkpoint)
+    for key in ("stem.0.weight", "stem.1.running_mean"):
+        assert not torch.equal(a[key], b[key])
+        torch.testing.assert_close(a[key], b[key], rtol=0.01, atol=1e-3)
 
 
 def test_average_follows_its_formula() -> None:
