@@ -33,6 +33,11 @@ class ClassifierReport:
     skipped: tuple[str, ...]
 
 
+def default_device() -> torch.device:
+    """The accelerator where there is one that works, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     """Whether each label is among the ``k`` largest of its row: ``logits`` [B, classes], ``labels`` [B] -> bool [B]."""
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices
@@ -91,5 +96,6 @@ def evaluate_classifier(
         )
     if len(source.class_names) != model.num_classes:
         raise DataError(f"{checkpoint} has {model.num_classes} classes, {root} has {len(source.class_names)}")
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    return evaluate_model(model.to(device), ClassificationData(source, model.preprocessing), batch_size, loader_workers)
+    return evaluate_model(
+        model.to(default_device()), ClassificationData(source, model.preprocessing), batch_size, loader_workers
+    )

@@ -26,7 +26,7 @@ from vision.backbones.backbone import Backbone
 from vision.backbones.checkpoint import load_backbone, save_backbone
 from vision.data.augmentation import AugmentationOptions
 from vision.data.classification import ClassificationData, DataOptions, collate
-from vision.evaluate import evaluate_model, hits
+from vision.evaluate import default_device, evaluate_model, hits
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def choose_depthwise(model: Backbone, options: ModelOptions, batch: Tensor) -> N
     if options.depthwise == "diagonalwise":
         refactorize(model)
     elif options.depthwise == "tuned":
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        device = default_device()
         choices = tune(model.to(device).train(), batch.to(device))
         logger.info("depthwise layers: %s", ", ".join(f"{choice.layer} {choice.chosen}" for choice in choices))
 
