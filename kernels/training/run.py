@@ -136,22 +136,8 @@ def run(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     progress, stop = ProgressBar(console or Console(stderr=True)), CleanStop()
-    own: list[TrainerCallback] = [progress, History(output), stop]
-    if hasattr(train_data, "set_epoch"):
-        own.append(EpochAnnouncer(train_data))
-    optimizer = create_optimizer(task, options)
-    trainer = TaskTrainer(
-        model=task,
-        args=training_arguments(options, evaluates=eval_data is not None),
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        data_collator=collate,
-        optimizers=(optimizer, create_schedule(optimizer, options)),
-        callbacks=[*callbacks, *own],
-    )
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ in {"PrinterCallback", "ProgressCallback"}:
-            trainer.remove_callback(callback)
+    own = [*callbacks, progress, History(output), stop]
+    trainer = create_trainer(task, train_data, options, eval_data, collate, own)
     started = time.perf_counter()
     try:
         if (
@@ -165,6 +151,32 @@ def run(
         progress.close()
         stop.close()
     return report(trainer, output, time.perf_counter() - started)
+
+
+def create_trainer(
+    task: Task,
+    train_data: Dataset[Any],
+    options: TrainingOptions,
+    eval_data: Dataset[Any] | None,
+    collate: Collate | None,
+    callbacks: Sequence[TrainerCallback],
+) -> TaskTrainer:
+    """The trainer of a run, with nothing on the terminal but what ``callbacks`` show."""
+    announcers = [EpochAnnouncer(train_data)] if hasattr(train_data, "set_epoch") else []
+    optimizer = create_optimizer(task, options)
+    trainer = TaskTrainer(
+        model=task,
+        args=training_arguments(options, evaluates=eval_data is not None),
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=collate,
+        optimizers=(optimizer, create_schedule(optimizer, options)),
+        callbacks=[*callbacks, *announcers],
+    )
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in {"PrinterCallback", "ProgressCallback"}:
+            trainer.remove_callback(callback)
+    return trainer
 
 
 def prepare_output(
