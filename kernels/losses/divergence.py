@@ -33,8 +33,8 @@ def check_same_classes(student_logits: Tensor, teacher_logits: Tensor) -> None:
         return
     if student_logits.shape[-1:] != teacher_logits.shape[-1:]:
         raise ShapeMismatch(
-            f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ in their "
-            "class count; both must classify the same classes: take a teacher trained on the student's label set"
+            f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ in "
+            "their class count; both must classify the same classes: take a teacher trained on the student's label set"
         )
     raise ShapeMismatch(
         f"student logits are {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)}; "
