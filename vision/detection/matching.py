@@ -32,9 +32,9 @@ def match_boxes(
 ) -> Matches:
     """Match candidates [M, 4] with true boxes [G, 4].
 
-    Positive at an IoU of at least ``positive_iou``, negative below ``negative_iou``. With ``rescue_iou`` a true box also
-    makes its best candidates positive, for that box, if their IoU reaches it (Ren et al., arXiv 1506.01497, 3.1.2).
-    An image without true boxes is all background.
+    Positive at an IoU of at least ``positive_iou``, negative below ``negative_iou``. With ``rescue_iou`` a true box
+    also makes its best candidates positive, for that box, if their IoU reaches it (Ren et al., arXiv 1506.01497,
+    3.1.2). An image without true boxes is all background.
     """
     if len(true_boxes) == 0:
         everything = torch.ones(len(candidates), dtype=torch.bool, device=candidates.device)

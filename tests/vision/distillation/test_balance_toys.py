@@ -1,5 +1,7 @@
 """Two small experiments whose orderings carry the claims of balance divergence, and their limits."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -71,7 +73,7 @@ def convolutional_net(width, seed):
     channels = [1, width, 2 * width, 4 * width]
     blocks = [
         nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-        for i, o in zip(channels, channels[1:], strict=False)
+        for i, o in pairwise(channels)
     ]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, NUM_CLASSES))
 
@@ -103,7 +105,7 @@ def accuracy(net, images, labels):
 
 @pytest.mark.slow
 def test_low_temperature_reverse_term_helps_and_tuned_kd_does_as_well(textures):
-    """About a minute. At equal weight: the reverse term pays at temperature 1, hurts at 4, and tuning KD pays as much."""
+    """About a minute. At equal weight the reverse term pays at temperature 1, hurts at 4, and tuning KD pays as much."""
     (images, labels), test_set = textures
     teacher = train(convolutional_net(32, seed=0), images, labels, None, None, rate=0.05)
     assert accuracy(teacher, *test_set) > 0.98
