@@ -37,23 +37,23 @@ def psroi_align(
     if channels % (bins * bins):
         raise ValueError(f"features have {channels} channels; {bins} x {bins} bins need a multiple of {bins * bins}")
     depth = channels // (bins * bins)
-    # One row per (image, bin, cell) holding the c values that are read together.
-    rows = features.view(num_images, depth, bins * bins, height * width).permute(0, 2, 3, 1).reshape(-1, depth)
+    # [c, (image, bin, cell)]: the c channels of a bin are read at the same places, the long dimension is contiguous.
+    columns = features.reshape(num_images, depth, bins * bins * height * width).transpose(0, 1).reshape(depth, -1)
     y_cells, y_weights = _axis_samples(boxes[:, 1], boxes[:, 3], height, stride, bins, samples)
     x_cells, x_weights = _axis_samples(boxes[:, 0], boxes[:, 2], width, stride, bins, samples)
 
+    # Places are [K, i, sample y, j, sample x].
     bin_ids = torch.arange(bins * bins, device=boxes.device).view(1, bins, 1, bins, 1)
-    first_row = (image_ids.view(-1, 1, 1, 1, 1) * bins * bins + bin_ids) * (height * width)
+    first_column = (image_ids.view(-1, 1, 1, 1, 1) * bins * bins + bin_ids) * (height * width)
     sampled = features.new_zeros(())
     for y in range(2):
         for x in range(2):
-            cells = first_row + y_cells[y][:, :, :, None, None] * width + x_cells[x][:, None, None, :, :]
+            places = first_column + y_cells[y][:, :, :, None, None] * width + x_cells[x][:, None, None, :, :]
             weights = y_weights[y][:, :, :, None, None] * x_weights[x][:, None, None, :, :]
-            values = rows.index_select(0, cells.flatten()).view(*cells.shape, depth)
-            sampled = sampled + values * weights.unsqueeze(-1).to(values.dtype)
-    # [K, i, sample y, j, sample x, c]
-    pooled = sampled.amax(dim=(2, 4)) if reduction == "max" else sampled.mean(dim=(2, 4))
-    return pooled.permute(0, 3, 1, 2)
+            values = columns.index_select(1, places.flatten()).view(depth, *places.shape)
+            sampled = sampled + values * weights.to(values.dtype)
+    pooled = sampled.amax(dim=(3, 5)) if reduction == "max" else sampled.mean(dim=(3, 5))
+    return pooled.transpose(0, 1)
 
 
 def _axis_samples(

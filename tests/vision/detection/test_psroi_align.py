@@ -67,6 +67,14 @@ def test_equals_the_loop(bins, samples, reduction):
     assert slow[5].abs().max() == 0
 
 
+def test_memory_layout_does_not_matter():
+    features = torch.randn(2, 18, 4, 6, generator=torch.Generator().manual_seed(0))
+    boxes = BOXES.float()
+    expected = psroi_align(features, boxes, IMAGE_IDS, bins=3)
+    channels_last = features.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(psroi_align(channels_last, boxes, IMAGE_IDS, bins=3), expected)
+
+
 @pytest.mark.parametrize("reduction", ["max", "mean"])
 def test_each_bin_reads_its_own_channel(reduction):
     features = torch.arange(245.0).view(1, 245, 1, 1).expand(1, 245, 20, 20)
