@@ -96,9 +96,10 @@ def soft_nms(
     Bodla et al., arXiv 1704.04503: once the best box is taken, every other box of its group loses score by its IoU with
     it, linearly where the IoU is at least ``threshold`` (s (1 - IoU)), or as a Gaussian where ``sigma`` is given
     (s exp(-IoU^2 / sigma), without threshold). Boxes whose score falls under ``min_score`` are dropped. Since decay
-    only lowers scores, the first ``max_kept`` picks over all groups are the ``max_kept`` best in the end.
+    only lowers scores, the first ``max_kept`` picks over all groups are the ``max_kept`` best in the end. The answers
+    carry no gradient.
     """
-    remaining = scores.clone()
+    boxes, remaining = boxes.detach(), scores.detach().clone()
     kept: list[int] = []
     kept_scores: list[float] = []
     while len(kept) < min(max_kept, len(boxes)):

@@ -22,8 +22,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from kernels.losses.divergence import at_least_float32
 from vision.detection.boxes import clip_boxes, decode_boxes, soft_nms
 from vision.detection.context_enhancement import ContextEnhancement
+from vision.detection.detections import Detections
 from vision.detection.psroi_align import Reduction, psroi_align
 from vision.detection.rpn import TEST_BUDGET, AnchorGrid, ProposalBudget, RegionProposalHead, select_proposals
 from vision.detection.spatial_attention import SpatialAttention
@@ -67,6 +69,9 @@ class ThunderNetConfig:
         return self.depth * self.bins**2
 
 
+PAPER_CONFIG = ThunderNetConfig()
+
+
 @dataclass(frozen=True)
 class DenseMaps:
     """What is computed once an image: F_sam [N, channels, H, W] and the proposal network's view of every anchor.
@@ -79,15 +84,6 @@ class DenseMaps:
     deltas: Tensor
     anchors: Tensor
     image_size: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Detections:
-    """One image's answer by falling score: ``boxes`` [K, 4] in input pixels, ``scores`` [K], ``class_ids`` [K]."""
-
-    boxes: Tensor
-    scores: Tensor
-    class_ids: Tensor
 
 
 class ThunderNet(nn.Module):
@@ -126,9 +122,11 @@ class ThunderNet(nn.Module):
         _, c4, c5 = self.backbone.forward_features(images)  # type: ignore[operator]
         f_cem = self.context_enhancement(c4, c5)
         f_rpn, objectness, deltas = self.rpn(f_cem)
+        # Box arithmetic needs single precision: half has quarter-pixel steps at 320.
+        deltas = at_least_float32(deltas)
         return DenseMaps(
             f_sam=self.spatial_attention(f_cem, f_rpn),
-            objectness=objectness,
+            objectness=at_least_float32(objectness),
             deltas=deltas,
             anchors=self.config.anchors.boxes(f_cem.shape[-2], f_cem.shape[-1], like=deltas),
             image_size=(images.shape[-2], images.shape[-1]),
@@ -150,7 +148,7 @@ class ThunderNet(nn.Module):
             reduction=self.config.reduction,
         )
         hidden = self.hidden(pooled.flatten(1))
-        return self.class_logits(hidden), self.box_deltas(hidden)
+        return at_least_float32(self.class_logits(hidden)), at_least_float32(self.box_deltas(hidden))
 
     def forward(self, images: Tensor) -> list[Detections]:
         """Detections of every image."""

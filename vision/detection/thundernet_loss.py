@@ -16,13 +16,10 @@ from vision.detection.boxes import decode_boxes, encode_boxes
 from vision.detection.matching import match_boxes, sample_balanced
 from vision.detection.rpn import TRAINING_BUDGET, ProposalBudget
 from vision.detection.thundernet import REGION_STDS, DenseMaps, ThunderNet
+from vision.detection.truth import check_truth
 
 RegionMiner = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 AnchorMiner = Callable[[Tensor, Tensor], Tensor]
-
-
-class TrueBoxError(ValueError):
-    """An image's true boxes or labels cannot be trained on."""
 
 
 def smooth_l1(difference: Tensor, sigma: float) -> Tensor:
@@ -68,7 +65,7 @@ class ThunderNetLoss:
         ``images`` [N, 3, H, W]; per image ``true_boxes`` [G, 4] in its pixels, ``true_labels`` [G] from 0 to
         num_classes - 1; G may be 0. ``progress``, from 0 to 1, is the share of training done. Raises ``TrueBoxError``.
         """
-        _check_truth(true_boxes, true_labels, model.num_classes)
+        check_truth(true_boxes, true_labels, model.num_classes)
         maps = model.dense(images)
         first_stage = self._first_stage(maps, true_boxes)
         regions = [
@@ -156,18 +153,3 @@ def _label_regions(
             labels.append(torch.where(matches.positive, classes[matches.box_ids] + 1, 0))
             answers.append(truth[matches.box_ids])
     return torch.cat(labels), torch.cat(answers)
-
-
-def _check_truth(true_boxes: Sequence[Tensor], true_labels: Sequence[Tensor], num_classes: int) -> None:
-    for i, (boxes, labels) in enumerate(zip(true_boxes, true_labels, strict=True)):
-        if boxes.shape != (len(labels), 4):
-            raise TrueBoxError(f"image {i} of the batch has boxes {tuple(boxes.shape)} for {len(labels)} labels")
-        if not (boxes[:, 2:] > boxes[:, :2]).all():
-            raise TrueBoxError(
-                f"image {i} of the batch has a box without area or with swapped corners; drop it at load"
-            )
-        if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
-            raise TrueBoxError(
-                f"image {i} of the batch has labels {labels.min()} to {labels.max()}; "
-                f"the model knows 0 to {num_classes - 1}"
-            )

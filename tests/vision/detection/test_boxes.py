@@ -130,7 +130,8 @@ def test_nms_follows_a_long_chain():
 def test_soft_nms_equals_the_loop(sigma):
     boxes, scores = random_boxes(60).double(), torch.rand(60, generator=torch.Generator().manual_seed(4)).double()
     slow = slow_soft_nms(boxes.tolist(), scores.tolist(), 0.5, sigma)
-    kept, kept_scores = soft_nms(boxes, scores, 0.5, sigma=sigma)
+    kept, kept_scores = soft_nms(boxes, scores.requires_grad_(), 0.5, sigma=sigma)
+    assert not kept_scores.requires_grad
     assert kept.tolist() == [i for i, _ in slow]
     assert kept_scores.tolist() == pytest.approx([s for _, s in slow])
     assert (kept_scores <= scores[kept]).all() and (kept_scores < scores[kept]).any()

@@ -12,7 +12,8 @@ from vision.detection.context_enhancement import ContextEnhancement
 from vision.detection.rpn import AnchorGrid, ProposalBudget, RegionProposalHead, select_proposals
 from vision.detection.spatial_attention import SpatialAttention
 from vision.detection.thundernet import ThunderNet, ThunderNetConfig
-from vision.detection.thundernet_loss import ThunderNetLoss, TrueBoxError, smooth_l1
+from vision.detection.thundernet_loss import ThunderNetLoss, smooth_l1
+from vision.detection.truth import TrueBoxError
 from vision.mining import OHEM, RandomSample, StratifiedOHEM, loss_rank_mining
 
 SNET_DIMS = {"snet49": (60, 120, 512), "snet146": (132, 264, 528), "snet535": (248, 496, 992)}
@@ -254,6 +255,16 @@ def test_losses_are_finite_and_reach_every_parameter(region_miner, anchor_miner)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_trains_in_mixed_precision():
+    model = small_model(num_classes=2).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = model.dense(scene()[0])
+        losses = ThunderNetLoss(OHEM(32), budget=ProposalBudget(300, 100))(model, *scene(), progress=0.5)
+    assert maps.f_sam.dtype == torch.bfloat16 and maps.anchors.dtype == torch.float32
+    assert all(value.dtype == torch.float32 and value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()
+
+
 def test_an_image_without_boxes_is_all_background():
     model = small_model(num_classes=2).train()
     loss = ThunderNetLoss(OHEM(32), budget=ProposalBudget(300, 100))
@@ -335,7 +346,7 @@ def test_no_classes_are_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize(("region_miner", "anchor_miner"), MINERS)
 def test_learns_four_images_by_heart(region_miner, anchor_miner):
-    """About 20 seconds each."""
+    """About 15 seconds each."""
     model = small_model(num_classes=2, seed=1).train()
     loss = ThunderNetLoss(region_miner, anchor_miner, ProposalBudget(300, 100))
     images, boxes, labels = scene(count=4)
