@@ -74,11 +74,13 @@ PAPER_CONFIG = ThunderNetConfig()
 
 @dataclass(frozen=True)
 class DenseMaps:
-    """What is computed once an image: F_sam [N, channels, H, W] and the proposal network's view of every anchor.
+    """What is computed once an image: both maps [N, channels, H, W] and the proposal network's view of every anchor.
 
+    Regions are read from ``f_sam``; ``f_cem``, before the attention, is what a student detector may imitate.
     ``objectness`` [N, M, 2], ``deltas`` [N, M, 4], ``anchors`` [M, 4], ``image_size`` (height, width) in pixels.
     """
 
+    f_cem: Tensor
     f_sam: Tensor
     objectness: Tensor
     deltas: Tensor
@@ -125,6 +127,7 @@ class ThunderNet(nn.Module):
         # Box arithmetic needs single precision: half has quarter-pixel steps at 320.
         deltas = at_least_float32(deltas)
         return DenseMaps(
+            f_cem=f_cem,
             f_sam=self.spatial_attention(f_cem, f_rpn),
             objectness=at_least_float32(objectness),
             deltas=deltas,

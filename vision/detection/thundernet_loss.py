@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vision.detection.boxes import decode_boxes, encode_boxes
-from vision.detection.matching import match_boxes, sample_balanced
+from vision.detection.matching import Matches, match_boxes, sample_balanced
 from vision.detection.rpn import TRAINING_BUDGET, ProposalBudget
 from vision.detection.thundernet import REGION_STDS, DenseMaps, ThunderNet
 from vision.detection.truth import check_truth
@@ -77,33 +77,25 @@ class ThunderNetLoss:
     def _first_stage(self, maps: DenseMaps, true_boxes: Sequence[Tensor]) -> dict[str, Tensor]:
         """Both terms averaged over the chosen anchors; background has no box term."""
         matches = [match_boxes(maps.anchors, boxes, 0.7, 0.3, rescue_iou=0.3) for boxes in true_boxes]
-        positive = torch.stack([match.positive for match in matches])
-        used = positive | torch.stack([match.negative for match in matches])
-        classification = functional.cross_entropy(
-            maps.objectness.flatten(0, 1), positive.flatten().long(), reduction="none"
-        )
-        classification = classification.view(positive.shape) * used
-        image_ids, anchor_ids = positive.nonzero(as_tuple=True)
-        answers = torch.cat([boxes[m.box_ids[m.positive]] for boxes, m in zip(true_boxes, matches, strict=True)])
-        differences = maps.deltas[image_ids, anchor_ids] - encode_boxes(answers, maps.anchors[anchor_ids])
-        localization = torch.zeros_like(classification).index_put(
-            (image_ids, anchor_ids), smooth_l1(differences, sigma=3.0)
-        )
-        if self.anchor_miner is None:
-            chosen = torch.zeros_like(used)
-            for row, positives, usable in zip(chosen, positive, used, strict=True):
-                for drawn in sample_balanced(
-                    positives, usable & ~positives, self.anchors_per_image, 0.5, self._generator
-                ):
-                    row[drawn] = True
-        else:
-            losses = (classification + localization).detach()
-            chosen = self.anchor_miner(losses, decode_boxes(maps.deltas.detach(), maps.anchors)) & used
+        classification, localization = _anchor_losses(maps, matches, true_boxes)
+        chosen = self._choose_anchors(maps, matches, (classification + localization).detach())
         count = chosen.sum().clamp(min=1)
         return {
             "rpn_classification": (classification * chosen).sum() / count,
             "rpn_localization": (localization * chosen).sum() / count,
         }
+
+    def _choose_anchors(self, maps: DenseMaps, matches: Sequence[Matches], loss: Tensor) -> Tensor:
+        """Bool mask [N, M] of the anchors that train; never one that is neither positive nor negative."""
+        if self.anchor_miner is not None:
+            used = torch.stack([match.positive | match.negative for match in matches])
+            boxes = decode_boxes(maps.deltas.detach(), maps.anchors)
+            return self.anchor_miner(loss * used, boxes) & used
+        chosen = torch.zeros_like(loss, dtype=torch.bool)
+        for row, match in zip(chosen, matches, strict=True):
+            drawn = sample_balanced(match.positive, match.negative, self.anchors_per_image, 0.5, self._generator)
+            row[torch.cat(drawn)] = True
+        return chosen
 
     def _second_stage(
         self,
@@ -119,9 +111,8 @@ class ThunderNetLoss:
         labels, answers = _label_regions(regions, true_boxes, true_labels)
         classification = functional.cross_entropy(logits, labels, reduction="none")
         foreground = labels > 0
-        differences = deltas[foreground] - encode_boxes(
-            answers[foreground], torch.cat(list(regions))[foreground], REGION_STDS
-        )
+        anchors = torch.cat(list(regions))[foreground]
+        differences = deltas[foreground] - encode_boxes(answers[foreground], anchors, REGION_STDS)
         localization = torch.zeros_like(classification).index_put((foreground,), smooth_l1(differences, sigma=1.0))
 
         sizes = [len(boxes) for boxes in regions]
@@ -137,6 +128,17 @@ class ThunderNetLoss:
             "rcnn_classification": classification[chosen].sum() / count,
             "rcnn_localization": 2 * localization[chosen].sum() / count,
         }
+
+
+def _anchor_losses(maps: DenseMaps, matches: Sequence[Matches], true_boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of objectness and smooth L1 of deltas, of every anchor [N, M]; the latter 0 but for positives."""
+    positive = torch.stack([match.positive for match in matches])
+    classification = functional.cross_entropy(maps.objectness.movedim(-1, 1), positive.long(), reduction="none")
+    image_ids, anchor_ids = positive.nonzero(as_tuple=True)
+    answers = torch.cat([boxes[m.box_ids[m.positive]] for boxes, m in zip(true_boxes, matches, strict=True)])
+    differences = maps.deltas[image_ids, anchor_ids] - encode_boxes(answers, maps.anchors[anchor_ids])
+    localization = torch.zeros_like(classification)
+    return classification, localization.index_put((image_ids, anchor_ids), smooth_l1(differences, sigma=3.0))
 
 
 def _label_regions(
