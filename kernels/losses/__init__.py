@@ -8,7 +8,9 @@ from kernels.losses.correlation import (
     taylor_rbf_correlation,
 )
 from kernels.losses.divergence import (
+    at_least_float32,
     balance_divergence,
+    check_temperature,
     forward_kl,
     reverse_kl,
     target_class_divergence,
@@ -22,8 +24,10 @@ __all__ = [
     "LossInputError",
     "NonFiniteInput",
     "ShapeMismatch",
+    "at_least_float32",
     "balance_divergence",
     "bilinear_correlation",
+    "check_temperature",
     "correlation_congruence",
     "forward_kl",
     "mean_difference_correlation",

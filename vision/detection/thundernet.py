@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kernels.losses.divergence import at_least_float32
+from kernels.losses import at_least_float32
+from vision.detection.backbone import Backbone
 from vision.detection.boxes import clip_boxes, decode_boxes, soft_nms
 from vision.detection.context_enhancement import ContextEnhancement
 from vision.detection.detections import Detections
@@ -32,16 +32,6 @@ from vision.detection.spatial_attention import SpatialAttention
 
 # Standard deviations by which region deltas are divided, as in Fast R-CNN.
 REGION_STDS = (0.1, 0.1, 0.2, 0.2)
-
-
-class Backbone(Protocol):
-    """What a detector asks of a backbone, an ``nn.Module``."""
-
-    feature_dims: Sequence[int]
-
-    def forward_features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Maps at strides 8, 16 and 32, with ``feature_dims`` channels."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -69,9 +59,6 @@ class ThunderNetConfig:
         return self.depth * self.bins**2
 
 
-PAPER_CONFIG = ThunderNetConfig()
-
-
 @dataclass(frozen=True)
 class DenseMaps:
     """What is computed once an image: both maps [N, channels, H, W] and the proposal network's view of every anchor.
@@ -97,7 +84,7 @@ class ThunderNet(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         num_classes: int,
         config: ThunderNetConfig = ThunderNetConfig(),
     ) -> None:
@@ -107,7 +94,7 @@ class ThunderNet(nn.Module):
         self.config = config
         self.num_classes = num_classes
         self.backbone = backbone
-        _, c4_channels, c5_channels = backbone.feature_dims  # type: ignore[misc]
+        _, c4_channels, c5_channels = backbone.feature_dims
         self.context_enhancement = ContextEnhancement(c4_channels, c5_channels, config.channels)
         self.rpn = RegionProposalHead(config.channels, config.rpn_width, config.anchors.num_per_cell)
         self.spatial_attention = SpatialAttention(config.rpn_width, config.channels)
@@ -121,7 +108,7 @@ class ThunderNet(nn.Module):
 
     def dense(self, images: Tensor) -> DenseMaps:
         """Everything before the regions: images [N, 3, H, W] to ``DenseMaps``."""
-        _, c4, c5 = self.backbone.forward_features(images)  # type: ignore[operator]
+        _, c4, c5 = self.backbone.forward_features(images)
         f_cem = self.context_enhancement(c4, c5)
         f_rpn, objectness, deltas = self.rpn(f_cem)
         # Box arithmetic needs single precision: half has quarter-pixel steps at 320.

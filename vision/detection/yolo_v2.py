@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.losses.divergence import at_least_float32
-from vision.detection.boxes import clip_boxes, nms
+from kernels.losses import at_least_float32
+from vision.detection.backbone import Backbone
+from vision.detection.boxes import MAX_SIZE_DELTA, clip_boxes, nms
 from vision.detection.detections import Detections
 
 STRIDE = 32
@@ -85,7 +86,6 @@ class YOLOv2Config:
     max_detections: int = 100
 
 
-LIGHT_HEAD = YOLOv2Config()
 PUBLISHED_HEAD = YOLOv2Config(width=1024, num_convolutions=2, passthrough=64)
 
 
@@ -106,7 +106,7 @@ class Predictions:
 
 
 class YOLOv2(nn.Module):
-    """The detector over a backbone with ``forward_features`` (maps at strides 8, 16, 32) and ``feature_dims``.
+    """The detector over any ``Backbone``.
 
     Called on images [N, 3, H, W] it answers ``Detections`` per image; ``predict`` gives what ``YOLOv2Loss`` trains.
     Image sides must be multiples of 32, so that C4 folds onto C5.
@@ -114,7 +114,7 @@ class YOLOv2(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         num_classes: int,
         config: YOLOv2Config = YOLOv2Config(),
     ) -> None:
@@ -124,7 +124,7 @@ class YOLOv2(nn.Module):
         self.config = config
         self.num_classes = num_classes
         self.backbone = backbone
-        _, c4_channels, c5_channels = backbone.feature_dims  # type: ignore[misc]
+        _, c4_channels, c5_channels = backbone.feature_dims
         layers, channels = [], c5_channels
         for _ in range(config.num_convolutions):
             layers.append(convolution(channels, config.width, 3))
@@ -141,7 +141,7 @@ class YOLOv2(nn.Module):
             raise ValueError(
                 f"images are {width}x{height}; both sides must be multiples of {STRIDE}: resize or pad them"
             )
-        _, c4, c5 = self.backbone.forward_features(images)  # type: ignore[operator]
+        _, c4, c5 = self.backbone.forward_features(images)
         folded = functional.pixel_unshuffle(self.passthrough(c4), 2)
         raw = at_least_float32(self.output(self.join(torch.cat([folded, self.deepen(c5)], dim=1))))
         # Channels are anchor-major; inside an anchor tx, ty, tw, th, to, classes.
@@ -161,7 +161,7 @@ class YOLOv2(nn.Module):
         y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         cells = torch.stack([x, y], dim=-1).to(centres)
         anchors = centres.new_tensor(self.config.anchors)[:, None, None, :]
-        middle, half = (cells + centres) * STRIDE, anchors * sizes.exp() * (STRIDE / 2)
+        middle, half = (cells + centres) * STRIDE, anchors * sizes.clamp(max=MAX_SIZE_DELTA).exp() * (STRIDE / 2)
         return torch.cat([middle - half, middle + half], dim=-1)
 
     def _detect(self, boxes: Tensor, scores: Tensor) -> Detections:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kernels.losses import balance_divergence
-from kernels.losses.divergence import check_temperature
+from kernels.losses import balance_divergence, check_temperature
 from vision.distillation.checks import check_weight, class_rows, mean_over_rows
 
 

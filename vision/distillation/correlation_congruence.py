@@ -23,11 +23,11 @@ from torch.nn import functional
 from kernels.losses import (
     BatchTooSmall,
     ShapeMismatch,
+    at_least_float32,
     correlation_congruence,
     rbf_correlation,
     taylor_rbf_correlation,
 )
-from kernels.losses.divergence import at_least_float32
 from vision.distillation.checks import check_finite
 
 Correlation = Callable[[Tensor], Tensor]

@@ -7,8 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from kernels.losses import ShapeMismatch, forward_kl, target_class_divergence, without_label
-from kernels.losses.divergence import check_temperature
+from kernels.losses import ShapeMismatch, check_temperature, forward_kl, target_class_divergence, without_label
 from vision.distillation.checks import check_weight, class_rows
 
 Divergence = Callable[[Tensor, Tensor], Tensor]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kernels.losses import forward_kl
-from kernels.losses.divergence import check_temperature
+from kernels.losses import check_temperature, forward_kl
 from vision.distillation.checks import class_rows, mean_over_rows
 
 

@@ -127,6 +127,12 @@ def test_detections_are_thinned_per_class():
     assert torch.equal(found.boxes, boxes[[0, 2, 1]])
 
 
+def test_sizes_never_overflow():
+    model = small_model()
+    boxes = model._decode(torch.full((1, 5, 2, 2, 2), 0.5), torch.full((1, 5, 2, 2, 2), 500.0))
+    assert boxes.isfinite().all()
+
+
 def test_shape_iou_by_hand():
     found = shape_iou(torch.tensor([[2.0, 4.0]]), [(2.0, 4.0), (4.0, 2.0), (1.0, 1.0)])
     assert found.tolist() == [pytest.approx([1.0, 4 / 12, 1 / 8])]

@@ -72,8 +72,7 @@ def convolutional_net(width, seed):
     torch.manual_seed(seed)
     channels = [1, width, 2 * width, 4 * width]
     blocks = [
-        nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-        for i, o in pairwise(channels)
+        nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()) for i, o in pairwise(channels)
     ]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, NUM_CLASSES))
 
@@ -105,7 +104,7 @@ def accuracy(net, images, labels):
 
 @pytest.mark.slow
 def test_low_temperature_reverse_term_helps_and_tuned_kd_does_as_well(textures):
-    """About a minute. At equal weight the reverse term pays at temperature 1, hurts at 4, and tuning KD pays as much."""
+    """A minute. At equal weight the reverse term pays at temperature 1, hurts at 4, and a tuned KD does as well."""
     (images, labels), test_set = textures
     teacher = train(convolutional_net(32, seed=0), images, labels, None, None, rate=0.05)
     assert accuracy(teacher, *test_set) > 0.98

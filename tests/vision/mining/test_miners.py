@@ -120,6 +120,25 @@ def test_mining_finds_the_regions_that_are_hard():
     assert len(set((without_suppression // 5).tolist())) == 2
 
 
+@pytest.mark.parametrize("miner", MINERS)
+def test_any_two_stage_head_is_mined_from_its_unreduced_losses(miner):
+    """A Fast R-CNN head as torchvision has it: class-specific deltas [R, 4 C], one row of targets a region."""
+    _, _, boxes, labels = regions()
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(300, 32, generator=generator)
+    class_logits, box_regression = torch.nn.Linear(32, 4), torch.nn.Linear(32, 16)
+    targets = torch.randn(300, 4, generator=generator)
+
+    classification = torch.nn.functional.cross_entropy(class_logits(features), labels, reduction="none")
+    own_class = box_regression(features).view(300, 4, 4)[torch.arange(300), labels]
+    distance = torch.nn.functional.smooth_l1_loss(own_class, targets, reduction="none", beta=1 / 9).sum(dim=1)
+    localization = distance * (labels > 0)
+    chosen = miner(classification, localization, boxes, labels, 0.4)
+    (classification[chosen].mean() + localization[chosen].mean()).backward()
+    assert len(chosen) == 64
+    assert class_logits.weight.grad.abs().max() > 0 and box_regression.weight.grad.abs().max() > 0
+
+
 def test_quotas_example():
     assert quotas(128, START.shares, [1000] * 4) == [90, 19, 13, 6]
 
