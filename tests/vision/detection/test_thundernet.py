@@ -157,6 +157,15 @@ def test_a_planted_output_lands_on_its_anchor():
 # --- Modules --------------------------------------------------------------------------------------------------------
 
 
+def test_both_convolutions_of_the_proposal_network_are_activated():
+    head, f_cem = RegionProposalHead(), torch.randn(2, 245, 5, 6)
+    between = head.depthwise(f_cem)
+    f_rpn, _, _ = head(f_cem)
+    assert between.shape == (2, 245, 5, 6) and f_rpn.shape == (2, 256, 5, 6)
+    for activated in (between, f_rpn):
+        assert activated.min() == 0 and activated.max() > 0
+
+
 def test_attention_lies_between_zero_and_one():
     attention = SpatialAttention().eval()
     f_cem, f_rpn = torch.randn(2, 245, 5, 6), torch.randn(2, 256, 5, 6)
