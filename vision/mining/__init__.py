@@ -4,7 +4,7 @@ from vision.mining.baselines import RandomSample, focal_loss
 from vision.mining.candidates import Miner, MiningInputError
 from vision.mining.loss_rank_mining import LossRankMiner, loss_rank_mining
 from vision.mining.ohem import OHEM
-from vision.mining.stratified_ohem import Strata, StratifiedOHEM, moving_strata, staged_strata
+from vision.mining.stratified_ohem import Strata, StratifiedOHEM, assign_strata, moving_strata, staged_strata
 
 __all__ = [
     "LossRankMiner",
@@ -14,6 +14,7 @@ __all__ = [
     "RandomSample",
     "Strata",
     "StratifiedOHEM",
+    "assign_strata",
     "focal_loss",
     "loss_rank_mining",
     "moving_strata",
