@@ -186,22 +186,20 @@ def test_loss_equals_darknets_rules_on_a_toy(true_box):
 
 
 def test_background_that_overlaps_a_true_box_is_not_punished():
-    raw = torch.zeros(1, 2, 2, 2, 8)
-    predictions = toy_predictions(raw)
-    # The second anchor of cell (0, 0) reaches from -32 to 64: a true box near it, centred in another cell.
-    truth = [torch.tensor([[-30.0, -14.0, 66.0, 50.0]])]
+    predictions = toy_predictions(torch.zeros(1, 2, 2, 2, 8))
+    # Centred in the second column, but the wide anchor of the first column covers most of it, too.
+    truth = [torch.tensor([[-14.0, -16.0, 82.0, 48.0]])]
     loss = detection_loss(predictions, assign(predictions, truth, [torch.tensor([0])], ANCHORS), truth)
-    overlaps = box_iou(predictions.boxes.view(-1, 4), truth[0]).view(1, 2, 2, 2)
-    free = overlaps > 0.6
-    owner = torch.zeros_like(free)
-    owner[0, 1, 0, 0] = True
-    assert free.sum() >= 1
-    assert (loss[free & ~owner] == 0).all()
-    assert (loss[~free & ~owner] == 0.125).all()
+    assert box_iou(predictions.boxes[0, 1, 0, :1], truth[0]).item() == pytest.approx(78 / 114)
+    background = torch.full((1, 2, 2, 2), 0.125)
+    background[0, 1, 0, 0] = 0
+    background[0, 1, 0, 1] = loss[0, 1, 0, 1]
+    assert loss[0, 1, 0, 1] > 1
+    assert torch.equal(loss, background)
 
 
 def test_gradient_equals_darknets_deltas():
-    """d/dto = 5 (o - IoU) o (1 - o), the IoU taken as a constant; d/dtx = k (x - x*) x (1 - x)."""
+    """d/dto = 5 (o - IoU) o (1 - o), the IoU taken as a constant; d/dtx = k (x - x*) x (1 - x), d/dtw = k (tw - tw*)."""
     raw = torch.randn(1, 2, 2, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.3
     raw.requires_grad_()
     truth = [torch.tensor([[34.0, 5.0, 62.0, 40.0]]).double()]
@@ -213,6 +211,8 @@ def test_gradient_equals_darknets_deltas():
     reached = box_iou(predictions.boxes[owner].detach()[None], truth[0])[0, 0]
     k = 2 - (28 * 35) / 64**2
     assert raw.grad[owner][0].item() == pytest.approx((k * (x - (48 / 32 - 1)) * x * (1 - x)).item())
+    width = raw[owner][2].detach()
+    assert raw.grad[owner][2].item() == pytest.approx((k * (width - math.log(28 / 32))).item())
     assert raw.grad[owner][4].item() == pytest.approx(
         (5 * (objectness - reached) * objectness * (1 - objectness)).item()
     )
