@@ -330,6 +330,29 @@ def test_second_stage_trains_on_what_the_miner_picks():
     torch.testing.assert_close(losses["rcnn_localization"], 2 * localization.mean())
 
 
+def test_second_stage_losses_of_every_region_equal_a_loop():
+    model = small_model(num_classes=2)
+    images, boxes, labels = scene(count=1)
+    seen = []
+
+    def all_of_them(classification, localization, regions, region_labels, progress):
+        seen.append((classification, localization, regions, region_labels))
+        return torch.arange(len(regions))
+
+    near = boxes[0] + torch.tensor([[6.0, -4, 9, 5]])
+    model.propose = lambda maps, budget: [torch.cat([near, near + 20, torch.tensor([[0.0, 0, 9, 9]])])]
+    ThunderNetLoss(all_of_them)(model, images, boxes, labels, 0.0)
+    classification, localization, regions, region_labels = seen[0]
+    assert region_labels.tolist() == [1, 0, 0, 1]
+    logits, deltas = model.classify(model.dense(images), [regions])
+    for i, label in enumerate(region_labels.tolist()):
+        assert classification[i].item() == pytest.approx(-logits[i].log_softmax(0)[label].item())
+        wanted = encode_boxes(boxes[0][0], regions[i]) / torch.tensor([0.1, 0.1, 0.2, 0.2])
+        distances = (deltas[i] - wanted).abs().tolist()
+        expected = sum(0.5 * x * x if x < 1 else x - 0.5 for x in distances) if label else 0.0
+        assert localization[i].item() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("boxes", "labels"),
     [

@@ -199,7 +199,7 @@ def test_background_that_overlaps_a_true_box_is_not_punished():
 
 
 def test_gradient_equals_darknets_deltas():
-    """d/dto = 5 (o - IoU) o (1 - o), the IoU taken as a constant; d/dtx = k (x - x*) x (1 - x), d/dtw = k (tw - tw*)."""
+    """d/dto = 5 (o - IoU) o (1 - o), the IoU a constant; d/dtx = k (x - x*) x (1 - x); d/dtw = k (tw - tw*)."""
     raw = torch.randn(1, 2, 2, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.3
     raw.requires_grad_()
     truth = [torch.tensor([[34.0, 5.0, 62.0, 40.0]]).double()]
