@@ -91,8 +91,8 @@ def test_cells_are_ranked_by_the_sum_over_their_anchors():
 
 def test_a_cell_is_represented_by_its_costliest_anchor():
     loss = torch.tensor([[[[1.0, 2.0]], [[5.0, 3.0]]]])
-    wide, narrow = [0.0, 0, 100, 100], [0.0, 0, 1, 1]
-    boxes = torch.tensor([[[narrow, narrow], [wide, wide]]]).view(1, 2, 1, 2, 4)
+    wide, narrow, elsewhere = [0.0, 0, 100, 100], [0.0, 0, 1, 1], [50.0, 50, 51, 51]
+    boxes = torch.tensor([[[narrow, elsewhere], [wide, wide]]]).view(1, 2, 1, 2, 4)
     assert LossRankMiner(1.0, element="cell")(loss, boxes)[0, :, 0].tolist() == [[True, False]] * 2
     loss[0, :, 0, 1] = torch.tensor([3.0, 2.0])
     assert LossRankMiner(1.0, element="cell")(loss, boxes)[0, :, 0].tolist() == [[True, True]] * 2
