@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from server.bench.prompts import load_prompts
 from transformers import LlamaForCausalLM
 
 from drafters.drafter import Drafter
 from drafters.proposal import Budget
+from server.bench.prompts import load_prompts
 from server.engine.engine import Engine, EngineOptions
 from server.engine.generate import generate
 from server.engine.request import Request, SamplingParams

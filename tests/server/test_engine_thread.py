@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from doubles import tiny_llama
 
+from doubles import tiny_llama
 from server.engine.engine import Engine, EngineOptions
 from server.engine.request import (
     ContextTooLong,

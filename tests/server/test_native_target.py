@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles import OracleDrafter, tiny_llama, tiny_qwen3
 
+from doubles import OracleDrafter, tiny_llama, tiny_qwen3
 from drafters.proposal import Budget, Proposal
 from kernels import native
 from server.engine.engine import Engine, EngineOptions

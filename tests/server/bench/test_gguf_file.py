@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from doubles import tiny_llama, tiny_qwen3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from doubles import tiny_llama, tiny_qwen3
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (make gguf)")
 

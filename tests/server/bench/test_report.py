@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doubles import OracleDrafter, tiny_llama
 
+from doubles import OracleDrafter, tiny_llama
 from server.bench.prompts import Prompt
 from server.bench.report import BenchError, BenchOptions, measure
 from server.commands.bench import check_lossless, show
