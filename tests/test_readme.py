@@ -25,7 +25,9 @@ def environment() -> dict[str, str]:
     if not (ROOT / "server/assets/target/config.json").is_file() and "DOVETAIL_TARGET" not in os.environ:
         pytest.skip("there is no bundled target, and DOVETAIL_TARGET names no other")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "DOVETAIL_MODEL_NAME": "dovetail"}
+    # One thread: on a machine that is busy, two that wait for each other at every layer take minutes.
+    settings = {"DOVETAIL_MODEL_NAME": "dovetail", "DOVETAIL_THREADS": "1"}
+    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)} | settings
 
 
 @pytest.fixture(scope="module")
