@@ -78,12 +78,17 @@ def load_target(folder: Path, weights: str, num_slots: int, capacity: int, threa
     import torch
 
     from kernels.native import set_num_threads
+    from server.targets.native_target import NativeTarget
     from server.targets.native_target import load_target as load
 
     num_threads = threads or num_usable_cores()
     torch.set_num_threads(num_threads)
     set_num_threads(num_threads)
-    return load(folder, weights, num_slots, capacity)
+    target = load(folder, weights, num_slots, capacity)
+    if isinstance(target, NativeTarget):
+        # The heavy work has a pool of its own; torch's threads would only fight it for the cores.
+        torch.set_num_threads(1)
+    return target
 
 
 def load_drafter(target: TorchTarget, name: str | None, device: str, num_slots: int, capacity: int) -> Drafter | None:

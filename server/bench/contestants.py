@@ -75,7 +75,7 @@ class EngineContestant:
         if result.finished.reason is FinishReason.FAILED:
             raise EngineError(f"{self.name} failed on {case.name}: {result.finished.error}")
         stats = result.finished.stats
-        return Timed(result.token_ids, result.finished.timings.tokens_per_s_base, stats.rounds, stats.committed)
+        return Timed(result.token_ids, result.finished.timings.decode_s, stats.rounds, stats.committed)
 
 
 class FirstTokenClock:
