@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from server.commands import bench, train
+from server.commands import bench, evaluate, export, train
 from server.commands.doctor import doctor
 from server.commands.generate import generate
 from server.commands.serve import serve
@@ -31,6 +31,8 @@ app.command()(generate)
 app.add_typer(bench.app, name="bench")
 app.command()(doctor)
 app.add_typer(train.app, name="train")
+app.add_typer(evaluate.app, name="eval")
+app.add_typer(export.app, name="export")
 
 
 @app.callback()

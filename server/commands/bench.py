@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer.core import TyperGroup
 
+from server.commands.bench_kernels import diagonalwise, kernels
 from server.commands.options import (
     Config,
     Context,
@@ -49,6 +50,10 @@ class BenchGroup(TyperGroup):
 app = typer.Typer(cls=BenchGroup, help="Measure speed against plain decoding, transformers and llama.cpp.")
 
 
+app.command("kernels")(kernels)
+app.command("diagonalwise")(diagonalwise)
+
+
 @app.command(MODEL)
 def bench(
     target: Target = None,
@@ -83,6 +88,8 @@ def bench(
 
     Speeds are tokens per second of decoding, prompts excluded; each is the median over the repeats. Ctrl-C ends the
     run and reports what was measured. The last line printed is the report as JSON.
+
+    `bench kernels` and `bench diagonalwise` measure the kernels apart from any model.
     """
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(f"the folder of {json_file} does not exist", param_hint="--json")

@@ -1,6 +1,7 @@
 import json
 import logging
 import signal
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ def test_progress_bar_on_a_terminal_starts_where_the_run_stands(arguments: Train
     assert "loss 0.25" in screen.getvalue()
 
 
+@pytest.fixture
+def python_handler() -> Iterator[None]:
+    """Shells start background jobs with SIGINT ignored; the test needs Python's own handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handler")
 def test_second_interrupt_reaches_the_previous_handler(arguments: TrainingArguments) -> None:
     stop, control = CleanStop(), TrainerControl()
     with pytest.raises(KeyboardInterrupt):
