@@ -59,6 +59,22 @@ def examine() -> dict[str, Any]:
             name: dataclasses.asdict(extra) | {"present": importlib.util.find_spec(extra.module) is not None}
             for name, extra in EXTRAS.items()
         },
+        "kernels": kernels(),
+    }
+
+
+def kernels() -> dict[str, Any]:
+    """Which native kernels run low-bit targets, and why those."""
+    from kernels.native import available_instruction_sets, instruction_set, library
+
+    if library() is None:
+        reason = "not built: with a C++20 compiler at hand, pip install --editable . builds them"
+        return {"chosen": instruction_set(), "available": [], "reason": reason}
+    available = available_instruction_sets()
+    return {
+        "chosen": instruction_set(),
+        "available": available,
+        "reason": f"the fastest this processor offers of {', '.join(available)}",
     }
 
 
@@ -85,6 +101,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     table.add_row("instruction sets", " ".join(hardware["instruction_sets"]) or "unknown")
     table.add_row("memory", f"{hardware['memory_gb']:.1f} GB, read at {hardware['stream_gb_per_s']:.1f} GB/s")
     table.add_row("gpu", ", ".join(hardware["gpus"]) or "none that torch can use; drafting runs on the CPU")
+    table.add_row("native kernels", f"{report['kernels']['chosen']}: {report['kernels']['reason']}")
     table.add_row("versions", ", ".join(f"{name} {found or 'missing'}" for name, found in report["versions"].items()))
     for name, found in report["bundled"].items():
         state = f"{found['bytes'] / 1e6:.1f} MB" if found["present"] else "missing"
