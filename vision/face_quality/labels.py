@@ -90,7 +90,7 @@ def _check(features: Tensor, identities: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _cosines(features: Tensor, members: Tensor, weights: Tensor, leave_one_out: bool) -> Tensor:
-    """Cosine of each unit feature with its identity's weighted centre, with or without itself; 0 where that is empty."""
+    """Cosine of each unit feature with its weighted class centre, with or without itself; 0 where it is empty."""
     weighted = features * weights[:, None]
     sums = torch.zeros(int(members.max()) + 1, features.shape[1], dtype=features.dtype, device=features.device)
     whole = sums.index_add_(0, members, weighted)[members]

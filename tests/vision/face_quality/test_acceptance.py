@@ -118,7 +118,7 @@ def test_a_tiny_network_learns_quality_labels_of_unseen_identities():
     by_label, by_score, by_severity, by_chance = (
         area(features, other_identities, quality) for quality in (labels, scores, -severities, torch.rand(len(labels)))
     )
-    # Measured: 0.727, 0.807, 0.837, 0.994 and a correlation of 0.661. These patterns are hard for the recogniser: its own
-    # labels bound what the scorer can reach.
+    # Measured: 0.727, 0.807, 0.837, 0.994 and a correlation of 0.661. These patterns are hard for the recogniser, and
+    # its own labels bound what the scorer can reach.
     assert by_label < by_score < by_severity < by_chance
     assert spearman(scores, labels) >= 0.6
