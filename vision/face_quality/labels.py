@@ -90,12 +90,9 @@ def _check(features: Tensor, identities: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _cosines(features: Tensor, members: Tensor, weights: Tensor, leave_one_out: bool) -> Tensor:
-    """Cosine of each unit feature with its identity's weighted centre, with or without itself."""
+    """Cosine of each unit feature with its weighted class centre, with or without itself; 0 where it is empty."""
     weighted = features * weights[:, None]
     sums = torch.zeros(int(members.max()) + 1, features.shape[1], dtype=features.dtype, device=features.device)
     whole = sums.index_add_(0, members, weighted)[members]
     centres = whole - weighted if leave_one_out else whole
-    # Where the sum consisted of nothing but the image itself, what is left is rounding noise and no direction.
-    noise = 100 * torch.finfo(features.dtype).eps * whole.norm(dim=1, keepdim=True)
-    centres = torch.where(centres.norm(dim=1, keepdim=True) > noise, centres, 0)
     return (features * functional.normalize(centres)).sum(dim=1)

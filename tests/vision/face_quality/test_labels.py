@@ -114,9 +114,12 @@ def test_a_foreign_image_is_not_usable():
 
 
 def test_the_only_image_with_weight_has_no_centre_but_itself():
-    features = torch.tensor([[1.0, 0.0], [-1.0, 1e-3], [-1.0, -1e-3]])
-    found = quality_labels(features, torch.zeros(3), leave_one_out=True, reweightings=3)
-    assert found.raw.isfinite().all()
+    """The second and third disagree, so that only the first keeps a weight; it then is the others' centre."""
+    features = torch.tensor([[1.0, 0.0], [0.2, 1.0], [0.2, -1.0]])
+    first = quality_labels(features, torch.zeros(3), reweightings=0).raw
+    assert first[0] == pytest.approx(1.0) and (first[1:] < 0).all()
+    reweighted = quality_labels(features, torch.zeros(3), reweightings=1).raw
+    assert reweighted.tolist() == pytest.approx([0.0, 0.2 / 1.04**0.5, 0.2 / 1.04**0.5])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from vision.face_quality import TinyFQNet
+from vision.face_quality.tinyfqnet import InvertedResidual
 
 
 def macs(model, side):
@@ -50,6 +51,9 @@ def test_scores_are_one_number_an_image():
 def test_only_the_block_of_equal_shape_is_residual():
     residual = [block.keeps_shape for block in TinyFQNet().features if hasattr(block, "keeps_shape")]
     assert residual == [False, False, False, True, False]
+    block, x = InvertedResidual(4, 4, stride=1, expansion=3).eval(), torch.randn(2, 4, 6, 6)
+    nn.init.zeros_(block.layers[-1].weight)
+    assert torch.equal(block(x), x)
 
 
 def test_it_learns_which_of_two_textures_is_sharp():
