@@ -31,7 +31,7 @@ bench: $(VENV)/installed
 gguf: $(VENV)/installed
 	$(PIP) --editable '.[gguf]'
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/*/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PIP) --editable '.[train,vision,dev]'

@@ -33,7 +33,8 @@ TARGET_STREAM uint64_t sum_wide(const uint64_t* words, int64_t count) { return s
 #if defined(__x86_64__) || defined(_M_X64)
 __attribute__((target("avx512f,avx512bw,avx512vnni"))) int64_t dots_avx512(int64_t rounds) {
   __m512i sum[kChains];
-  for (auto& s : sum) s = _mm512_setzero_si512();
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) sum[i] = _mm512_setzero_si512();
   const __m512i a = _mm512_set1_epi8(3);
   for (int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 12
@@ -47,7 +48,8 @@ __attribute__((target("avx512f,avx512bw,avx512vnni"))) int64_t dots_avx512(int64
 
 __attribute__((target("avx2"))) int64_t dots_avx2(int64_t rounds) {
   __m256i sum[kChains];
-  for (auto& s : sum) s = _mm256_setzero_si256();
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) sum[i] = _mm256_setzero_si256();
   const __m256i a = _mm256_set1_epi8(3);
   const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t round = 0; round < rounds; ++round) {
@@ -66,7 +68,8 @@ __attribute__((target("avx2"))) int64_t dots_avx2(int64_t rounds) {
 #if defined(__aarch64__)
 __attribute__((target("arch=armv8.2-a+dotprod"))) int64_t dots_arm(int64_t rounds) {
   int32x4_t sum[kChains];
-  for (auto& s : sum) s = vdupq_n_s32(0);
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) sum[i] = vdupq_n_s32(0);
   const int8x16_t a = vdupq_n_s8(3);
   for (int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 12

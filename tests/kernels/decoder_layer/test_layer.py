@@ -136,6 +136,13 @@ def test_a_tree_row_equals_the_plain_row(prefix: int, bits: int, kv: torch.dtype
             assert torch.equal(plain[0], tree[row])
 
 
+def test_no_rows_are_fine() -> None:
+    machine = Machine(build("llama"), 8)
+    assert machine.run(torch.empty(0, 64), [], []).shape == (0, 64)
+    ids, logits = head_argmax(torch.empty(0, 64), machine.layer.output)
+    assert ids.shape == logits.shape == (0,)
+
+
 def test_a_bad_row_spoils_no_other() -> None:
     machine = Machine(build("llama"), 8)
     hidden = torch.randn(4, 64)
