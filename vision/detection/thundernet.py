@@ -94,7 +94,7 @@ class ThunderNet(nn.Module):
         self.config = config
         self.num_classes = num_classes
         self.backbone = backbone
-        _, c4_channels, c5_channels = backbone.feature_dims
+        _, c4_channels, c5_channels = backbone.feature_channels
         self.context_enhancement = ContextEnhancement(c4_channels, c5_channels, config.channels)
         self.rpn = RegionProposalHead(config.channels, config.rpn_width, config.anchors.num_per_cell)
         self.spatial_attention = SpatialAttention(config.rpn_width, config.channels)

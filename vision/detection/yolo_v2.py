@@ -46,7 +46,7 @@ def convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Seq
 class Darknet19(nn.Module):
     """The trunk of the published YOLOv2: maps at strides 8, 16 and 32 with 256, 512 and 1024 channels."""
 
-    feature_dims = (256, 512, 1024)
+    feature_channels = (256, 512, 1024)
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class YOLOv2(nn.Module):
         self.config = config
         self.num_classes = num_classes
         self.backbone = backbone
-        _, c4_channels, c5_channels = backbone.feature_dims
+        _, c4_channels, c5_channels = backbone.feature_channels
         layers, channels = [], c5_channels
         for _ in range(config.num_convolutions):
             layers.append(convolution(channels, config.width, 3))

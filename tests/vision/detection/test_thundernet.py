@@ -24,7 +24,7 @@ class FakeBackbone(nn.Module):
 
     def __init__(self, dims=(8, 12, 16)):
         super().__init__()
-        self.feature_dims = dims
+        self.feature_channels = dims
         blocks = zip((3, *dims), dims, (8, 2, 2), (9, 3, 3), strict=False)
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv2d(i, o, k, s, k // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU())

@@ -23,7 +23,7 @@ from vision.mining import LossRankMiner
 
 
 class FakeBackbone(nn.Module):
-    feature_dims = (8, 12, 16)
+    feature_channels = (8, 12, 16)
 
     def __init__(self):
         super().__init__()
