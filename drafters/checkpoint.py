@@ -34,8 +34,8 @@ def save_drafter(network: DovetailNetwork, folder: Path) -> None:
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def read_config(folder: Path) -> DovetailConfig:
-    """The configuration of a drafter folder; DrafterError names what is missing, unknown or malformed."""
+def read_fields(folder: Path) -> dict[str, Any]:
+    """The object in a folder's ``config.json``, a drafter's or a language model's; ``model_type`` says which."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise DrafterError(f"{file} does not exist; a drafter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -43,7 +43,15 @@ def read_config(folder: Path) -> DovetailConfig:
         fields: Any = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DrafterError(f"{file} is not JSON: {error}") from error
-    if not isinstance(fields, dict) or fields.pop("model_type", None) != MODEL_TYPE:
+    if not isinstance(fields, dict):
+        raise DrafterError(f"{file} must hold a JSON object, not {type(fields).__name__}")
+    return fields
+
+
+def read_config(folder: Path) -> DovetailConfig:
+    """The configuration of a drafter folder; DrafterError names what is missing, unknown or malformed."""
+    file, fields = folder / CONFIG_FILE, read_fields(folder)
+    if fields.pop("model_type", None) != MODEL_TYPE:
         raise DrafterError(f'{file} does not say "model_type": "{MODEL_TYPE}"; it describes no Dovetail drafter')
     known = {field.name for field in dataclasses.fields(DovetailConfig)}
     if unknown := sorted(set(fields) - known):
@@ -68,13 +76,22 @@ def read_network(folder: Path, device: torch.device, dtype: torch.dtype) -> Dove
 def read_weights(file: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file on the CPU; pickles are refused."""
     if not file.is_file():
-        pickles = sorted(found.name for pattern in PICKLES for found in file.parent.glob(pattern))
-        hint = f"; {pickles[0]} is a pickle, which can run code when it is read: convert it" if pickles else ""
-        raise DrafterError(f"{file} does not exist{hint}")
+        raise DrafterError(f"{file} does not exist{refuse_pickles(file.parent)}")
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise DrafterError(f"{file} cannot be read as safetensors, it may be truncated: {error}") from error
+
+
+def refuse_pickles(folder: Path) -> str:
+    """What to say behind a message about missing weights where the folder holds a pickle instead."""
+    pickles = sorted(found.name for pattern in PICKLES for found in folder.glob(pattern))
+    if not pickles:
+        return ""
+    return (
+        f"; {pickles[0]} is a pickle, which can run code when it is read: convert it to safetensors on a machine you "
+        "trust with it (torch.load with weights_only=True, then safetensors.torch.save_file)"
+    )
 
 
 def check_weights(file: Path, state: dict[str, Tensor], network: DovetailNetwork) -> None:

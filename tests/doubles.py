@@ -1,8 +1,10 @@
 """Test doubles: tiny random targets in fp32, and a drafter that knows everything or nothing."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from drafters.drafter import DraftState, Observation
@@ -74,3 +76,12 @@ def tiny_qwen3(vocab_size: int = 67, seed: int = 0) -> Qwen3ForCausalLM:
         head_dim=24, vocab_size=vocab_size, max_position_embeddings=256, initializer_range=0.3,
     )  # fmt: skip
     return Qwen3ForCausalLM(config).eval()
+
+
+def save_word_tokenizer(folder: Path, words: Sequence[str] | None = None) -> None:
+    """A tokenizer of whole words, ``word0`` to ``word66``, which is what the tiny models' vocabulary holds."""
+    words = [f"word{i}" for i in range(67)] if words is None else words
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
