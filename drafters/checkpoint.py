@@ -1,6 +1,7 @@
-"""Drafter folders: ``config.json`` and ``model.safetensors`` (bf16), no pickle.
+"""Drafter folders: ``config.json`` and ``model.safetensors``, no pickle.
 
-The embedding and the LM head are not in the file: they are the target's, frozen, and come from the target at load.
+The embedding is not in the file, and the LM head only where a drafter has its own: they are the target's, frozen, and
+come from the target at load.
 The authors' checkpoints carry a copy of the embedding; ours are smaller by it and cannot disagree with the target.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drafters.drafter import DrafterError
-from drafters.network import DovetailConfig, DovetailNetwork
+from drafters.eagle import EagleConfig, EagleNetwork
+from drafters.network import BlockConfig, DovetailConfig, DovetailNetwork, FeatureNetwork
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-MODEL_TYPE = "dovetail_drafter"
+NETWORKS: dict[str, tuple[type[BlockConfig], Callable[[Any], FeatureNetwork]]] = {
+    "dovetail_drafter": (DovetailConfig, DovetailNetwork),
+    "eagle3_drafter": (EagleConfig, EagleNetwork),
+}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def save_drafter(network: DovetailNetwork, folder: Path) -> None:
-    """Write the network in bf16 beside its configuration."""
+def save_drafter(network: FeatureNetwork, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the network in ``dtype`` beside its configuration; ids stay whole numbers."""
     folder.mkdir(parents=True, exist_ok=True)
-    fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(network.config)}
+    model_type = next(name for name, (config, _) in NETWORKS.items() if type(network.config) is config)
+    fields = {"model_type": model_type, **dataclasses.asdict(network.config)}
     (folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    state = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in network.state_dict().items()}
+    state = {name: as_type(tensor.detach().cpu(), dtype) for name, tensor in network.state_dict().items()}
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights in ``dtype``; ids and other whole numbers as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
@@ -48,29 +60,45 @@ def read_fields(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def read_config(folder: Path) -> DovetailConfig:
+def read_config(folder: Path) -> BlockConfig:
     """The configuration of a drafter folder; DrafterError names what is missing, unknown or malformed."""
     file, fields = folder / CONFIG_FILE, read_fields(folder)
-    if fields.pop("model_type", None) != MODEL_TYPE:
-        raise DrafterError(f'{file} does not say "model_type": "{MODEL_TYPE}"; it describes no Dovetail drafter')
-    known = {field.name for field in dataclasses.fields(DovetailConfig)}
+    model_type = fields.pop("model_type", None)
+    if model_type not in NETWORKS:
+        raise DrafterError(
+            f"{file} describes no Dovetail drafter: model_type is {model_type!r}, allowed are {', '.join(NETWORKS)}"
+        )
+    config_type, _ = NETWORKS[model_type]
+    known = {field.name for field in dataclasses.fields(config_type)}
     if unknown := sorted(set(fields) - known):
         raise DrafterError(f"{file} has unknown keys {', '.join(unknown)}; allowed are {', '.join(sorted(known))}")
     try:
-        return DovetailConfig(**fields)
+        return config_type(**fields)
     except (TypeError, DrafterError) as error:
         raise DrafterError(f"{file}: {error}") from error
 
 
-def read_network(folder: Path, device: torch.device, dtype: torch.dtype) -> DovetailNetwork:
+def read_network(folder: Path, device: torch.device, dtype: torch.dtype) -> FeatureNetwork:
     """The network of a drafter folder, frozen, on ``device`` in ``dtype``; DrafterError names what does not fit."""
     config = read_config(folder)
+    create = next(create for config_type, create in NETWORKS.values() if type(config) is config_type)
     with torch.device("meta"):
-        network = DovetailNetwork(config)
-    state = {name: tensor.to(device, dtype) for name, tensor in read_weights(folder / WEIGHTS_FILE).items()}
+        network = create(config)
+    state = {name: as_type(tensor.to(device), dtype) for name, tensor in read_weights(folder / WEIGHTS_FILE).items()}
     check_weights(folder / WEIGHTS_FILE, state, network)
     network.load_state_dict(state, assign=True)
+    check_draft_ids(folder / WEIGHTS_FILE, network)
     return network.eval().requires_grad_(False)
+
+
+def check_draft_ids(file: Path, network: FeatureNetwork) -> None:
+    """Refuse a draft vocabulary that names tokens twice or that the target does not have."""
+    ids = network.draft_ids
+    if ids is None:
+        return
+    size = network.config.vocab_size
+    if ids.is_floating_point() or not bool((ids[1:] > ids[:-1]).all()) or not 0 <= int(ids[0]) <= int(ids[-1]) < size:
+        raise DrafterError(f"{file}: draft_ids must be whole numbers in rising order, at least 0 and below {size}")
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -94,7 +122,7 @@ def refuse_pickles(folder: Path) -> str:
     )
 
 
-def check_weights(file: Path, state: dict[str, Tensor], network: DovetailNetwork) -> None:
+def check_weights(file: Path, state: dict[str, Tensor], network: FeatureNetwork) -> None:
     """Refuse a file whose tensors are not exactly those its configuration asks for."""
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if missing := sorted(wanted.keys() - state.keys()):

@@ -17,7 +17,7 @@ from torch.nn import functional
 from drafters.checkpoint import read_config, read_network
 from drafters.drafter import DrafterError, DraftState, Observation
 from drafters.growing_tree import Children, GrowingTree, Level, best_children, grow
-from drafters.network import DovetailConfig, DovetailNetwork, rotary_table
+from drafters.network import BlockConfig, FeatureNetwork, rotary_table
 from drafters.proposal import Budget, Proposal
 from kernels.tree_attention import KVSlots, Segment, causal_segment, tree_attention
 
@@ -25,23 +25,24 @@ from kernels.tree_attention import KVSlots, Segment, causal_segment, tree_attent
 class DovetailDrafter:
     """A trained drafter with its slots. ``capacity`` bounds committed and drafted rows of a slot together.
 
-    ``embedding`` and ``lm_head`` [V, H] are the target's, on the drafter's device and in its type; pass one tensor
-    twice where they are tied. Scores are fp32 log-probabilities at temperature 1, whatever the request's temperature,
-    as the paper has it. Source: Dovetail (arXiv 2412.18934) with the dynamic tree of EAGLE-2 (arXiv 2406.16858).
+    ``embedding`` and ``lm_head`` [V, H] are the target's, the embedding on the drafter's device and in its type; pass
+    one tensor twice where they are tied. Of the LM head only the rows that can be drafted are moved there. Scores are
+    fp32 log-probabilities at temperature 1, whatever the request's temperature, as the paper has it. Source: Dovetail
+    (arXiv 2412.18934) with the dynamic tree of EAGLE-2 (arXiv 2406.16858).
     """
 
     name = "dovetail"
-    feature_layers: tuple[str, ...] = ("last",)
 
     def __init__(
-        self, network: DovetailNetwork, embedding: Tensor, lm_head: Tensor, num_slots: int, capacity: int
+        self, network: FeatureNetwork, embedding: Tensor, lm_head: Tensor, num_slots: int, capacity: int
     ) -> None:
         config = network.config
         check_fit(config, embedding, lm_head)
         self.network = network
         self.embedding = embedding
-        self.lm_head = lm_head
         self.device, self.dtype = embedding.device, embedding.dtype
+        self.lm_head = network.select_head(lm_head).to(self.device, self.dtype)
+        self.feature_layers = network.feature_layers
         self.slots = KVSlots(
             num_slots, capacity, config.num_blocks, config.num_kv_heads, config.head_dim, self.dtype, self.device
         )
@@ -82,6 +83,7 @@ class DovetailDrafter:
             positions += range(length, length + num_rows)
             last_rows.append(len(token_ids) - 1)
         features = torch.cat([observation.features for observation in batch]).to(self.device, self.dtype)
+        features = self.network.project(features)
         rows = torch.tensor([token_ids, positions], device=self.device)
         outputs = self.forward(features, rows[0], rows[1], segments)
         self.last_outputs[[segment.slot for segment in segments]] = outputs[last_rows]
@@ -126,11 +128,11 @@ class DovetailDrafter:
         return self.forward(outputs[level.parent_rows], level.token_ids, level.positions, level.segments)
 
     def children(self, outputs: Tensor, top_k: int) -> list[Children]:
-        """The best tokens by the target's LM head, for each predicted feature [rows, H]."""
-        return best_children(functional.linear(outputs, self.lm_head), top_k)
+        """The best tokens by the LM head, for each predicted feature [rows, H]."""
+        return best_children(self.network.logits(outputs, self.lm_head), top_k, self.network.draft_ids)
 
 
-def check_fit(config: DovetailConfig, embedding: Tensor, lm_head: Tensor) -> None:
+def check_fit(config: BlockConfig, embedding: Tensor, lm_head: Tensor) -> None:
     """Refuse a drafter whose hidden size or vocabulary is not the target's."""
     for name, tensor in (("embedding", embedding), ("LM head", lm_head)):
         if tuple(tensor.shape) != (config.vocab_size, config.hidden_size):
@@ -159,5 +161,5 @@ def load_drafter(
     check_fit(read_config(folder), embedding, lm_head)
     network = read_network(folder, device, dtype)
     own_embedding = embedding.detach().to(device, dtype)
-    own_lm_head = own_embedding if lm_head is embedding else lm_head.detach().to(device, dtype)
+    own_lm_head = own_embedding if lm_head is embedding else lm_head.detach()
     return DovetailDrafter(network, own_embedding, own_lm_head, num_slots, capacity)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from server.commands import train
+from server.commands.convert import convert
 from server.commands.generate import generate
 from server.commands.serve import serve
 from server.engine.request import EngineError
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(generate)
+app.command()(convert)
 app.add_typer(train.app, name="train")
 
 

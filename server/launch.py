@@ -114,6 +114,7 @@ def load_drafter(
             f"the drafter needs the target's features {', '.join(sorted(missing))}; {target.info.name} gives "
             f"{', '.join(target.info.feature_layers)}"
         )
+    target.select_features(drafter.feature_layers or ("last",))
     return drafter
 
 
@@ -121,13 +122,13 @@ def load_drafter_folder(
     target: TorchTarget, target_folder: Path, folder: Path, device: str, num_slots: int, capacity: int
 ) -> Drafter:
     """A folder of a trained drafter or of a causal language model; its config.json says which."""
-    from drafters.checkpoint import MODEL_TYPE, read_fields
+    from drafters.checkpoint import NETWORKS, read_fields
     from drafters.dovetail import load_drafter as load_dovetail
     from drafters.small_lm import load_small_lm
     from server.placement.devices import drafter_placement
 
     place = drafter_placement(device)
-    if read_fields(folder).get("model_type") != MODEL_TYPE:
+    if read_fields(folder).get("model_type") not in NETWORKS:
         return load_small_lm(
             folder, target_folder, target.info.vocab_size, place.device, place.dtype, num_slots, capacity
         )

@@ -60,11 +60,11 @@ class OracleDrafter:
         pass
 
 
-def tiny_llama(vocab_size: int = 67, seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(vocab_size: int = 67, seed: int = 0, num_layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=vocab_size, max_position_embeddings=256, initializer_range=0.3,
+        hidden_size=64, intermediate_size=172, num_hidden_layers=num_layers, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=vocab_size, max_position_embeddings=256, initializer_range=0.3,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 

@@ -20,6 +20,7 @@ from kernels.tree_attention import Segment, causal_segment, tree_segment
 from kernels.tree_attention.transformers_plugin import ATTENTION_NAME, RowPass, UnsupportedArchitecture, create_slots
 from server.placement.devices import CPU
 from server.targets.checkpoint import check_files
+from server.targets.feature_tap import FeatureTap
 from server.targets.target import PrefillChunk, Prefilled, TargetError, TargetInfo, VerifyRows
 
 logger = logging.getLogger(__name__)
@@ -30,14 +31,15 @@ WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class TorchVerified:
     """Features of every row; arg-max and logits are computed when asked, in one product over all rows."""
 
-    def __init__(self, features: Tensor, head: LogitsHead) -> None:
+    def __init__(self, features: Tensor, last: Tensor, head: LogitsHead) -> None:
         self.features = features
+        self.last = last
         self.head = head
 
     @cached_property
     def all_logits(self) -> Tensor:
         """[rows, vocabulary] fp32."""
-        return self.head(self.features)
+        return self.head(self.last)
 
     def argmax(self) -> list[int]:
         """The greedy next token after each row."""
@@ -88,6 +90,7 @@ class TorchTarget:
         self.model = model.eval().requires_grad_(False)
         self.head = LogitsHead(model)
         self.slots = create_slots(model, num_slots, capacity, CPU)
+        self.tap = FeatureTap(model.base_model, config.num_hidden_layers)
         self.info = TargetInfo(
             name=name,
             architecture=type(model).__name__,
@@ -97,6 +100,7 @@ class TorchTarget:
             context_length=config.max_position_embeddings,
             num_parameters=sum(p.numel() for p in model.parameters()),
             weights=weights,
+            feature_layers=self.tap.available,
         )
 
     @classmethod
@@ -134,9 +138,9 @@ class TorchTarget:
         length = self.slots.lengths[chunk.slot]
         segment = causal_segment(chunk.slot, length, len(chunk.token_ids))
         positions = list(range(length, length + len(chunk.token_ids)))
-        features = self._forward([segment], list(chunk.token_ids), positions)
+        last = self._forward([segment], list(chunk.token_ids), positions)
         self.slots.lengths[chunk.slot] = length + len(chunk.token_ids)
-        return Prefilled(features, self.head(features[-1:])[0])
+        return Prefilled(self.tap.features(last), self.head(last[-1:])[0])
 
     def verify(self, rows: Sequence[VerifyRows]) -> TorchVerified:
         """One pass over the rows of all requests; they stay behind the committed rows until ``keep``."""
@@ -146,7 +150,12 @@ class TorchTarget:
             segments.append(tree_segment(part.slot, length, part.proposal.row_parents, CPU))
             token_ids += [part.root_id, *part.proposal.token_ids]
             positions += [length, *(length + depth for depth in part.proposal.depths)]
-        return TorchVerified(self._forward(segments, token_ids, positions), self.head)
+        last = self._forward(segments, token_ids, positions)
+        return TorchVerified(self.tap.features(last), last, self.head)
+
+    def select_features(self, layers: Sequence[str]) -> None:
+        """Capture these layers from now on."""
+        self.tap.select(layers)
 
     def keep(self, slot: int, rows: Sequence[int]) -> None:
         """Commit a path of the last verify pass."""
@@ -176,7 +185,7 @@ class TorchTarget:
 
     @torch.inference_mode()
     def _forward(self, segments: list[Segment], token_ids: list[int], positions: list[int]) -> Tensor:
-        """Features [rows, hidden] after the final norm."""
+        """The vectors [rows, hidden] after the final norm."""
         for segment in segments:
             self.slots.check(segment)
         row_pass = RowPass(self.slots, segments)
@@ -187,8 +196,8 @@ class TorchTarget:
             row_pass=row_pass,
         )
         row_pass.check(self.info.architecture)
-        features: Tensor = output.last_hidden_state[0]
-        return features
+        last: Tensor = output.last_hidden_state[0]
+        return last
 
     def self_check(self) -> None:
         """Refuse an architecture whose rows are not independent or whose logits are not the head's product.

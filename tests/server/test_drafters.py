@@ -9,6 +9,7 @@ from doubles import OracleDrafter, save_word_tokenizer, tiny_llama, tiny_qwen3
 
 from drafters.checkpoint import save_drafter
 from drafters.drafter import Drafter, DrafterError
+from drafters.eagle import EagleConfig, EagleNetwork
 from drafters.hybrid import HybridDrafter
 from drafters.network import DovetailConfig, DovetailNetwork
 from drafters.ngram import NGramDrafter
@@ -114,6 +115,21 @@ def test_names_lead_to_their_kind(load: Callable[[str], Drafter | None], folder:
             load(wrong)
     with pytest.raises(LaunchError, match="neither a folder nor a hub id"):
         load("hybrid:./nowhere")
+
+
+def test_an_eagle_3_drafter_reads_three_layers_of_a_deep_target_and_none_of_a_shallow_one(
+    load: Callable[[str], Drafter], save_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    save_drafter(EagleNetwork(EagleConfig(64, 67, 96, 4, 2, 16, draft_vocab_size=30)), tmp_path)
+    with pytest.raises(LaunchError, match=r"features high, low, mid; .* gives last"):
+        load(str(tmp_path))
+    folder = save_model(tiny_llama(num_layers=8), "deep")
+    deep = TorchTarget.load(folder, "fp32", num_slots=4, capacity=CAPACITY)
+    want = [result.token_ids for result in run(deep, None, "greedy")]
+    results = run(deep, load_drafter(deep, folder, str(tmp_path), "cpu", 4, CAPACITY), "greedy")
+    assert [result.token_ids for result in results] == want
+    assert sum(result.finished.stats.drafted for result in results) > 0
 
 
 def test_a_folder_that_is_neither_says_so(load: Callable[[str], Drafter | None], tmp_path: Path) -> None:
