@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafters.train.feature_source import DataOptions, FeatureSource, OnTheFlySource, packed_windows
+from drafters.train.feature_source import DataOptions, FeatureSource, OnTheFlySource, data_samples
 from server.launch import load_target, resolve_model
 from server.targets.target import PrefillChunk, Target
 
@@ -35,7 +35,7 @@ def source_for(options: DataOptions) -> FeatureSource:
     """Load the target a recipe's ``[data]`` table names and compute features on the fly."""
     folder = resolve_model(options.target, "target")
     target = load_target(folder, options.weights, num_slots=1, capacity=options.window_length, threads=None)
-    train_data, held_out_data = packed_windows(options)
+    train_data, held_out_data = data_samples(options, folder)
     embedding = target.embedding()
     lm_head = target.lm_head()
     return OnTheFlySource(

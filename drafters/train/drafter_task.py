@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from drafters.checkpoint import save_drafter
 from drafters.network import DovetailConfig, DovetailNetwork
+from drafters.train.conversations import pad_batch
 from drafters.train.feature_source import DataOptions, FeatureSource
 from drafters.train.unrolled import unrolled_predictions
 from kernels.losses.drafting import (
@@ -176,6 +177,7 @@ def train_drafter(
         source.train_data,
         options,
         eval_data=source.held_out_data,
+        collate=pad_batch,
         recipe=recipe,
         resume=resume,
         console=console,
