@@ -107,14 +107,15 @@ def sharegpt_conversations(file: Path) -> Iterator[tuple[str, list[Message]]]:
 def openai_conversations(file: Path) -> Iterator[tuple[str, list[Message]]]:
     """(where it stands, messages) for each line of JSONL with OpenAI's ``messages``."""
     for number, record in numbered_records(file):
-        messages = record.get("messages") if isinstance(record, dict) else None
-        well_formed = isinstance(messages, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-        if not well_formed:
+        messages: Any = record.get("messages") if isinstance(record, dict) else None
+        if not isinstance(messages, list) or not all(map(is_message, messages)):
             raise CorpusError(f"{file}, line {number}: no list 'messages' of objects with a text 'role' and 'content'")
         yield f"line {number}", [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def is_message(value: Any) -> bool:
+    """Whether it is an object with a text role and content."""
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 def json_array(file: Path) -> list[Any]:

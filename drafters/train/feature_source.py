@@ -31,8 +31,10 @@ class FeatureSource(Protocol):
     seen without asking the target for it.
     """
 
-    fingerprint: str
-    """Identifies the target's weights; kept in the drafter's configuration."""
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the target's weights; kept in the drafter's configuration."""
+        ...
 
     @property
     def train_data(self) -> Samples:
@@ -64,8 +66,9 @@ class DataOptions:
     target: the model to draft for, as the server names targets; one of tokens, a ``.npy`` file of packed token ids,
     and conversations, a file in the given format (``messages``: JSONL as OpenAI's clients write it, ``sharegpt``,
     ``text``); weights: the type the target's weights are held in while it computes features; window_length: tokens of
-    one sample, at most; held_out_share: what is kept for evaluation, the end of a packed file; seed: of the shuffling
-    of conversations.
+    one sample, at most; captured: a folder that features are written to before training begins, and read from (None:
+    computed anew for every batch); held_out_share: what is kept for evaluation, the end of a packed file; seed: of the
+    shuffling of conversations.
     """
 
     target: str
@@ -76,6 +79,7 @@ class DataOptions:
     window_length: int = 256
     held_out_share: float = 0.01
     seed: int = 0
+    captured: str | None = None
 
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.conversations is None):
