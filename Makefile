@@ -34,7 +34,7 @@ gguf: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(PIP) --editable '.[train,dev]'
+	$(PIP) --editable '.[train,vision,dev]'
 	touch $@
 
 clean:

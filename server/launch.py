@@ -78,10 +78,18 @@ def load_target(folder: Path, weights: str, num_slots: int, capacity: int, threa
     """The target with ``capacity`` rows a slot; ``threads`` None takes every usable core."""
     import torch
 
-    from server.targets.torch_target import TorchTarget
+    from kernels.native import set_num_threads
+    from server.targets.native_target import NativeTarget
+    from server.targets.native_target import load_target as load
 
-    torch.set_num_threads(threads or num_usable_cores())
-    return TorchTarget.load(folder, weights, num_slots, capacity)
+    num_threads = threads or num_usable_cores()
+    torch.set_num_threads(num_threads)
+    set_num_threads(num_threads)
+    target = load(folder, weights, num_slots, capacity)
+    if isinstance(target, NativeTarget):
+        # The heavy work has a pool of its own; torch's threads would only fight it for the cores.
+        torch.set_num_threads(1)
+    return target
 
 
 def load_drafter(

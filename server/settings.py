@@ -50,7 +50,7 @@ class Settings(BaseSettings):
         description="Folder or hub id of a drafter or a small language model; 'ngram', 'hybrid' or 'hybrid:FOLDER' "
         "(n-grams in the drafter's trees), or 'none'.",
     )
-    weights: Literal["fp32", "bf16"] = Field("fp32", description="How the target's weights are held.")
+    weights: Literal["fp32", "bf16", "int8", "int4"] = Field("fp32", description="How the target's weights are held.")
     drafter_device: str = Field("auto", description="auto, cpu or cuda:N.")
     vram: Bytes | None = Field(None, gt=0, description="GPU memory that may be used, such as 3GiB.")
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -67,13 +67,6 @@ class Settings(BaseSettings):
     lenient: bool = Field(False, description="Accept unknown request fields instead of refusing them.")
     keepalive_s: float = Field(10.0, gt=0, description="Seconds of silence after which a stream sends a comment.")
     drain_s: float = Field(30.0, ge=0, description="Seconds that running requests get at shutdown.")
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _refuse_low_bit(cls, value: Any) -> Any:
-        if value in ("int8", "int4"):
-            raise ValueError(f"{value} weights are not supported by this version; use fp32 or bf16")
-        return value
 
     @field_validator("drafter_device")
     @classmethod

@@ -27,6 +27,8 @@ from kernels.training import RecipeError, TrainingOptions, TrainingReport, run, 
 
 logger = logging.getLogger(__name__)
 
+MAX_SHARD = "11MB"  # files this small can be kept in a repository
+
 
 @dataclass(frozen=True)
 class LanguageModelShape:
@@ -206,4 +208,4 @@ def save_model(task: LanguageModelTask, output: Path) -> None:
     turn_end = tokenizer.convert_tokens_to_ids(corpus.TURN_END)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, turn_end]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=MAX_SHARD)

@@ -1,6 +1,17 @@
 """The only training code both wings share: a recipe's options in, a trained task and its report out."""
 
+from kernels.training.callbacks import AfterStep
 from kernels.training.options import RecipeError, TrainingOptions, load_recipe, take_table
-from kernels.training.run import Task, TrainingReport, run
+from kernels.training.run import Task, TrainingDivergedError, TrainingReport, run
 
-__all__ = ["RecipeError", "Task", "TrainingOptions", "TrainingReport", "load_recipe", "run", "take_table"]
+__all__ = [
+    "AfterStep",
+    "RecipeError",
+    "Task",
+    "TrainingDivergedError",
+    "TrainingOptions",
+    "TrainingReport",
+    "load_recipe",
+    "run",
+    "take_table",
+]

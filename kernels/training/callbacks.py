@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import threading
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
+import torch
+import torch.distributed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -37,7 +42,8 @@ class ProgressBar(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar where the run stands (a resumed run does not start at zero)."""
+        """Open the bar where the run stands (a resumed run does not start at zero). One process shows it."""
+        self.progress.disable = self.progress.disable or not state.is_world_process_zero
         self.progress.start()
         self.bar = self.progress.add_task("", total=state.max_steps, completed=state.global_step, figures="")
 
@@ -59,13 +65,17 @@ class ProgressBar(TrainerCallback):
             return
         text = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.progress.update(self.bar, figures=text)
-        if not self.console.is_terminal:
+        if not self.console.is_terminal and state.is_world_process_zero:
             logger.info("step %d of %d: %s", state.global_step, state.max_steps, text)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the terminal as it was."""
+        self.close()
+
+    def close(self) -> None:
+        """Also for a run that failed."""
         self.progress.stop()
 
 
@@ -74,13 +84,16 @@ class History(TrainerCallback):
 
     def __init__(self, output: Path) -> None:
         self.output = output
+        self.plots = find_spec("matplotlib") is not None
+        if not self.plots:
+            logger.warning("matplotlib is not installed (extra train): %s will not be drawn", PLOT_FILE)
 
     def write(self, state: TrainerState) -> None:
         """Both files from the trainer's own log."""
         rows = [{"step": row["step"], **figures_of(row)} for row in state.log_history if figures_of(row)]
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / HISTORY_FILE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        if rows:
+        if rows and self.plots:
             plot(rows, self.output / PLOT_FILE)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -104,9 +117,9 @@ class CleanStop(TrainerCallback):
         self.previous: Any = None
 
     def request(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: note the wish, give the default handler back."""
+        """Signal handler: note the wish, give the previous handler back."""
         self.requested = True
-        signal.signal(signal.SIGINT, self.previous)
+        self.close()
         logger.warning("stopping after this step; the checkpoint will be saved (Ctrl-C again to kill)")
 
     def on_train_begin(
@@ -117,8 +130,8 @@ class CleanStop(TrainerCallback):
             self.previous = signal.signal(signal.SIGINT, self.request)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the trainer to save and stop."""
-        if self.requested:
+        """Ask the trainer to save and stop. Several processes stop at the same step, whichever was asked first."""
+        if anywhere(self.requested, args.device):
             control.should_save = True
             control.should_training_stop = True
 
@@ -126,13 +139,66 @@ class CleanStop(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the signal back."""
-        if self.previous is not None and not self.requested:
+        self.close()
+
+    def close(self) -> None:
+        """Also for a run that failed."""
+        if self.previous is not None:
             signal.signal(signal.SIGINT, self.previous)
+            self.previous = None
+
+
+class AfterStep(TrainerCallback):
+    """Calls a function of the task after each optimiser step, before anything is evaluated or saved."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One call."""
+        self.function()
+
+
+class Epochs(Protocol):
+    """A data set whose samples depend on the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch."""
+
+
+class EpochAnnouncer(TrainerCallback):
+    """Tells the data set which epoch begins.
+
+    The loader does so too, but not in the epoch in which a run is resumed, nor with several processes: there it stops
+    at the first sampler that listens.
+    """
+
+    def __init__(self, data: Epochs) -> None:
+        self.data = data
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """``state.epoch`` is a fraction where a run is resumed inside an epoch."""
+        self.data.set_epoch(int(state.epoch or 0.0))
+
+
+def anywhere(wish: bool, device: torch.device) -> bool:
+    """Whether ``wish`` is true in any process of the run."""
+    if not torch.distributed.is_initialized():
+        return wish
+    flag = torch.tensor(float(wish), device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 def figures_of(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a log row that describe the training itself."""
-    return {name: value for name, value in row.items() if name not in BOOKKEEPING and isinstance(value, int | float)}
+    """The finite numbers of a log row that describe the training itself."""
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in BOOKKEEPING and isinstance(value, int | float) and math.isfinite(value)
+    }
 
 
 def plot(rows: list[dict[str, float]], file: Path) -> None:

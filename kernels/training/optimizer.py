@@ -1,4 +1,4 @@
-"""Optimisers a recipe may name."""
+"""Optimisers and schedules a recipe may name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from kernels.training.options import TrainingOptions
 
@@ -43,23 +44,47 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def create_optimizer(task: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
-    """The recipe's optimiser over the task's trainable parameters. Vectors are never decayed."""
-    trainable = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
+    """The recipe's optimiser over the task's trainable parameters."""
+    trainable: list[Tensor] = [p for p in task.parameters() if p.requires_grad]
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(
+            decay_groups(trainable, options),
+            lr=options.learning_rate,
+            momentum=options.momentum,
+            nesterov=options.nesterov,
+        )
     if options.optimizer == "adamw":
-        return adamw([p for _, p in trainable], options)
+        return adamw(trainable, options)
     tables = {id(m.weight) for m in task.modules() if isinstance(m, nn.Embedding)}
-    hidden = [p for _, p in trainable if p.ndim == 2 and id(p) not in tables]
+    hidden = [p for p in trainable if p.ndim == 2 and id(p) not in tables]
     chosen = {id(p) for p in hidden}
     muon = torch.optim.Muon(hidden, lr=options.muon_learning_rate, weight_decay=0.0, adjust_lr_fn="original")
-    return MuonWithAdamW(muon, adamw([p for _, p in trainable if id(p) not in chosen], options))
+    return MuonWithAdamW(muon, adamw([p for p in trainable if id(p) not in chosen], options))
 
 
 def adamw(parameters: list[Tensor], options: TrainingOptions) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
+    """torch's fused AdamW."""
+    groups = decay_groups(parameters, options)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, fused=True)
+
+
+def decay_groups(parameters: list[Tensor], options: TrainingOptions) -> list[dict[str, Any]]:
+    """Parameter groups with the recipe's weight decay, vectors apart unless they are decayed as well."""
+    spared = set() if options.decay_vectors else {id(p) for p in parameters if p.ndim < 2}
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) not in spared], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if id(p) in spared], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=options.learning_rate, betas=options.betas, fused=True
-    )
+    return [group for group in groups if group["params"]]
+
+
+def create_schedule(optimizer: torch.optim.Optimizer, options: TrainingOptions) -> LambdaLR | None:
+    """The schedules transformers does not have; None leaves the others to it."""
+    if options.schedule != "step":
+        return None
+    every, factor, warmup = options.schedule_options["every"], options.schedule_options["factor"], options.warmup_steps
+
+    def scale(step: int) -> float:
+        return float(min(1.0, (step + 1) / (warmup + 1)) * factor ** (step // every))
+
+    return LambdaLR(optimizer, scale)

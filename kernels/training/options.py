@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon", "sgd")
 PRECISIONS = ("fp32", "bf16", "fp16")
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "warmup_stable_decay")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "step", "warmup_stable_decay")
 
 Table = TypeVar("Table")
 
@@ -25,7 +28,10 @@ class TrainingOptions:
 
     ``steps`` counts optimiser steps of ``batch_size * accumulation`` samples for each process. ``muon`` trains the
     matrices of the hidden layers with torch's Muon at ``muon_learning_rate`` and everything else with AdamW.
-    ``clip_norm`` bounds the gradient's norm. ``threads`` None leaves torch's own choice.
+    ``momentum`` and ``nesterov`` belong to ``sgd``, ``betas`` to the other two. Weight decay spares vectors (biases,
+    normalisation) unless ``decay_vectors``. ``clip_norm`` bounds the gradient's norm, 0 leaves it alone. ``step``
+    multiplies the learning rate by ``schedule_options.factor`` every ``schedule_options.every`` steps. ``drop_last``
+    leaves out an epoch's last, smaller batch. ``threads`` None leaves torch's own choice.
     """
 
     output: str
@@ -36,7 +42,10 @@ class TrainingOptions:
     learning_rate: float = 1e-3
     muon_learning_rate: float = 0.02
     betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 0.0
+    decay_vectors: bool = False
     clip_norm: float = 1.0
     schedule: str = "cosine"
     schedule_options: dict[str, Any] = field(default_factory=dict)
@@ -48,6 +57,7 @@ class TrainingOptions:
     save_every: int = 100
     keep_checkpoints: int = 2
     loader_workers: int = 0
+    drop_last: bool = False
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +67,10 @@ class TrainingOptions:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.evaluate_every is not None and self.evaluate_every < 1:
+            raise RecipeError(f"training.evaluate_every is {self.evaluate_every}; it must be at least 1, or left out")
+        if self.schedule == "step" and set(self.schedule_options) != {"every", "factor"}:
+            raise RecipeError('training.schedule = "step" needs schedule_options = { every = STEPS, factor = NUMBER }')
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -85,7 +99,27 @@ def take_table(recipe: dict[str, Any], name: str, table: type[Table]) -> Table:
     ]
     if missing:
         raise RecipeError(f"[{name}] lacks {', '.join(missing)}")
-    try:
-        return table(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
-    except TypeError as error:
-        raise RecipeError(f"[{name}]: {error}") from error
+    hints = typing.get_type_hints(table)
+    for key, value in values.items():
+        if not fits(value, hints[key]):
+            expected = hints[key].__name__ if isinstance(hints[key], type) else hints[key]
+            raise RecipeError(f"{name}.{key} is {value!r}, a {type(value).__name__}; expected {expected}")
+    return table(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a TOML value may stand where the dataclass says ``hint``; lists and tables are not looked into."""
+    if hint is Any:
+        return True
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, UnionType):
+        return any(fits(value, option) for option in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin in (tuple, list):
+        return isinstance(value, list)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict)
+    return isinstance(value, origin or hint)

@@ -10,28 +10,35 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from kernels.training.callbacks import CleanStop, History, ProgressBar, figures_of
-from kernels.training.optimizer import create_optimizer
+from kernels.training.callbacks import CleanStop, EpochAnnouncer, History, ProgressBar, figures_of
+from kernels.training.optimizer import create_optimizer, create_schedule
 from kernels.training.options import RecipeError, TrainingOptions
 
 FINGERPRINT_FILE = "recipe.json"
+WEIGHTS_FILE = "model.safetensors"
+STATE_FILE = "trainer_state.json"  # the trainer writes it last, so a checkpoint without it is incomplete
 
 Task = nn.Module
 Collate = Callable[[list[Any]], dict[str, Tensor]]
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss is no longer a finite number."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,14 @@ class TaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task's loss; its other figures are summed until the next report."""
+        """The task's loss; its other figures are summed until the next report, weighted by the size of the batch."""
         outputs = model(**inputs)
         prefix = "" if model.training else "eval_"
+        size = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), 1)
         for name, value in outputs.items():
             if name != "loss" and isinstance(value, Tensor | float) and torch.as_tensor(value).numel() == 1:
-                self.sums[prefix + name] += float(value)
-                self.counts[prefix + name] += 1
+                self.sums[prefix + name] += float(value) * size
+                self.counts[prefix + name] += size
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def prediction_step(
@@ -82,10 +90,17 @@ class TaskTrainer(Trainer):
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of the figures gathered since the last report of the same kind."""
+        """Add the means, over all processes, of the figures gathered since the last report of the same kind."""
         evaluating = any(name.startswith("eval_") for name in logs)
-        for name in [n for n in self.sums if n.startswith("eval_") == evaluating]:
-            logs[name] = self.sums.pop(name) / self.counts.pop(name)
+        for name in sorted(n for n in self.sums if n.startswith("eval_") == evaluating):
+            share = torch.tensor([self.sums.pop(name), float(self.counts.pop(name))], device=self.args.device)
+            total, count = self.accelerator.reduce(share, "sum").tolist()
+            logs[name] = total / count
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise TrainingDivergedError(
+                f"the loss is {logs['loss']} at step {self.state.global_step}; lower the learning rate, lengthen the "
+                f"warmup or clip the gradient, and resume from the last checkpoint in {self.args.output_dir}"
+            )
         kept = {k: v for k, v in logs.items() if not k.endswith(("_runtime", "_per_second"))}
         super().log(kept, start_time)
 
@@ -97,6 +112,7 @@ def run(
     *,
     eval_data: Dataset[Any] | None = None,
     collate: Collate | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     recipe: Mapping[str, Any] | None = None,
     resume: bool = False,
     console: Console | None = None,
@@ -104,29 +120,63 @@ def run(
     """Train ``task`` in place.
 
     ``recipe`` is what the user wrote; its fingerprint guards resuming. ``resume`` continues from the newest checkpoint
-    in ``options.output``; without it the folder must hold none. Errors: RecipeError where the folder and the wish do
-    not fit together.
+    in ``options.output``; without it the folder must hold none. ``callbacks`` are the task's own.
+
+    A resumed run equals an uninterrupted one bit for bit (on a CPU) if random augmentation is a function of seed, epoch
+    and index: a data set with a ``set_epoch`` method is told the epoch, whereas the global generators are restored only
+    after the loader has read ahead. Inside the task they may be used freely.
+
+    Errors: RecipeError where the folder or the machine and the wish do not fit together, TrainingDivergedError where
+    the loss stops being a number.
     """
     output = Path(options.output)
+    if options.precision == "fp16" and not torch.accelerator.is_available():
+        raise RecipeError('training.precision = "fp16" needs a GPU; on a CPU choose bf16 or fp32')
     checkpoint = prepare_output(output, options, recipe, resume)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    console = console or Console(stderr=True)
+    progress, stop = ProgressBar(console or Console(stderr=True)), CleanStop()
+    own = [*callbacks, progress, History(output), stop]
+    trainer = create_trainer(task, train_data, options, eval_data, collate, own)
+    started = time.perf_counter()
+    try:
+        if (
+            checkpoint is not None
+            and TrainerState.load_from_json(f"{checkpoint}/{STATE_FILE}").global_step >= options.steps
+        ):
+            load_finished(trainer, Path(checkpoint))
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        progress.close()
+        stop.close()
+    return report(trainer, output, time.perf_counter() - started)
+
+
+def create_trainer(
+    task: Task,
+    train_data: Dataset[Any],
+    options: TrainingOptions,
+    eval_data: Dataset[Any] | None,
+    collate: Collate | None,
+    callbacks: Sequence[TrainerCallback],
+) -> TaskTrainer:
+    """The trainer of a run, with nothing on the terminal but what ``callbacks`` show."""
+    announcers = [EpochAnnouncer(train_data)] if hasattr(train_data, "set_epoch") else []
+    optimizer = create_optimizer(task, options)
     trainer = TaskTrainer(
         model=task,
         args=training_arguments(options, evaluates=eval_data is not None),
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=collate,
-        optimizers=(create_optimizer(task, options), None),
-        callbacks=[ProgressBar(console), History(output), CleanStop()],
+        optimizers=(optimizer, create_schedule(optimizer, options)),
+        callbacks=[*callbacks, *announcers],
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in {"PrinterCallback", "ProgressCallback"}:
             trainer.remove_callback(callback)
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return report(trainer, output, time.perf_counter() - started)
+    return trainer
 
 
 def prepare_output(
@@ -137,20 +187,28 @@ def prepare_output(
     text = json.dumps(dict(recipe) if recipe is not None else dataclasses.asdict(options), sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()
     file = output / FINGERPRINT_FILE
-    checkpoint = get_last_checkpoint(str(output))
+    checkpoint = last_checkpoint(output)
     if checkpoint is not None and not resume:
-        raise RecipeError(
-            f"{output} already holds {Path(checkpoint).name}; resume it (--resume) or choose another output"
-        )
+        raise RecipeError(f"{output} already holds {checkpoint.name}; resume it (--resume) or choose another output")
     if checkpoint is not None and file.is_file():
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["sha256"] != digest:
             raise RecipeError(
-                f"the recipe changed since {Path(checkpoint).name} was written (compare {file}); resume with the "
-                "recipe that began the run, or train into another output"
+                f"the recipe changed since {checkpoint.name} was written (compare {file}); resume with the recipe that "
+                "began the run, or train into another output"
             )
     file.write_text(json.dumps({"sha256": digest, "recipe": json.loads(text)}, indent=1) + "\n", encoding="utf-8")
-    return checkpoint
+    return None if checkpoint is None else str(checkpoint)
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest complete checkpoint in ``output``; one that a killed run left half written is passed over."""
+    found = {
+        int(folder.name.removeprefix("checkpoint-")): folder
+        for folder in output.glob("checkpoint-*")
+        if folder.name.removeprefix("checkpoint-").isdigit() and (folder / STATE_FILE).is_file()
+    }
+    return found[max(found)] if found else None
 
 
 def training_arguments(options: TrainingOptions, evaluates: bool) -> TrainingArguments:
@@ -162,8 +220,8 @@ def training_arguments(options: TrainingOptions, evaluates: bool) -> TrainingArg
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation,
         learning_rate=options.learning_rate,
-        lr_scheduler_type=options.schedule,
-        lr_scheduler_kwargs=dict(options.schedule_options),
+        lr_scheduler_type="constant" if options.schedule == "step" else options.schedule,
+        lr_scheduler_kwargs={} if options.schedule == "step" else dict(options.schedule_options),
         warmup_steps=options.warmup_steps,
         max_grad_norm=options.clip_norm,
         bf16=options.precision == "bf16",
@@ -172,15 +230,23 @@ def training_arguments(options: TrainingOptions, evaluates: bool) -> TrainingArg
         data_seed=options.seed,
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=options.log_every,
+        logging_nan_inf_filter=False,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=options.evaluate_every or options.save_every,
         save_steps=options.save_every,
         save_total_limit=options.keep_checkpoints,
         dataloader_num_workers=options.loader_workers,
+        dataloader_drop_last=options.drop_last,
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],
     )
+
+
+def load_finished(trainer: TaskTrainer, checkpoint: Path) -> None:
+    """Put the end of a finished run into ``trainer``, which would otherwise take one step more."""
+    trainer.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    trainer.model.load_state_dict(load_file(checkpoint / WEIGHTS_FILE), strict=False)  # teachers are not in the file
 
 
 def report(trainer: TaskTrainer, output: Path, seconds: float) -> TrainingReport:
@@ -193,7 +259,7 @@ def report(trainer: TaskTrainer, output: Path, seconds: float) -> TrainingReport
     for row in state.log_history:
         final.update(figures_of(row))
     evaluations = [row for row in state.log_history if "eval_loss" in row]
-    best = min(evaluations, key=lambda row: row["eval_loss"], default={})
+    best: dict[str, float] = min(evaluations, key=lambda row: row["eval_loss"], default={})
     return TrainingReport(
         final=final,
         best={"step": best["step"], **figures_of(best)} if best else {},

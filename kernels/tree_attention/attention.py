@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kernels.tree_attention.slots import KVSlots, Segment
 
@@ -29,6 +30,8 @@ def tree_attention(
     query [num_heads, rows, head_dim] in segment order -> the same shape. ``window`` limits a row to the last that many
     positions (causal segments and trees alike, counted in depth); ``softcap`` squashes scores as Gemma 2 does.
     """
+    if len(segments) == 1:
+        return attend(query, slots, layer, segments[0], scale, window, softcap)
     output = torch.empty_like(query)
     start = 0
     for segment in segments:
@@ -48,25 +51,25 @@ def attend(
     softcap: float | None,
 ) -> Tensor:
     """One segment of ``tree_attention``."""
-    keys = slots.keys[layer, segment.slot, :, : segment.num_keys]
-    values = slots.values[layer, segment.slot, :, : segment.num_keys]
-    num_kv_heads, num_keys, head_dim = keys.shape
-    folded = query.reshape(num_kv_heads, -1, head_dim)  # the group's heads lie side by side, n rows each
-    scores = torch.matmul(folded * scale, keys.transpose(1, 2).to(query.dtype))
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    hidden = segment.hidden_tail if window is None or num_keys <= window else hidden_by_window(segment, window)
-    if hidden is not None:
-        by_row = scores.view(num_kv_heads, -1, segment.num_rows, num_keys)
-        by_row[..., -hidden.shape[1] :].masked_fill_(hidden.to(scores.device), float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(weights, values.to(query.dtype)).view(query.shape)
+    views = slots.views(segment)
+    keys, values = views.keys[layer], views.values[layer]
+    if keys.dtype != query.dtype:
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
+    num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
+    bias = segment.bias(query.shape[0] // num_kv_heads, window, query.dtype, query.device)
+    folded = query.reshape(1, num_kv_heads, -1, head_dim)  # the group's heads lie side by side, n rows each
+    if softcap is None:
+        attended = functional.scaled_dot_product_attention(folded, keys, values, bias, scale=scale)
+    else:
+        attended = capped_attention(folded, keys, values, bias, scale, softcap)
+    return attended.view(query.shape)
 
 
-def hidden_by_window(segment: Segment, window: int) -> Tensor:
-    """bool [n, keys], True where a row must not look when it sees only the last ``window`` positions of its path."""
-    seen = torch.ones(segment.num_rows, segment.num_keys, dtype=torch.bool)
-    if segment.hidden_tail is not None:
-        seen[:, segment.prefix :] = ~segment.hidden_tail.cpu()
-    rank_from_end = seen.flip(1).cumsum(1).flip(1)  # 1 for the row itself, 2 for its parent, ...
-    return ~(seen & (rank_from_end <= window))
+def capped_attention(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """Attention with squashed scores; all [1, num_kv_heads, rows or keys, head_dim]. The fused kernel has no cap."""
+    scores = torch.tanh(torch.matmul(query * scale, keys.transpose(2, 3)) / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), values)

@@ -8,11 +8,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SegmentViews:
+    """Where a segment lives in the slots, for all layers: what it attends, and the part its new rows are stored in.
+
+    For each layer [1, num_kv_heads, rows, head_dim]. Made once a pass, because slicing anew in every layer costs as
+    much as the attention itself at one row.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    new_keys: tuple[Tensor, ...]
+    new_values: tuple[Tensor, ...]
 
 
 class SlotError(ValueError):
@@ -32,18 +45,37 @@ class Segment:
     prefix: int
     num_rows: int
     tail_mask: Tensor | None = None
+    biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    views: dict[int, SegmentViews] = field(default_factory=dict, compare=False, repr=False)
 
-    @cached_property
-    def hidden_tail(self) -> Tensor | None:
-        """bool [n, t], True where a row must not look behind the prefix; None when it may look everywhere.
+    def bias(self, group: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """[group * n, keys]: 0 where a row looks, -inf where it must not; None when every row looks everywhere.
 
-        Kept, because every layer of a pass asks for it.
+        The rows are repeated for each head of a group. Kept, because every layer of a pass asks for it.
         """
-        if self.num_keys == self.prefix + 1:
+        if window is not None and self.num_keys <= window:
+            window = None
+        if window is None and self.num_keys == self.prefix + 1:
             return None
+        key = (group, window, dtype)
+        if key not in self.biases:
+            hidden = torch.zeros(self.num_rows, self.num_keys, dtype=dtype)
+            hidden.masked_fill_(~self.seen(window), float("-inf"))
+            self.biases[key] = hidden.repeat(group, 1).to(device)
+        return self.biases[key]
+
+    def seen(self, window: int | None) -> Tensor:
+        """bool [n, keys], True where a row looks: prefix, its own path, and of those the last ``window`` positions."""
+        seen = torch.ones(self.num_rows, self.num_keys, dtype=torch.bool)
         if self.tail_mask is None:
-            return torch.ones(self.num_rows, self.num_rows, dtype=torch.bool).triu_(1)
-        return ~self.tail_mask
+            seen.tril_(self.prefix)
+        else:
+            seen[:, self.prefix :] = self.tail_mask.cpu()
+        if window is None:
+            return seen
+        # 1 for the row itself, 2 for its parent, ...: in a tree, positions are counted along the path.
+        rank_from_end = seen.flip(1).cumsum(1).flip(1)
+        return seen & (rank_from_end <= window)
 
     @property
     def num_keys(self) -> int:
@@ -97,12 +129,22 @@ class KVSlots:
         if segment.num_keys > self.capacity:
             raise SlotError(f"slot {segment.slot} holds {self.capacity} rows; {segment.num_keys} are asked for")
 
+    def views(self, segment: Segment) -> SegmentViews:
+        """The segment's keys and values in all layers."""
+        found = segment.views.get(id(self))
+        if found is None:
+            slot, end = slice(segment.slot, segment.slot + 1), segment.num_keys
+            keys, values = self.keys[:, slot, :, :end], self.values[:, slot, :, :end]
+            tail = slice(end - segment.num_rows, end)
+            parts = (keys, values, keys[:, :, :, tail], values[:, :, :, tail])
+            found = segment.views[id(self)] = SegmentViews(*(part.unbind(0) for part in parts))
+        return found
+
     def write(self, layer: int, segment: Segment, keys: Tensor, values: Tensor) -> None:
         """Store the new rows' keys and values [num_kv_heads, n, head_dim] at the end of the segment's tail."""
-        end = segment.num_keys
-        place = slice(end - segment.num_rows, end)
-        self.keys[layer, segment.slot, :, place] = keys
-        self.values[layer, segment.slot, :, place] = values
+        views = self.views(segment)
+        views.new_keys[layer][0].copy_(keys)
+        views.new_values[layer][0].copy_(values)
 
     def keep(self, slot: int, rows: Sequence[int]) -> None:
         """Commit these rows of the tail, in order, and drop the others."""

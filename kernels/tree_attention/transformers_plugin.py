@@ -75,11 +75,14 @@ def attend_slots(
     if s_aux is not None:
         raise UnsupportedArchitecture("this architecture uses attention sinks, which the row attention does not know")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    start = 0
-    for segment in row_pass.segments:
-        rows = slice(start, start + segment.num_rows)
-        row_pass.slots.write(layer, segment, key[0, :, rows], value[0, :, rows])
-        start += segment.num_rows
+    if len(row_pass.segments) == 1:
+        row_pass.slots.write(layer, row_pass.segments[0], key[0], value[0])
+    else:
+        start = 0
+        for segment in row_pass.segments:
+            rows = slice(start, start + segment.num_rows)
+            row_pass.slots.write(layer, segment, key[0, :, rows], value[0, :, rows])
+            start += segment.num_rows
     row_pass.num_calls += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = tree_attention(query[0], row_pass.slots, layer, row_pass.segments, scale, sliding_window, softcap)

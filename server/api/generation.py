@@ -74,7 +74,7 @@ class Choice:
         logger.info(
             "request %s: %d prompt and %d output tokens, ttft %.3f s, %.1f tokens/s, acceptance length %.2f, %s",
             self.request.request_id, len(self.request.prompt_ids), self.num_tokens, first,
-            rate(self.num_tokens - 1, timings.tokens_per_s_base), self.stats.acceptance_length, reason,
+            rate(self.num_tokens - 1, timings.decode_s), self.stats.acceptance_length, reason,
         )  # fmt: skip
 
 

@@ -33,6 +33,15 @@ def train_drafter(recipe: Recipe, resume: Resume = False) -> None:
     print_report(train_drafter(load_recipe(recipe), resume))
 
 
+@app.command("classifier")
+def train_classifier(recipe: Recipe, resume: Resume = False) -> None:
+    """Train an image classifier on one of the compact backbones."""
+    from kernels.training.options import load_recipe
+    from vision.tasks.classification import train_classifier
+
+    print_report(train_classifier(load_recipe(recipe), resume=resume))
+
+
 def print_report(report: Any) -> None:
     """One line of JSON from a training report (a dataclass)."""
     typer.echo(json.dumps(dataclasses.asdict(report)))

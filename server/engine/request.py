@@ -117,7 +117,7 @@ class Timings:
     finished: float | None = None
 
     @property
-    def tokens_per_s_base(self) -> float:
+    def decode_s(self) -> float:
         """Seconds spent decoding after the first token."""
         if self.first_token is None or self.finished is None:
             return 0.0

@@ -27,9 +27,12 @@ class FeatureTap:
 
     def __init__(self, base_model: nn.Module, num_layers: int) -> None:
         stacks = [part for part in base_model.children() if isinstance(part, nn.ModuleList) and len(part) == num_layers]
-        self.layers = {name: stacks[0][i] for name, i in tapped_layers(num_layers).items()} if stacks else {}
+        # The stack, not its layers: a target that packs them must be able to drop them.
+        self.stack = stacks[0] if stacks else None
+        self.layers = tapped_layers(num_layers) if stacks else {}
         self.available: tuple[str, ...] = (LAST, *self.layers)
         self.selected: tuple[str, ...] = (LAST,)
+        self.wanted: dict[int, str] = {}
         self.hooks: list[Any] = []
         self.captured: dict[str, Tensor] = {}
 
@@ -43,10 +46,19 @@ class FeatureTap:
             hook.remove()
         self.selected = tuple(layers)
         self.captured = {}
-        wanted = [name for name in self.selected if name != LAST]
-        self.hooks = [
-            self.layers[name].register_forward_pre_hook(self._catcher(name), with_kwargs=True) for name in wanted
-        ]
+        wanted = {self.layers[name]: name for name in self.selected if name != LAST}
+        self.wanted = wanted
+        stack = self.stack
+        self.hooks = (
+            []
+            if stack is None
+            else [stack[layer].register_forward_pre_hook(self._catcher(layer), with_kwargs=True) for layer in wanted]
+        )
+
+    def record(self, layer: int, hidden: Tensor) -> None:
+        """Keep the input [rows, hidden] of a decoder layer if it is wanted; for passes that call no such module."""
+        if layer in self.wanted:
+            self.captured[self.wanted[layer]] = hidden.clone()  # native layers work in place
 
     def features(self, last: Tensor) -> Tensor:
         """The selected layers of the pass that gave ``last`` [rows, hidden], side by side."""
@@ -54,9 +66,9 @@ class FeatureTap:
             return last
         return torch.cat([last if name == LAST else self.captured[name] for name in self.selected], dim=-1)
 
-    def _catcher(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def _catcher(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def catch(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             hidden: Tensor = arguments[0] if arguments else keywords["hidden_states"]
-            self.captured[name] = hidden[0]
+            self.captured[self.wanted[layer]] = hidden[0]
 
         return catch

@@ -43,8 +43,7 @@ class TorchVerified:
 
     def argmax(self) -> list[int]:
         """The greedy next token after each row."""
-        token_ids: list[int] = self.all_logits.argmax(dim=-1).tolist()
-        return token_ids
+        return self.head.argmax(self.last)
 
     def logits(self, row_ids: Sequence[int]) -> Tensor:
         """[len(row_ids), vocabulary] fp32."""
@@ -67,6 +66,37 @@ class LogitsHead:
         if self.factor != 1.0:
             logits = logits * self.factor
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def argmax(self, features: Tensor) -> list[int]:
+        """The greedy token after each row."""
+        token_ids: list[int] = self(features).argmax(dim=-1).tolist()
+        return token_ids
+
+
+def load_transformers_model(folder: Path, dtype: torch.dtype) -> Any:
+    """A causal language model from a folder of safetensors, with our attention plugged in.
+
+    Errors: TargetError naming the file, or the weights that do not fit the config.
+    """
+    check_files(folder)
+    config = copy.deepcopy(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise TargetError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        if report[problem]:
+            names = ", ".join(sorted(map(str, report[problem]))[:5])
+            raise TargetError(f"the weights in {folder} do not fit its config.json: {problem} {names}")
+    return model
 
 
 class TorchTarget:
@@ -108,24 +138,7 @@ class TorchTarget:
         """Load a folder of safetensors. Errors: TargetError naming the file or setting that is wrong."""
         if weights not in WEIGHTS:
             raise TargetError(f"weights {weights!r} are not available; allowed are {', '.join(WEIGHTS)}")
-        check_files(folder)
-        config = copy.deepcopy(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=WEIGHTS[weights],
-                attn_implementation=ATTENTION_NAME,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise TargetError(f"{folder} cannot be loaded as a causal language model: {error}") from error
-        for problem in ("missing_keys", "mismatched_keys"):
-            if report[problem]:
-                names = ", ".join(sorted(map(str, report[problem]))[:5])
-                raise TargetError(f"the weights in {folder} do not fit its config.json: {problem} {names}")
+        model = load_transformers_model(folder, WEIGHTS[weights])
         target = cls(model, folder.name, weights, num_slots, capacity)
         try:
             target.self_check()
@@ -184,7 +197,7 @@ class TorchTarget:
         return weight
 
     @torch.inference_mode()
-    def _forward(self, segments: list[Segment], token_ids: list[int], positions: list[int]) -> Tensor:
+    def _forward(self, segments: Sequence[Segment], token_ids: list[int], positions: list[int]) -> Tensor:
         """The vectors [rows, hidden] after the final norm."""
         for segment in segments:
             self.slots.check(segment)

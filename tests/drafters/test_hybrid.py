@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
-from doubles import OracleDrafter
 
+from doubles import OracleDrafter
 from drafters.drafter import DraftState, Observation
 from drafters.hybrid import ChainRecord, HybridDrafter, best_nodes, merge
 from drafters.ngram import NGramDrafter

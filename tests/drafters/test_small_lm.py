@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles import save_word_tokenizer, tiny_llama, tiny_qwen3
 
+from doubles import save_word_tokenizer, tiny_llama, tiny_qwen3
 from drafters import small_lm
 from drafters.drafter import DrafterError, DraftState
 from drafters.proposal import Budget, Proposal

@@ -60,6 +60,18 @@ def test_window_counts_positions_along_the_path() -> None:
         torch.testing.assert_close(got[0, row], want)
 
 
+def test_capped_scores_equal_the_formula() -> None:
+    torch.manual_seed(0)
+    slots = filled_slots(num_kv_heads=1)
+    segment = tree_segment(0, 4, [-1, 0, 0], CPU)
+    query = torch.randn(2, 3, 8)
+    got = tree_attention(query, slots, 0, [segment], 1.0, softcap=2.0)
+    for row, seen in ((0, [0, 1, 2, 3, 4]), (2, [0, 1, 2, 3, 4, 6])):
+        keys, values = slots.keys[0, 0, 0, seen], slots.values[0, 0, 0, seen]
+        want = torch.softmax(2.0 * torch.tanh(keys @ query[1, row] / 2.0), 0) @ values
+        torch.testing.assert_close(got[1, row], want)
+
+
 def test_keep_moves_the_path_and_fork_copies_it() -> None:
     slots = filled_slots()
     before = slots.keys.clone()

@@ -105,7 +105,7 @@ def test_serve_hands_its_settings_on(launch, monkeypatch, make_settings):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["generate", "x", "--weights", "int4"], 2, "int4 weights are not supported"),
+        (["generate", "x", "--weights", "int3"], 2, "Input should be 'fp32', 'bf16', 'int8' or 'int4'"),
         (["generate", "x", "--config", "nowhere.toml"], 2, "nowhere.toml does not exist"),
         (["generate", "x", "--no-draft", "--drafter", "y"], 2, "contradicts"),
         (["generate", "x", "--max-tokens", "0"], 2, "max-tokens"),
@@ -141,9 +141,9 @@ def test_train_prints_its_report(monkeypatch, tmp_path):
     class Report:
         final: dict[str, float]
 
-    source = types.ModuleType("server.feature_source")
-    source.train_drafter = lambda recipe, resume: Report({"loss": recipe["x"], "resumed": float(resume)})
-    monkeypatch.setitem(sys.modules, "server.feature_source", source)
+    module = types.ModuleType("server.feature_source")
+    module.train_drafter = lambda recipe, resume: Report({"loss": recipe["x"], "resumed": float(resume)})
+    monkeypatch.setitem(sys.modules, "server.feature_source", module)
     (tmp_path / "recipe.toml").write_text("x = 2")
     result = run("train", "drafter", str(tmp_path / "recipe.toml"), "--resume")
     assert json.loads(result.stdout.splitlines()[-1]) == {"final": {"loss": 2, "resumed": 1.0}}

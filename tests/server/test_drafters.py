@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles import OracleDrafter, save_word_tokenizer, tiny_llama, tiny_qwen3
 
+from doubles import OracleDrafter, save_word_tokenizer, tiny_llama, tiny_qwen3
 from drafters.checkpoint import save_drafter
 from drafters.drafter import Drafter, DrafterError
 from drafters.eagle import EagleConfig, EagleNetwork

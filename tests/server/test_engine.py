@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles import OracleDrafter, tiny_llama
 
+from doubles import OracleDrafter, tiny_llama
 from drafters.drafter import Drafter, DraftState, Observation
 from drafters.proposal import Budget, Proposal
 from server.engine.engine import Engine, EngineOptions

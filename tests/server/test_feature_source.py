@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles import save_word_tokenizer, tiny_llama
 
+from doubles import save_word_tokenizer, tiny_llama
 from drafters.train.capture import CaptureError
 from drafters.train.feature_source import DataOptions
 from server.feature_source import source_for

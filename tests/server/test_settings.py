@@ -30,8 +30,7 @@ def test_settings_are_frozen_and_keep_the_key_to_themselves() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"weights": "int4"}, "weights: int4 weights are not supported"),
-        ({"weights": "fp64"}, "weights: Input should be 'fp32' or 'bf16'"),
+        ({"weights": "fp64"}, "weights: Input should be 'fp32', 'bf16', 'int8' or 'int4'"),
         ({"vram": "3 apples"}, "vram: '3 apples' is no amount of memory"),
         ({"drafter_device": "gpu"}, "drafter_device: 'gpu' is no device"),
         ({"threads": 0}, "threads: Input should be greater than or equal to 1"),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles import tiny_llama, tiny_qwen3
 
+from doubles import tiny_llama, tiny_qwen3
 from drafters.proposal import Proposal
 from server.targets.target import PrefillChunk, TargetError, VerifyRows
 from server.targets.torch_target import TorchTarget

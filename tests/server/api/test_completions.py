@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 pytestmark = pytest.mark.anyio
@@ -75,13 +77,12 @@ async def test_a_stop_string_ends_the_text_and_the_request(connect, make_model, 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_stop_string_cancels_what_would_go_on(connect, make_model, stream):
-    model = make_model()
-    burst = tuple(model.codec.encode("one STOP two "))
-    endless = type(model)(type(model.engine)(lambda request: iter(lambda: burst, None)), model.codec)
-    async with connect(endless) as client:
+    burst = tuple(make_model().codec.encode("one STOP two "))
+    model = make_model(script=lambda request: itertools.repeat(burst), round_s=0.01)
+    async with connect(model) as client:
         answer = await client.post("/v1/completions", json=ask(max_tokens=190, stop="P t", stream=stream))
         assert answer.status_code == 200
-    assert len(endless.engine.cancelled) == 1
+    assert len(model.engine.cancelled) == 1
 
 
 async def test_continuous_usage_counts_up(connect, make_model, read_events):

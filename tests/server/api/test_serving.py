@@ -119,7 +119,7 @@ async def test_a_dead_engine_is_503(connect, make_model):
 
 
 async def test_an_engine_that_dies_tells_its_requests(connect, make_model, read_events):
-    model = make_model(script=forever, round_s=0.01)
+    model = make_model(script=forever, round_s=0.05)
     async with connect(model) as client:
         stream = asyncio.ensure_future(
             client.post("/v1/completions", json=COMPLETION | {"max_tokens": 150, "stream": True})
@@ -131,7 +131,7 @@ async def test_an_engine_that_dies_tells_its_requests(connect, make_model, read_
 
 
 async def test_shutting_down_ends_running_requests_with_the_truth(connect, make_model, read_events):
-    model = make_model(script=forever, round_s=0.01)
+    model = make_model(script=forever, round_s=0.05)
     async with connect(model, drain_s=0.05) as client:
         whole = asyncio.ensure_future(client.post("/v1/completions", json=COMPLETION | {"max_tokens": 150}))
         stream = asyncio.ensure_future(

@@ -1,0 +1,83 @@
+// The same loops for each instruction set: vec16.h and layer_math_loops.h are compiled once under each target.
+#include "layer_math.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "encode.h"
+#include "linear.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace dovetail {
+
+#if defined(__x86_64__) || defined(_M_X64)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
+#endif
+namespace {
+namespace avx512_loops {
+#define DOVETAIL_VECTOR 512
+#include "vec16.h"
+#include "layer_math_loops.h"
+#undef DOVETAIL_VECTOR
+}  // namespace avx512_loops
+}  // namespace
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace {
+namespace avx2_loops {
+#define DOVETAIL_VECTOR 256
+#include "vec16.h"
+#include "layer_math_loops.h"
+#undef DOVETAIL_VECTOR
+}  // namespace avx2_loops
+}  // namespace
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
+
+namespace {
+namespace portable_loops {
+#define DOVETAIL_VECTOR 0
+#include "vec16.h"
+#include "layer_math_loops.h"
+#undef DOVETAIL_VECTOR
+}  // namespace portable_loops
+
+#define DOVETAIL_LAYER_MATH(LOOPS) {LOOPS::normalise, LOOPS::rotate, LOOPS::swiglu, LOOPS::attend}
+
+#if defined(__x86_64__) || defined(_M_X64)
+const LayerMath kAvx512 = DOVETAIL_LAYER_MATH(avx512_loops);
+const LayerMath kAvx2 = DOVETAIL_LAYER_MATH(avx2_loops);
+#endif
+const LayerMath kPortable = DOVETAIL_LAYER_MATH(portable_loops);
+
+}  // namespace
+
+const LayerMath& layer_math() {
+#if defined(__x86_64__) || defined(_M_X64)
+  if (std::strncmp(instruction_set().name, "avx512", 6) == 0) return kAvx512;
+  if (std::strcmp(instruction_set().name, "avx2") == 0) return kAvx2;
+#endif
+  return kPortable;
+}
+
+}  // namespace dovetail

@@ -1,0 +1,201 @@
+"""A decoder layer of transformers, packed: four matrices, norms and biases, and the structure native code reads."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels.linear_lowbit import PackedWeight, PackingError, pack, packing_error
+from kernels.native import PackedDescriptor
+
+# Layers whose forward is exactly: norm, q/k/v (biases, q/k norms over the head), rope, attention, output, add, norm,
+# SwiGLU, add. Others share these attribute names and mean something else, so names decide.
+SUPPORTED_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+
+
+class UnsupportedLayer(ValueError):
+    """The layer computes something that the native layer does not; run it with transformers' own code."""
+
+
+class LayerDescriptor(ctypes.Structure):
+    """`struct Layer` of csrc/layer.cpp."""
+
+    _fields_ = [
+        ("qkv", PackedDescriptor), ("output", PackedDescriptor),
+        ("gate_up", PackedDescriptor), ("down", PackedDescriptor),
+        ("input_norm", ctypes.c_void_p), ("post_norm", ctypes.c_void_p),
+        ("query_norm", ctypes.c_void_p), ("key_norm", ctypes.c_void_p),
+        ("qkv_bias", ctypes.c_void_p), ("output_bias", ctypes.c_void_p),
+        ("gate_up_bias", ctypes.c_void_p), ("down_bias", ctypes.c_void_p),
+        ("num_heads", ctypes.c_int32), ("num_kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32), ("rotary_dim", ctypes.c_int32),
+        ("epsilon", ctypes.c_float), ("scale", ctypes.c_float),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackedDecoderLayer:
+    """One layer. q, k and v lie in one matrix, gate and up in another: their shared input is encoded once."""
+
+    qkv: PackedWeight  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
+    output: PackedWeight  # [hidden, num_heads * head_dim]
+    gate_up: PackedWeight  # [2 * intermediate, hidden]
+    down: PackedWeight  # [hidden, intermediate]
+    input_norm: Tensor  # fp32, as all vectors here
+    post_norm: Tensor
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    qkv_bias: Tensor | None
+    output_bias: Tensor | None
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    epsilon: float
+    scale: float
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the four packed matrices."""
+        return sum(weight.data.numel() for weight in (self.qkv, self.output, self.gate_up, self.down))
+
+    @functools.cached_property
+    def descriptor(self) -> LayerDescriptor:
+        """What native code is handed; valid as long as this object lives."""
+        vectors = (
+            self.input_norm, self.post_norm, self.query_norm, self.key_norm,
+            self.qkv_bias, self.output_bias, self.gate_up_bias, self.down_bias,
+        )  # fmt: skip
+        return LayerDescriptor(
+            self.qkv.descriptor, self.output.descriptor, self.gate_up.descriptor, self.down.descriptor,
+            *(None if vector is None else vector.data_ptr() for vector in vectors),
+            self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim, self.epsilon, self.scale,
+        )  # fmt: skip
+
+
+def check_layer(layer: nn.Module) -> None:
+    """Raises UnsupportedLayer, saying why, for a layer that `pack_decoder_layer` cannot take over."""
+    kind = type(layer).__name__
+    if kind not in SUPPORTED_LAYERS:
+        raise UnsupportedLayer(f"{kind} is not one of {', '.join(SUPPORTED_LAYERS)}")
+    attention: Any = layer.self_attn
+    config = attention.config
+    if config.hidden_act != "silu":
+        raise UnsupportedLayer(f"{kind} with activation {config.hidden_act!r}; the native layer computes silu")
+    window = getattr(attention, "sliding_window", None)
+    if kind == "MistralDecoderLayer":
+        window = getattr(config, "sliding_window", None)
+    if window is not None:
+        raise UnsupportedLayer(f"{kind} with a sliding window of {window}; the native layer attends to all keys")
+    if attention.head_dim % 16:
+        raise UnsupportedLayer(f"{kind} with heads of {attention.head_dim}; the native layer takes multiples of 16")
+    if getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
+        raise UnsupportedLayer(f"{kind} that rotates only part of each head ({config.partial_rotary_factor})")
+
+
+def _joined_weight(*projections: Any) -> Tensor:
+    return torch.cat([projection.weight.detach() for projection in projections])
+
+
+def _vector(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.detach().float().contiguous().clone()
+
+
+def _joined_bias(*projections: Any) -> Tensor | None:
+    if all(projection.bias is None for projection in projections):
+        return None
+    parts = [
+        projection.weight.new_zeros(projection.out_features) if projection.bias is None else projection.bias
+        for projection in projections
+    ]
+    return _vector(torch.cat(parts))
+
+
+def pack_decoder_layer(layer: nn.Module, bits: int, group_size: int = 32) -> PackedDecoderLayer:
+    """Packs one decoder layer of a transformers model to 4, 8, 16 (bf16) or 32 bits. The module is left as it is.
+
+    Pack layer by layer and drop each module, and the peak is the packed weights and two layers. Raises UnsupportedLayer
+    for an architecture that the native layer does not compute, ValueError for weights that have no packed form.
+    """
+    check_layer(layer)
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
+    norms: Any = (layer.input_layernorm, layer.post_attention_layernorm)
+    query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+
+    def packed(*projections: Any) -> PackedWeight:
+        return pack(_joined_weight(*projections), bits, group_size)
+
+    qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+    input_norm, post_norm = (_vector(norm.weight) for norm in norms)
+    assert input_norm is not None and post_norm is not None
+    return PackedDecoderLayer(
+        qkv=packed(*qkv),
+        output=packed(attention.o_proj),
+        gate_up=packed(mlp.gate_proj, mlp.up_proj),
+        down=packed(mlp.down_proj),
+        input_norm=input_norm,
+        post_norm=post_norm,
+        query_norm=None if query_norm is None else _vector(query_norm.weight),
+        key_norm=None if key_norm is None else _vector(key_norm.weight),
+        qkv_bias=_joined_bias(*qkv),
+        output_bias=_joined_bias(attention.o_proj),
+        gate_up_bias=_joined_bias(mlp.gate_proj, mlp.up_proj),
+        down_bias=_joined_bias(mlp.down_proj),
+        **_numbers(attention, norms[0]),
+    )
+
+
+def packing_errors(layer: nn.Module, packed: PackedDecoderLayer) -> dict[str, PackingError]:
+    """Each packed matrix of the layer against the module's weights."""
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
+    return {
+        "qkv": packing_error(_joined_weight(attention.q_proj, attention.k_proj, attention.v_proj), packed.qkv),
+        "output": packing_error(attention.o_proj.weight, packed.output),
+        "gate_up": packing_error(_joined_weight(mlp.gate_proj, mlp.up_proj), packed.gate_up),
+        "down": packing_error(mlp.down_proj.weight, packed.down),
+    }
+
+
+_TENSOR_TYPES = (PackedWeight, Tensor)
+
+
+def layer_tensors(layer: PackedDecoderLayer, prefix: str) -> dict[str, PackedWeight | Tensor]:
+    """What `save_packed` stores of a layer, named `prefix.field`; its numbers come from the model's config again."""
+    values = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+    return {f"{prefix}.{name}": value for name, value in values.items() if isinstance(value, _TENSOR_TYPES)}
+
+
+def layer_from_tensors(
+    weights: Mapping[str, PackedWeight | Tensor], prefix: str, module: nn.Module
+) -> PackedDecoderLayer:
+    """The inverse of `layer_tensors`. `module` is the layer of a model made from the config, on the meta device say."""
+    check_layer(module)
+    attention: Any = module.self_attn
+    norm: Any = module.input_layernorm
+    tensors: dict[str, Any] = {}
+    for field in dataclasses.fields(PackedDecoderLayer):
+        if field.type in ("PackedWeight", "Tensor", "Tensor | None"):
+            tensors[field.name] = weights.get(f"{prefix}.{field.name}")
+            if tensors[field.name] is None and field.type != "Tensor | None":
+                raise ValueError(f"the packed checkpoint holds no {prefix}.{field.name}")
+    return PackedDecoderLayer(**tensors, **_numbers(attention, norm))
+
+
+def _numbers(attention: Any, norm: Any) -> dict[str, Any]:
+    return {
+        "num_heads": attention.q_proj.out_features // attention.head_dim,
+        "num_kv_heads": attention.k_proj.out_features // attention.head_dim,
+        "head_dim": attention.head_dim,
+        "epsilon": norm.variance_epsilon,
+        "scale": attention.scaling,
+    }

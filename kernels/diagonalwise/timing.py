@@ -1,0 +1,51 @@
+"""Wall-clock comparison of contenders that do the same work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quartiles of one contender's time in milliseconds."""
+
+    lower_ms: float
+    median_ms: float
+    upper_ms: float
+
+    def clearly_beats(self, other: Timing) -> bool:
+        """Faster beyond noise: the slower half of these runs still lies below the faster half of the others."""
+        return self.upper_ms < other.lower_ms
+
+
+def compare(steps: Mapping[str, Step], device: torch.device, warmups: int = 3, repeats: int = 15) -> dict[str, Timing]:
+    """Time every step ``repeats`` times after ``warmups``, turn by turn, so that a slow moment meets all alike."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(warmups + repeats):
+        for name, step in steps.items():
+            milliseconds = time_once(step, device)
+            if turn >= warmups:
+                samples[name].append(milliseconds)
+    return {name: Timing(*(float(q) for q in np.percentile(times, (25, 50, 75)))) for name, times in samples.items()}
+
+
+def time_once(step: Step, device: torch.device) -> float:
+    """Milliseconds of one call, with the device's queue empty before and after."""
+    synchronize(device)
+    started = time.perf_counter()
+    step()
+    synchronize(device)
+    return (time.perf_counter() - started) * 1000
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for ``device``; a CPU has nothing queued."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

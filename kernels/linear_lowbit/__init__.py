@@ -1,0 +1,22 @@
+"""Linear layers whose weights are packed to 4, 8 or 16 bits and read once for all rows of a pass.
+
+`pack` a weight at load, then `linear(x, packed)`. Written for verifying many drafted rows on a CPU: the weights cross
+the memory bus once for all rows, and every row is bit-equal to the row computed alone.
+"""
+
+from kernels.linear_lowbit.checkpoint import PackedFormatError, PackingError, load_packed, packing_error, save_packed
+from kernels.linear_lowbit.cpu import linear
+from kernels.linear_lowbit.packed import FORMAT_VERSION, PackedWeight, pack, unpack
+
+__all__ = [
+    "FORMAT_VERSION",
+    "PackedFormatError",
+    "PackedWeight",
+    "PackingError",
+    "linear",
+    "load_packed",
+    "pack",
+    "packing_error",
+    "save_packed",
+    "unpack",
+]

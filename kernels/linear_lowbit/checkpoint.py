@@ -1,0 +1,104 @@
+"""Packed weights on disk: one safetensors file, read by memory map, with a format version that is checked.
+
+Packed weights are stored as their bytes; beside them lie plain tensors (norms, biases, embeddings). What a name is
+stands in the file's metadata, so that nothing is guessed from shapes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kernels.linear_lowbit.packed import FORMAT_VERSION, PackedWeight, unpack
+from kernels.linear_lowbit.reference import QuantisedWeight
+
+_FORMAT = "dovetail-packed"
+
+
+class PackedFormatError(ValueError):
+    """A file is not a packed checkpoint, or one that another version wrote."""
+
+
+def save_packed(path: Path, weights: Mapping[str, PackedWeight | Tensor]) -> None:
+    """Writes packed weights and plain tensors under their names."""
+    described = {
+        name: {
+            "out_features": weight.out_features, "in_features": weight.in_features, "bits": weight.bits,
+            "group_size": weight.group_size, "zero_point": weight.zero_point,
+        }
+        for name, weight in weights.items() if isinstance(weight, PackedWeight)
+    }  # fmt: skip
+    tensors = {
+        name: weight.data if isinstance(weight, PackedWeight) else weight.contiguous()
+        for name, weight in weights.items()
+    }
+    metadata = {"format": _FORMAT, "format_version": str(FORMAT_VERSION), "packed": json.dumps(described)}
+    save_file(tensors, path, metadata=metadata)
+
+
+def load_packed(path: Path) -> dict[str, PackedWeight | Tensor]:
+    """Reads what `save_packed` wrote; pages of the file are read when first used.
+
+    Raises PackedFormatError for another format, another version, or bytes that do not fit their description.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = _described(path, file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise PackedFormatError(f"{path} is not a safetensors file: {error}") from error
+    if missing := described.keys() - tensors.keys():
+        raise PackedFormatError(f"{path} describes weights it does not hold: {', '.join(sorted(missing))}")
+    try:
+        return {
+            name: PackedWeight(tensor, **described[name]) if name in described else tensor
+            for name, tensor in tensors.items()
+        }
+    except (TypeError, ValueError) as error:
+        raise PackedFormatError(f"{path} is damaged: {error}") from error
+
+
+def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    if metadata.get("format") != _FORMAT:
+        raise PackedFormatError(
+            f"{path} is no packed checkpoint; `dovetail convert` writes one from safetensors weights"
+        )
+    version = metadata.get("format_version")
+    if version != str(FORMAT_VERSION):
+        raise PackedFormatError(
+            f"{path} has packed format {version}, this version reads {FORMAT_VERSION}: "
+            "convert the original weights again"
+        )
+    try:
+        described: dict[str, dict[str, Any]] = json.loads(metadata["packed"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise PackedFormatError(f"{path} does not say which of its weights are packed") from error
+    return described
+
+
+@dataclass(frozen=True)
+class PackingError:
+    """How far a packed weight is from the original: |packed - original| / |original|, and the largest difference."""
+
+    relative: float
+    largest: float
+
+
+def packing_error(original: Tensor, packed: PackedWeight) -> PackingError:
+    """Compares original [out_features, in_features] with what the packed weight stands for."""
+    kept = unpack(packed)
+    kept = kept.dequantise() if isinstance(kept, QuantisedWeight) else kept.float()
+    difference = kept - original.detach().float()
+    size = torch.linalg.vector_norm(original.detach().float())
+    return PackingError(
+        relative=float(torch.linalg.vector_norm(difference) / size) if size > 0 else 0.0,
+        largest=float(difference.abs().max()),
+    )

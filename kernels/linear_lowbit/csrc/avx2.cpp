@@ -1,0 +1,185 @@
+// AVX2 with FMA and F16C: 16-bit products of u8 x s8 (vpmaddubsw), summed to int32; bf16 weights widened to fp32.
+#include "encode.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+
+namespace dovetail {
+namespace {
+
+constexpr int kQuarter = 8;  // output rows of one 32-byte vector of sums
+constexpr int kQuarters = kPanel / kQuarter;
+
+TARGET void encode(const float* x, const Packed& w, int width, int t, const Activations& tile) { encode_row(x, w, width, t, tile); }
+
+TARGET DOVETAIL_INLINE __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+
+TARGET DOVETAIL_INLINE __m256i broadcast(const uint8_t* p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return _mm256_set1_epi32(word);
+}
+
+TARGET DOVETAIL_INLINE __m256 widen_halves(const uint8_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// One chunk of one quarter panel for U rows. The 16-bit sums cannot overflow: int4 adds 8 pairs of products of at most
+// 2 * 15 * 127, together 30480; int8 takes |weight| times the activation with the weight's sign, at most 2 * 128 * 127 a pair.
+template <int Bits, int U>
+TARGET DOVETAIL_INLINE void dot_chunk(__m256i (&d)[U], const uint8_t* w, const uint8_t* x) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  if constexpr (Bits == 4) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256i pairs[U];
+    for (int u = 0; u < U; ++u) pairs[u] = _mm256_setzero_si256();
+    for (int k = 0; k < kChunk; k += 8, w += kPanel * 4) {
+      const __m256i codes = load(w);
+      const __m256i low = _mm256_and_si256(codes, nibble);
+      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
+      for (int u = 0; u < U; ++u) {
+        const uint8_t* at = x + u * kChunk + k;
+        pairs[u] = _mm256_add_epi16(pairs[u], _mm256_maddubs_epi16(low, broadcast(at)));
+        pairs[u] = _mm256_add_epi16(pairs[u], _mm256_maddubs_epi16(high, broadcast(at + 4)));
+      }
+    }
+    for (int u = 0; u < U; ++u) d[u] = _mm256_add_epi32(d[u], _mm256_madd_epi16(pairs[u], ones));
+  } else {
+    const __m256i middle = _mm256_set1_epi8(-128);
+    for (int k = 0; k < kChunk; k += 4, w += kPanel * 4) {
+      const __m256i weight = _mm256_xor_si256(load(w), middle);
+      const __m256i magnitude = _mm256_abs_epi8(weight);
+      for (int u = 0; u < U; ++u) {
+        const __m256i value = _mm256_sign_epi8(broadcast(x + u * kChunk + k), weight);
+        d[u] = _mm256_add_epi32(d[u], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, value), ones));
+      }
+    }
+  }
+}
+
+// What the int32 sums start from. The int8 products are those of code - 128, which the offset of symmetric weights stands for.
+template <int Bits, bool Minimum>
+TARGET DOVETAIL_INLINE int32_t first_sum(int32_t offset) {
+  if constexpr (Minimum) return Bits == 8 ? 128 * static_cast<int32_t>(bits_float(static_cast<uint32_t>(offset))) : 0;
+  return Bits == 8 ? 0 : offset;
+}
+
+template <int Bits, bool Minimum, int T, int U>
+TARGET DOVETAIL_INLINE void quarter_rows(const Step& s, int quarter, int first) {
+  constexpr int chunk_bytes = kPanel * kChunk * Bits / 8;
+  const int groups = s.chunks / s.group_chunks;
+  const uint8_t* w = s.weights + quarter * 32;
+  const uint8_t* x = s.values + first * kChunk;
+  __m256 sum[U];
+  for (int u = 0; u < U; ++u) sum[u] = _mm256_setzero_ps();
+  for (int g = 0; g < groups; ++g) {
+    const int32_t* offset = s.offsets + g * T + first;
+    __m256i d[U];
+    for (int u = 0; u < U; ++u) d[u] = _mm256_set1_epi32(first_sum<Bits, Minimum>(offset[u]));
+    for (int c = 0; c < s.group_chunks; ++c, w += chunk_bytes, x += T * kChunk) dot_chunk<Bits, U>(d, w, x);
+    const uint8_t* scales = w - quarter * 32 + quarter * kQuarter * 2;
+    const __m256 scale = widen_halves(scales);
+    for (int u = 0; u < U; ++u) sum[u] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(d[u]), scale, sum[u]);
+    if constexpr (Minimum) {
+      const __m256 minimum = widen_halves(scales + kPanel * 2);
+      for (int u = 0; u < U; ++u) sum[u] = _mm256_fmadd_ps(minimum, _mm256_castsi256_ps(_mm256_set1_epi32(offset[u])), sum[u]);
+    }
+    w += kPanel * 2 * (1 + Minimum);
+  }
+  for (int u = 0; u < U; ++u) {
+    float* out = s.sums + (first + u) * kPanel + quarter * kQuarter;
+    _mm256_storeu_ps(out, _mm256_fmadd_ps(sum[u], _mm256_set1_ps(s.scales[first + u]), _mm256_loadu_ps(out)));
+  }
+}
+
+template <int Bits, bool Minimum, int T>
+TARGET void step_integer(const Step& s) {
+  constexpr int at_once = 4;  // sums, 16-bit sums and codes of more rows do not fit sixteen registers
+  for (int quarter = 0; quarter < kQuarters; ++quarter) {
+    if constexpr (T >= at_once) quarter_rows<Bits, Minimum, T, at_once>(s, quarter, 0);
+    if constexpr (T == 2 * at_once) quarter_rows<Bits, Minimum, T, at_once>(s, quarter, at_once);
+    if constexpr (T % at_once != 0) quarter_rows<Bits, Minimum, T, T % at_once>(s, quarter, T - T % at_once);
+  }
+}
+
+// Two columns of bf16 weights at a time: the even one is the low half of each word, the odd one the high half.
+template <int T, int U>
+TARGET DOVETAIL_INLINE void bf16_rows(const Step& s, int first) {
+  const __m256i high = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u));
+  for (int quarter = 0; quarter < kQuarters; ++quarter) {
+    const uint8_t* w = s.weights + quarter * 32;
+    const uint8_t* x = s.values + first * kChunk * 2;
+    float* out = s.sums + first * kPanel + quarter * kQuarter;
+    __m256 sum[U];
+    for (int u = 0; u < U; ++u) sum[u] = _mm256_loadu_ps(out + u * kPanel);
+    for (int c = 0; c < s.chunks; ++c, x += T * kChunk * 2) {
+      for (int k = 0; k < kChunk; k += 2, w += kPanel * 4) {
+        const __m256i pair = load(w);
+        const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
+        const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(pair, high));
+        for (int u = 0; u < U; ++u) {
+          const __m256i value = broadcast(x + (u * kChunk + k) * 2);
+          sum[u] = _mm256_fmadd_ps(even, _mm256_castsi256_ps(_mm256_slli_epi32(value, 16)), sum[u]);
+          sum[u] = _mm256_fmadd_ps(odd, _mm256_castsi256_ps(_mm256_and_si256(value, high)), sum[u]);
+        }
+      }
+    }
+    for (int u = 0; u < U; ++u) _mm256_storeu_ps(out + u * kPanel, sum[u]);
+  }
+}
+
+template <int T, int U>
+TARGET DOVETAIL_INLINE void fp32_rows(const Step& s, int first) {
+  for (int half = 0; half < 2; ++half) {
+    const float* w = reinterpret_cast<const float*>(s.weights) + half * kHalf;
+    const float* x = reinterpret_cast<const float*>(s.values) + first * kChunk;
+    float* out = s.sums + first * kPanel + half * kHalf;
+    __m256 sum[2][U];
+    for (int u = 0; u < U; ++u)
+      for (int i = 0; i < 2; ++i) sum[i][u] = _mm256_loadu_ps(out + u * kPanel + i * kQuarter);
+    for (int c = 0; c < s.chunks; ++c, x += T * kChunk) {
+      for (int k = 0; k < kChunk; ++k, w += kPanel) {
+        const __m256 upper = _mm256_loadu_ps(w);
+        const __m256 lower = _mm256_loadu_ps(w + kQuarter);
+        for (int u = 0; u < U; ++u) {
+          const __m256 value = _mm256_set1_ps(x[u * kChunk + k]);
+          sum[0][u] = _mm256_fmadd_ps(upper, value, sum[0][u]);
+          sum[1][u] = _mm256_fmadd_ps(lower, value, sum[1][u]);
+        }
+      }
+    }
+    for (int u = 0; u < U; ++u)
+      for (int i = 0; i < 2; ++i) _mm256_storeu_ps(out + u * kPanel + i * kQuarter, sum[i][u]);
+  }
+}
+
+template <int T>
+TARGET void step_bf16(const Step& s) {
+  if constexpr (T >= 4) bf16_rows<T, 4>(s, 0);
+  if constexpr (T == 8) bf16_rows<T, 4>(s, 4);
+  if constexpr (T % 4 != 0) bf16_rows<T, T % 4>(s, T - T % 4);
+}
+
+template <int T>
+TARGET void step_fp32(const Step& s) {
+  if constexpr (T >= 4) fp32_rows<T, 4>(s, 0);
+  if constexpr (T == 8) fp32_rows<T, 4>(s, 4);
+  if constexpr (T % 4 != 0) fp32_rows<T, T % 4>(s, T - T % 4);
+}
+
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+
+const InstructionSet kAvx2 = {"avx2", supported, encode, DOVETAIL_STEPS};
+
+}  // namespace
+
+const InstructionSet* avx2() { return &kAvx2; }
+
+}  // namespace dovetail
+#else
+namespace dovetail {
+const InstructionSet* avx2() { return nullptr; }
+}  // namespace dovetail
+#endif

@@ -1,0 +1,112 @@
+// Activation rows into the number format of a weight. One source for every instruction set: each compiles it under its own
+// target attribute, and plain loops over 32 columns are what compilers vectorise well.
+#pragma once
+
+#include <cstring>
+
+#include "layout.h"
+
+#define DOVETAIL_INLINE inline __attribute__((always_inline))
+
+namespace dovetail {
+
+DOVETAIL_INLINE uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+DOVETAIL_INLINE float bits_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+DOVETAIL_INLINE uint16_t round_bf16(float x) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : rounded);
+}
+
+// Largest magnitude as bits: the order of non-negative floats is that of their bits, with infinity and NaN on top.
+DOVETAIL_INLINE uint32_t largest_magnitude(const float* x, int count) {
+  uint32_t largest = 0;
+  for (int i = 0; i < count; ++i) {
+    const uint32_t bits = float_bits(x[i]) & 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+// Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
+DOVETAIL_INLINE int32_t encode_chunk(const float* x, float inverse, int8_t* values) {
+  int32_t sum = 0;
+  for (int i = 0; i < kChunk; ++i) {
+    const int32_t value = static_cast<int32_t>(float_bits(x[i] * inverse + 12582912.0f)) - 0x4b400000;
+    values[i] = static_cast<int8_t>(value);
+    sum += value;
+  }
+  return sum;
+}
+
+DOVETAIL_INLINE void encode_integer_row(const float* x, const Packed& w, int width, int t, const Activations& tile) {
+  const float tiny = 1e-30f;  // below it a span counts as zero: 127 / largest would overflow
+  const int group_chunks = w.group / kChunk;
+  const int64_t chunks = w.chunks();
+  int32_t sum = 0;
+  float inverse = 0.0f;
+  for (int64_t c = 0; c < chunks; ++c) {
+    const float* piece = x + c * kChunk;
+    if (c % (kSpan / kChunk) == 0) {
+      const int64_t span = c / (kSpan / kChunk);
+      const int64_t left = w.in - c * kChunk;
+      const uint32_t bits = largest_magnitude(piece, static_cast<int>(left < kSpan ? left : kSpan));
+      const float largest = bits_float(bits);
+      const bool finite = bits < 0x7f800000u;
+      inverse = finite && largest > tiny ? 127.0f / largest : 0.0f;
+      tile.scales[span * width + t] = finite ? (largest > tiny ? largest / 127.0f : 0.0f) : bits_float(0x7fc00000u);
+    }
+    int8_t* values = reinterpret_cast<int8_t*>(tile.values) + (c * width + t) * kChunk;
+    if (inverse == 0.0f) {
+      std::memset(values, 0, kChunk);
+    } else {
+      sum += encode_chunk(piece, inverse, values);
+    }
+    if ((c + 1) % group_chunks == 0) {
+      const int32_t offset = w.minimum ? static_cast<int32_t>(float_bits(static_cast<float>(sum))) : -(sum << (w.bits - 1));
+      tile.offsets[(c / group_chunks) * width + t] = offset;
+      sum = 0;
+    }
+  }
+}
+
+DOVETAIL_INLINE void encode_float_row(const float* x, const Packed& w, int width, int t, const Activations& tile) {
+  const int64_t chunks = w.chunks();
+  for (int64_t c = 0; c < chunks; ++c) {
+    float padded[kChunk] = {};
+    const float* piece = x + c * kChunk;
+    const int64_t left = w.in - c * kChunk;
+    if (left < kChunk) {
+      std::memcpy(padded, piece, static_cast<size_t>(left) * sizeof(float));
+      piece = padded;
+    }
+    const int64_t at = (c * width + t) * kChunk;
+    if (w.bits == 32) {
+      std::memcpy(reinterpret_cast<float*>(tile.values) + at, piece, sizeof padded);
+    } else {
+      uint16_t* values = reinterpret_cast<uint16_t*>(tile.values) + at;
+      for (int i = 0; i < kChunk; ++i) values[i] = round_bf16(piece[i]);
+    }
+  }
+}
+
+DOVETAIL_INLINE void encode_row(const float* x, const Packed& w, int width, int t, const Activations& tile) {
+  if (w.integer()) {
+    encode_integer_row(x, w, width, t, tile);
+  } else {
+    encode_float_row(x, w, width, t, tile);
+  }
+}
+
+}  // namespace dovetail

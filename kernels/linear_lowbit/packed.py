@@ -1,0 +1,155 @@
+"""The packed weight format: codes and scales in the order in which the native kernels stream them.
+
+One format for every machine (csrc/layout.h describes the bytes): a panel of 32 output rows is one contiguous run.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.linear_lowbit import reference
+from kernels.linear_lowbit.reference import QuantisedWeight
+from kernels.native import PackedDescriptor
+
+FORMAT_VERSION = 1  # of the bytes below; stored in checkpoints and checked when they are read
+GROUP_SIZES = (32, 64, 128)
+_PANEL, _CHUNK = 32, 32
+_FLOAT_DTYPES = {16: torch.bfloat16, 32: torch.float32}
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One weight matrix [out_features, in_features], packed. `bits`: 4, 8, 16 (bf16) or 32 (fp32).
+
+    `group_size` inputs share a scale (unused for 16 and 32 bits); `zero_point`: each group also stores a minimum.
+    """
+
+    data: Tensor  # uint8 [bytes]
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    zero_point: bool = False
+
+    def __post_init__(self) -> None:
+        check_format(self.in_features, self.bits, self.group_size)
+        expected = packed_bytes(self.out_features, self.in_features, self.bits, self.group_size, self.zero_point)
+        if self.data.dtype != torch.uint8 or self.data.shape != (expected,) or not self.data.is_contiguous():
+            raise ValueError(
+                f"packed data must be {expected} contiguous bytes for a {self.bits}-bit weight "
+                f"[{self.out_features}, {self.in_features}], got {self.data.dtype} {list(self.data.shape)}"
+            )
+
+    @functools.cached_property
+    def descriptor(self) -> PackedDescriptor:
+        """What native code is handed; valid as long as this object lives."""
+        return PackedDescriptor(
+            self.data.data_ptr(), self.out_features, self.in_features, self.bits, self.group_size, int(self.zero_point)
+        )
+
+
+def check_format(in_features: int, bits: int, group_size: int) -> None:
+    """Refuses what the kernels do not read."""
+    if bits not in (4, 8, 16, 32):
+        raise ValueError(f"bits must be 4, 8, 16 (bf16) or 32 (fp32), got {bits}")
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size}")
+    if bits <= 8 and in_features % group_size:
+        fitting = [size for size in GROUP_SIZES if in_features % size == 0]
+        advice = f"take {' or '.join(map(str, fitting))}" if fitting else "keep this layer in bf16 (bits=16)"
+        raise ValueError(f"{in_features} input features do not divide into groups of {group_size}: {advice}")
+
+
+def packed_bytes(out_features: int, in_features: int, bits: int, group_size: int, zero_point: bool) -> int:
+    """Size of the packed weight in bytes."""
+    panels = -(-out_features // _PANEL)
+    if bits > 8:
+        return panels * _PANEL * -(-in_features // _CHUNK) * _CHUNK * bits // 8
+    return panels * _PANEL * (in_features * bits // 8 + in_features // group_size * 2 * (1 + zero_point))
+
+
+def pack(
+    weight: Tensor, bits: int, group_size: int = 32, *, zero_point: bool = False, importance: Tensor | None = None
+) -> PackedWeight:
+    """Packs weight [out_features, in_features] once, at load.
+
+    bits 4 and 8 quantise with the least squared error (see `reference.quantise`); 16 keeps bf16, 32 keeps fp32.
+    Raises ValueError for a shape or value that has no packed form.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"a weight must be a floating-point matrix, got {weight.dtype} {list(weight.shape)}")
+    check_format(weight.shape[1], bits, group_size)
+    if importance is not None and importance.shape != weight.shape[1:]:
+        raise ValueError(f"importance must have one value per input, {weight.shape[1]}, got {list(importance.shape)}")
+    if not weight.isfinite().all():
+        raise ValueError("a weight with NaN or infinity cannot be packed: the checkpoint is damaged")
+    if bits > 8:
+        return _pack_float(weight, bits, group_size)
+    if weight.abs().max() > torch.finfo(torch.float16).max:
+        raise ValueError("weights beyond 65504 do not fit fp16 scales: keep this layer in bf16 (bits=16)")
+    return pack_quantised(reference.quantise(weight, bits, group_size, zero_point=zero_point, importance=importance))
+
+
+def _pad_rows(rows: Tensor) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % _PANEL))
+
+
+def pack_quantised(weight: QuantisedWeight) -> PackedWeight:
+    """Orders codes and scales as csrc/layout.h says."""
+    out_features, in_features = weight.codes.shape
+    codes = _pad_rows(weight.codes)
+    if weight.bits == 4:
+        pairs = codes.reshape(len(codes), -1, 2, 4)
+        codes = (pairs[:, :, 0] | pairs[:, :, 1] << 4).flatten(1)
+    num_groups = in_features // weight.group_size
+    parts = [
+        codes.reshape(-1, _PANEL, num_groups, codes.shape[1] // num_groups // 4, 4).permute(0, 2, 3, 1, 4).flatten(2)
+    ]
+    for halves in (weight.scale, weight.minimum):
+        if halves is not None:
+            panels = _pad_rows(halves).reshape(-1, _PANEL, num_groups).transpose(1, 2).contiguous()
+            parts.append(panels.view(torch.uint8))
+    data = torch.cat(parts, dim=2).flatten()
+    return PackedWeight(data, out_features, in_features, weight.bits, weight.group_size, weight.minimum is not None)
+
+
+def _pack_float(weight: Tensor, bits: int, group_size: int) -> PackedWeight:
+    out_features, in_features = weight.shape
+    columns_together = 32 // bits
+    padded = torch.nn.functional.pad(_pad_rows(weight.detach().to(_FLOAT_DTYPES[bits])), (0, -in_features % _CHUNK))
+    ordered = padded.reshape(-1, _PANEL, padded.shape[1] // columns_together, columns_together).transpose(1, 2)
+    return PackedWeight(ordered.contiguous().view(torch.uint8).flatten(), out_features, in_features, bits, group_size)
+
+
+def unpack(packed: PackedWeight) -> QuantisedWeight | Tensor:
+    """The inverse of packing: codes and scales for 4 and 8 bits, the matrix for bf16 and fp32."""
+    panels = -(-packed.out_features // _PANEL)
+    if packed.bits > 8:
+        together = 32 // packed.bits
+        columns = -(-packed.in_features // _CHUNK) * _CHUNK
+        values = packed.data.view(_FLOAT_DTYPES[packed.bits]).reshape(panels, columns // together, _PANEL, together)
+        return (
+            values.transpose(1, 2)
+            .reshape(panels * _PANEL, columns)[: packed.out_features, : packed.in_features]
+            .contiguous()
+        )
+    num_groups = packed.in_features // packed.group_size
+    code_bytes = _PANEL * packed.group_size * packed.bits // 8
+    groups = packed.data.reshape(panels, num_groups, -1)
+    quads = groups[:, :, :code_bytes].reshape(panels, num_groups, -1, _PANEL, 4).permute(0, 3, 1, 2, 4)
+    codes = quads.reshape(panels * _PANEL, -1, 4)
+    if packed.bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=2)
+    codes = codes.reshape(panels * _PANEL, -1)[: packed.out_features]
+    halves = [
+        groups[:, :, start : start + _PANEL * 2]
+        .contiguous()
+        .view(torch.float16)
+        .transpose(1, 2)
+        .reshape(-1, num_groups)
+        for start in range(code_bytes, groups.shape[2], _PANEL * 2)
+    ]
+    halves = [half[: packed.out_features] for half in halves]
+    return QuantisedWeight(codes, halves[0], halves[1] if packed.zero_point else None, packed.bits, packed.group_size)

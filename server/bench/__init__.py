@@ -1,0 +1,1 @@
+"""The measurements behind ``dovetail bench`` and ``dovetail doctor``."""

@@ -1,0 +1,186 @@
+"""Ways to generate the same greedy text, timed alike: this engine, transformers, llama.cpp."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from server.engine.engine import Engine
+from server.engine.generate import generate
+from server.engine.request import EngineError, FinishReason, Request, SamplingParams
+from server.targets.torch_target import WEIGHTS
+
+GREEDY = SamplingParams(temperature=0)
+
+
+class PeerUnavailable(RuntimeError):
+    """A peer cannot take part on this machine; the message says why and how to change that."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One text to generate: at most ``max_tokens`` after ``prompt_ids``, ended early by one of ``stop_ids``."""
+
+    name: str
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The tokens generated, and the seconds from the first of them to the last: decoding without the prompt.
+
+    rounds and committed count verify passes and the tokens they gave, where the contestant counts them.
+    """
+
+    token_ids: tuple[int, ...]
+    seconds: float
+    rounds: int = 0
+    committed: int = 0
+
+
+class Contestant(Protocol):
+    """Generates greedily, one text at a time."""
+
+    name: str
+
+    def run(self, case: Case) -> Timed:
+        """Generate and time one text."""
+        ...
+
+
+class EngineContestant:
+    """This engine, with or without a drafter."""
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name = name
+        self.engine = engine
+        self.numbers = itertools.count()
+
+    def run(self, case: Case) -> Timed:
+        """One request, alone in the engine. Errors: EngineError where the engine failed on it."""
+        request_id = f"bench-{next(self.numbers)}"
+        request = Request(request_id, case.prompt_ids, case.max_tokens, GREEDY, case.stop_ids)
+        result = generate(self.engine, [request])[request_id]
+        if result.finished.reason is FinishReason.FAILED:
+            raise EngineError(f"{self.name} failed on {case.name}: {result.finished.error}")
+        stats = result.finished.stats
+        return Timed(result.token_ids, result.finished.timings.decode_s, stats.rounds, stats.committed)
+
+
+class FirstTokenClock:
+    """A streamer for transformers' ``generate`` that notes when the first new token came."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+        self.first_s = 0.0
+
+    def put(self, _: torch.Tensor) -> None:
+        """Called with the prompt, then with each token."""
+        self.num_calls += 1
+        if self.num_calls == 2:
+            self.first_s = time.perf_counter()
+
+    def end(self) -> None:
+        """Called when the text is done."""
+
+
+class TransformersPeer:
+    """transformers' own ``generate`` with its KV cache on the same weights and dtype."""
+
+    name = "transformers"
+
+    def __init__(self, folder: Path, weights: str) -> None:
+        """Errors: PeerUnavailable for weights that transformers does not hold."""
+        if weights not in WEIGHTS:
+            raise PeerUnavailable(
+                f"transformers has no {weights} form of these weights; --weights bf16 compares with it"
+            )
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=WEIGHTS[weights], use_safetensors=True, trust_remote_code=False
+        ).eval()
+        # Where a text ends is the case's business; generate() would fall back on the model's own ids.
+        self.model.generation_config.eos_token_id = None
+
+    @torch.inference_mode()
+    def run(self, case: Case) -> Timed:
+        """One greedy ``generate``."""
+        prompt = torch.tensor([case.prompt_ids])
+        clock = FirstTokenClock()
+        output = self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=case.max_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=sorted(case.stop_ids) or None,
+            pad_token_id=0,
+            streamer=clock,
+        )
+        seconds = time.perf_counter() - clock.first_s
+        return Timed(tuple(output[0, len(case.prompt_ids) :].tolist()), seconds)
+
+
+class LlamaCppPeer:
+    """llama.cpp through llama-cpp-python, on the same weights written as GGUF; prompts go in as token ids."""
+
+    name = "llama.cpp"
+
+    def __init__(self, folder: Path, weights: str, threads: int, context_length: int) -> None:
+        """Errors: PeerUnavailable without the package; GGUFError for an architecture the writer does not know."""
+        if not (importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf")):
+            raise PeerUnavailable("llama-cpp-python is not installed; `make gguf` builds it (10 to 15 minutes)")
+        from llama_cpp import Llama
+
+        from server.bench.gguf_file import write_gguf
+
+        with tempfile.TemporaryDirectory(prefix="dovetail-bench-") as scratch:
+            file = write_gguf(folder, Path(scratch) / "target.gguf", weights)
+            self.model: Any = Llama(
+                str(file),
+                n_ctx=context_length,
+                n_threads=threads,
+                n_threads_batch=threads,
+                use_mmap=False,  # the file is gone once the model is loaded
+                verbose=False,
+            )
+
+    def run(self, case: Case) -> Timed:
+        """Greedy tokens as they come."""
+        self.model.reset()
+        token_ids: list[int] = []
+        first_s = time.perf_counter()
+        for token_id in self.model.generate(case.prompt_ids, top_k=1, temp=0.0, repeat_penalty=1.0):
+            if not token_ids:
+                first_s = time.perf_counter()
+            token_ids.append(token_id)
+            if token_id in case.stop_ids or len(token_ids) == case.max_tokens:
+                break
+        return Timed(tuple(token_ids), time.perf_counter() - first_s)
+
+
+def create_peers(
+    names: Sequence[str], folder: Path, weights: str, context_length: int
+) -> tuple[list[Contestant], dict[str, str]]:
+    """The peers that can run here, and for each other one the reason why it cannot."""
+    peers: list[Contestant] = []
+    skipped: dict[str, str] = {}
+    for name in names:
+        try:
+            if name == TransformersPeer.name:
+                peers.append(TransformersPeer(folder, weights))
+            else:
+                peers.append(LlamaCppPeer(folder, weights, torch.get_num_threads(), context_length))
+        except (PeerUnavailable, ValueError) as error:
+            skipped[name] = str(error)
+    return peers, skipped

@@ -1,0 +1,203 @@
+"""One run of ``dovetail bench``: what is measured, in which order, and the JSON it gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from drafters.drafter import Drafter
+from drafters.ngram import NGramDrafter
+from server.bench.compare import Race, acceptance_length, race, repeated_4gram_share
+from server.bench.contestants import Case, EngineContestant, LlamaCppPeer, Timed, TransformersPeer, create_peers
+from server.bench.hardware import measure_hardware
+from server.bench.prompts import Prompt
+from server.bench.simulated import SimulatedDrafter
+from server.bench.verify_curve import verify_ms
+from server.engine.engine import Engine, RoundClock
+from server.text import TextCodec
+
+PLAIN, DOVETAIL = "plain", "dovetail"
+PEERS = (TransformersPeer.name, LlamaCppPeer.name)
+
+Advance = Callable[[str, int, int], None]  # what is being done, how many steps are done, of how many
+
+
+class BenchError(ValueError):
+    """A benchmark that cannot be run as asked."""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """max_tokens: longest text; repeats: times that everyone generates everything; peers: names out of ``PEERS``;
+    simulate_acceptance: an acceptance length to pretend instead of drafting; ignore_eos: every text goes on to
+    max_tokens, so that all have the same length, whatever the model would rather do."""
+
+    suite: str
+    max_tokens: int = 128
+    repeats: int = 3
+    peers: Sequence[str] = PEERS
+    simulate_acceptance: float | None = None
+    ignore_eos: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = set(self.peers) - set(PEERS)
+        if unknown:
+            raise BenchError(f"unknown peer {', '.join(sorted(unknown))}; known are {PLAIN}, {', '.join(PEERS)}")
+        if self.max_tokens < 2 or self.repeats < 1:
+            raise BenchError(f"max tokens {self.max_tokens}, repeats {self.repeats}; need at least 2 and 1")
+
+
+@dataclass
+class Texts:
+    """The cases with the target's own texts, and how many prompts did not fit the context."""
+
+    cases: list[Case] = field(default_factory=list)
+    references: list[tuple[int, ...]] = field(default_factory=list)
+    num_too_long: int = 0
+
+
+def measure(
+    engine: Engine, folder: Path, codec: TextCodec, prompts: Sequence[Prompt], options: BenchOptions, advance: Advance
+) -> dict[str, Any]:
+    """Run the whole benchmark with the engine's target and drafter; ``folder`` holds the target, for the peers.
+
+    Errors: BenchError where nothing can be compared; EngineError where the engine fails on a prompt.
+    """
+    if engine.drafter is None and options.simulate_acceptance is None:
+        raise BenchError("there is no drafter to compare with plain decoding; name one with --drafter")
+    plain = EngineContestant(PLAIN, Engine(engine.target, None, engine.options))
+    texts = generate_references(plain, codec, prompts, options, advance)
+    if not texts.cases:
+        raise BenchError(f"none of the {len(prompts)} prompts fits a context of {engine.options.context_length} tokens")
+    hardware = measure_hardware()
+    curve = verify_ms(engine.target)
+    ngram = ngram_runs(engine, texts.cases, advance)
+    drafter = engine.drafter
+    if options.simulate_acceptance is not None:
+        drafter = simulated_drafter(engine, texts, options.simulate_acceptance)
+    drafted = Engine(engine.target, drafter, engine.options)
+    context = engine.options.context_length
+    peers, skipped = create_peers(options.peers, folder, engine.target.info.weights, context)
+    contestants = [plain, EngineContestant(DOVETAIL, drafted), *peers]
+    num_runs = options.repeats * len(contestants) * len(texts.cases)
+    done = iter(range(1, num_runs + 1))
+    result = race(contestants, texts.cases, options.repeats, lambda name: advance(name, next(done), num_runs))
+    report: dict[str, Any] = {
+        "hardware": hardware.json(),
+        "target": dataclasses.asdict(engine.target.info),
+        "drafter": drafter_json(drafter, engine),
+        "conditions": conditions_json(options, texts, result),
+    }
+    report |= speeds_json(result, drafted.clock, [peer.name for peer in peers], texts.references)
+    report["peers"] |= {name: {"skipped": reason} for name, reason in skipped.items()}
+    report |= {
+        "verify_ms": curve,
+        "repeated_4gram_share": round(repeated_4gram_share(texts.references), 3),
+        "ngram_acceptance_length": round(acceptance_length(ngram), 3),
+    }
+    return report
+
+
+def generate_references(
+    plain: EngineContestant, codec: TextCodec, prompts: Sequence[Prompt], options: BenchOptions, advance: Advance
+) -> Texts:
+    """Generate every text once by plain decoding. This warms up, fixes the cases and gives the texts to compare with.
+
+    A chat's later turns follow the target's own answers to the earlier ones.
+    """
+    texts = Texts()
+    stop_ids: frozenset[int] = frozenset() if options.ignore_eos else codec.stop_ids
+    context = plain.engine.options.context_length
+    for number, prompt in enumerate(prompts, start=1):
+        messages: list[dict[str, str]] = []
+        for turn in prompt.turns or (None,):
+            if turn is None:
+                prompt_ids = codec.encode(prompt.text or "")
+            else:
+                messages.append({"role": "user", "content": turn})
+                prompt_ids = codec.chat(messages)
+            if len(prompt_ids) + options.max_tokens > context:
+                texts.num_too_long += 1
+                break
+            case = Case(prompt.name, tuple(prompt_ids), options.max_tokens, stop_ids)
+            answer = plain.run(case).token_ids
+            texts.cases.append(case)
+            texts.references.append(answer)
+            shown = itertools.takewhile(lambda token_id: token_id not in codec.stop_ids, answer)
+            messages.append({"role": "assistant", "content": codec.decode(list(shown))})
+        advance("reference texts", number, len(prompts))
+    return texts
+
+
+def ngram_runs(engine: Engine, cases: Sequence[Case], advance: Advance) -> list[Timed]:
+    """What the weightless n-gram drafter reaches on these texts, with the same budget. The guard may not interfere."""
+    options = dataclasses.replace(engine.options, guard=False)
+    contestant = EngineContestant("n-gram", Engine(engine.target, NGramDrafter(), options))
+    runs = []
+    for number, case in enumerate(cases, start=1):
+        runs.append(contestant.run(case))
+        advance("n-gram drafter", number, len(cases))
+    return runs
+
+
+def simulated_drafter(engine: Engine, texts: Texts, length: float) -> SimulatedDrafter:
+    """A drafter that knows these texts and fails as often as ``length`` says."""
+    known = [case.prompt_ids + answer for case, answer in zip(texts.cases, texts.references, strict=True)]
+    return SimulatedDrafter(known, length, engine.options.budget, engine.target.info.vocab_size)
+
+
+def speeds_json(
+    result: Race, clock: RoundClock, peers: Sequence[str], references: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """``plain``, ``dovetail``, ``speedup`` and ``peers``. ``clock`` is the drafted engine's over the whole race."""
+    total_s = (clock.draft_s + clock.verify_s + clock.other_s) or 1.0
+    dovetail = speed_json(result, DOVETAIL, references) | {
+        "acceptance_length": round(result.acceptance_length(DOVETAIL), 3),
+        "draft_share": round(clock.draft_s / total_s, 3),
+        "verify_share": round(clock.verify_s / total_s, 3),
+        "other_share": round(clock.other_s / total_s, 3),
+        "rows_per_round": round(clock.rows / max(clock.rounds, 1), 2),
+    }
+    plain = result.median_tokens_per_s(PLAIN)
+    return {
+        "plain": speed_json(result, PLAIN, references),
+        "dovetail": dovetail,
+        "speedup": round(result.median_tokens_per_s(DOVETAIL) / plain, 3) if plain else None,
+        "peers": {name: speed_json(result, name, references) for name in peers},
+    }
+
+
+def speed_json(result: Race, name: str, references: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """One contestant's figures. ``equal_texts`` of ``texts`` were the target's own, token for token."""
+    num_equal, num_texts = result.num_equal(name, references)
+    return {
+        "tokens_per_s": round(result.median_tokens_per_s(name), 2),
+        "repeats_tokens_per_s": [round(speed, 2) for speed in result.tokens_per_s(name)],
+        "equal_texts": num_equal,
+        "texts": num_texts,
+    }
+
+
+def drafter_json(drafter: Drafter | None, engine: Engine) -> dict[str, Any]:
+    """The drafter and how large its trees may be."""
+    return {"name": None if drafter is None else drafter.name} | dataclasses.asdict(engine.options.budget)
+
+
+def conditions_json(options: BenchOptions, texts: Texts, result: Race) -> dict[str, Any]:
+    """What was generated."""
+    return {
+        "suite": options.suite,
+        "texts": len(texts.cases),
+        "texts_too_long": texts.num_too_long,
+        "mean_prompt_tokens": round(sum(len(case.prompt_ids) for case in texts.cases) / len(texts.cases), 1),
+        "mean_output_tokens": round(sum(map(len, texts.references)) / len(texts.references), 1),
+        "max_tokens": options.max_tokens,
+        "ignore_eos": options.ignore_eos,
+        "repeats": options.repeats,
+        "interrupted": result.interrupted,
+        "sampling": "greedy",
+    }

@@ -1,0 +1,112 @@
+"""``dovetail doctor``: what this machine and this installation have."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+DISTRIBUTIONS = ("dovetail-server", "torch", "transformers", "safetensors", "tokenizers", "fastapi")
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Something optional: the module to look for, what it is for, how to get it."""
+
+    module: str
+    purpose: str
+    install: str
+
+
+EXTRAS = {
+    "llama-cpp-python": Extra("llama_cpp", "the llama.cpp peer of the benchmark", "make gguf"),
+    "gguf": Extra("gguf", "writing targets as GGUF", "make gguf"),
+    "matplotlib": Extra("matplotlib", "plots of a training run", "pip install 'dovetail-server[train]'"),
+    "ray": Extra("ray", "serving on several machines", "pip install 'dovetail-server[ray]'"),
+}
+
+
+def doctor() -> None:
+    """Show devices, bandwidth, versions, bundled models and extras. The last line printed is JSON."""
+    report = examine()
+    show(report, Console(stderr=True, markup=False))
+    typer.echo(json.dumps(report))
+
+
+def examine() -> dict[str, Any]:
+    """Look at everything; takes about a second."""
+    import torch
+
+    from server.bench.hardware import measure_hardware
+    from server.launch import ASSETS, num_usable_cores
+
+    torch.set_num_threads(num_usable_cores())
+    hardware = measure_hardware()
+    return {
+        "hardware": hardware.json(),
+        "devices": ["cpu", *(f"cuda:{i}" for i in range(len(hardware.gpus)))],
+        "versions": {name: version(name) for name in DISTRIBUTIONS},
+        "bundled": {name: asset(ASSETS / name) for name in ("target", "drafter")},
+        "extras": {
+            name: dataclasses.asdict(extra) | {"present": importlib.util.find_spec(extra.module) is not None}
+            for name, extra in EXTRAS.items()
+        },
+        "kernels": kernels(),
+    }
+
+
+def kernels() -> dict[str, Any]:
+    """Which native kernels run low-bit targets, and why those."""
+    from kernels.native import available_instruction_sets, instruction_set, library
+
+    if library() is None:
+        reason = "not built: with a C++20 compiler at hand, pip install --editable . builds them"
+        return {"chosen": instruction_set(), "available": [], "reason": reason}
+    available = available_instruction_sets()
+    return {
+        "chosen": instruction_set(),
+        "available": available,
+        "reason": f"the fastest this processor offers of {', '.join(available)}",
+    }
+
+
+def version(distribution: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def asset(folder: Path) -> dict[str, Any]:
+    """Whether a bundled model is there, and its size."""
+    files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+    has_weights = any(path.suffix == ".safetensors" for path in files)
+    return {"path": str(folder), "present": has_weights, "bytes": sum(path.stat().st_size for path in files)}
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """The report for people."""
+    hardware = report["hardware"]
+    table = Table(show_header=False, title="dovetail doctor")
+    table.add_row("cpu", f"{hardware['cpu']}, {hardware['cores']} usable cores")
+    table.add_row("instruction sets", " ".join(hardware["instruction_sets"]) or "unknown")
+    table.add_row("memory", f"{hardware['memory_gb']:.1f} GB, read at {hardware['stream_gb_per_s']:.1f} GB/s")
+    table.add_row("gpu", ", ".join(hardware["gpus"]) or "none that torch can use; drafting runs on the CPU")
+    table.add_row("native kernels", f"{report['kernels']['chosen']}: {report['kernels']['reason']}")
+    table.add_row("versions", ", ".join(f"{name} {found or 'missing'}" for name, found in report["versions"].items()))
+    for name, found in report["bundled"].items():
+        state = f"{found['bytes'] / 1e6:.1f} MB" if found["present"] else "missing"
+        table.add_row(f"bundled {name}", f"{state}, {found['path']}")
+    for name, extra in report["extras"].items():
+        state = "present" if extra["present"] else f"missing, for {extra['purpose']}: {extra['install']}"
+        table.add_row(name, state)
+    console.print(table)

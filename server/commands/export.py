@@ -1,0 +1,29 @@
+"""``dovetail export``: a trained model as a file for other runtimes; the last line printed is the report as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Write a trained model for other runtimes.")
+
+
+@app.callback()
+def group() -> None:
+    """Keeps the word after ``export`` a command, however many there are."""
+
+
+@app.command("classifier")
+def export_classifier(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained classifier.")],
+    output: Annotated[Path, typer.Argument(dir_okay=False, help="ONNX file to write.")],
+    image_size: Annotated[int | None, typer.Option(min=32, help="Side of its images.", show_default=False)] = None,
+) -> None:
+    """An image classifier as ONNX, its answers checked against torch."""
+    from vision.export import export_classifier
+
+    typer.echo(json.dumps(dataclasses.asdict(export_classifier(checkpoint, output, image_size=image_size))))

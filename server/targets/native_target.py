@@ -1,0 +1,116 @@
+"""Llama-like targets on the project's own CPU kernels: every decoder layer is one native call over packed weights.
+
+transformers still gives the model (config, embedding, rotary angles, final norm); its decoder layers are packed one by
+one to bf16, int8 or int4 and dropped. Rows come out bit-equal whatever their number and whatever stands beside them,
+so drafted greedy text equals plain text exactly. transformers' own layers are the slow twin, in the tests.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels import native
+from kernels.decoder_layer import (
+    LayerPass,
+    UnsupportedLayer,
+    check_layer,
+    decoder_layer,
+    head_argmax,
+    pack_decoder_layer,
+)
+from kernels.linear_lowbit import PackedWeight, linear, pack
+from kernels.tree_attention import Segment
+from server.targets.target import TargetError
+from server.targets.torch_target import LogitsHead, TorchTarget, load_transformers_model
+
+logger = logging.getLogger(__name__)
+
+BITS = {"bf16": 16, "int8": 8, "int4": 4}
+HEAD_BITS = 8  # an int4 head costs more accuracy than the bytes it saves (ours); it is read once a pass
+
+
+class NativeHead(LogitsHead):
+    """The LM head, packed; the arg-max alone needs no logits matrix."""
+
+    def __init__(self, model: Any, packed: PackedWeight) -> None:
+        super().__init__(model)
+        self.packed = packed
+        if self.factor != 1.0 or self.cap is not None:
+            raise UnsupportedLayer("logits that are scaled or capped")
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """features [rows, hidden] -> logits [rows, vocabulary] in fp32."""
+        return linear(features, self.packed)
+
+    def argmax(self, features: Tensor) -> list[int]:
+        """The greedy token after each row."""
+        token_ids: list[int] = head_argmax(features, self.packed)[0].tolist()
+        return token_ids
+
+
+class NativeTarget(TorchTarget):
+    """A ``TorchTarget`` whose decoder layers and head run natively. Hidden states are fp32 between the layers."""
+
+    def __init__(self, model: Any, name: str, weights: str, num_slots: int, capacity: int) -> None:
+        super().__init__(model, name, weights, num_slots, capacity)
+        bits = BITS[weights]
+        self.head = NativeHead(model, pack(self.lm_head(), max(bits, HEAD_BITS)))
+        self.layers = []
+        layers: nn.ModuleList = model.base_model.layers
+        for index, layer in enumerate(layers):
+            self.layers.append(pack_decoder_layer(layer, bits))
+            layers[index] = nn.Identity()
+
+    @classmethod
+    def load(cls, folder: Path, weights: str, num_slots: int, capacity: int) -> NativeTarget:
+        """Load a folder of safetensors and pack it. Errors: TargetError naming file or setting, UnsupportedLayer."""
+        if weights not in BITS:
+            raise TargetError(f"weights {weights!r} have no native form; allowed are {', '.join(BITS)}")
+        if native.library() is None:
+            raise TargetError(
+                f"weights {weights} need the native kernels, which are not built here: with a C++20 compiler at hand, "
+                "`pip install --editable .` builds them; or use --weights fp32"
+            )
+        model = load_transformers_model(folder, torch.bfloat16)
+        for layer in model.base_model.layers:
+            check_layer(layer)
+        reference = TorchTarget(model, folder.name, "bf16", 1, 4)
+        reference.self_check()
+        return cls(model, folder.name, weights, num_slots, capacity)
+
+    @torch.inference_mode()
+    def _forward(self, segments: Sequence[Segment], token_ids: list[int], positions: list[int]) -> Tensor:
+        """Features [rows, hidden] after the final norm, fp32."""
+        for segment in segments:
+            self.slots.check(segment)
+        base = self.model.base_model
+        hidden = functional.embedding(torch.tensor(token_ids), self.embedding()).float()
+        cosine, sine = base.rotary_emb(hidden[None], torch.tensor([positions]))
+        row_pass = LayerPass(self.slots, segments, cosine[0], sine[0])
+        for index, layer in enumerate(self.layers):
+            self.tap.record(index, hidden)
+            decoder_layer(hidden, layer, index, row_pass)
+        features: Tensor = base.norm(hidden)
+        return features
+
+
+def load_target(folder: Path, weights: str, num_slots: int, capacity: int) -> TorchTarget:
+    """The fastest target that serves ``weights``: native where kernels and architecture allow, else transformers'.
+
+    fp32 always runs transformers' own layers: it is what everything else is compared with.
+    """
+    if weights in BITS and (native.library() is not None or weights != "bf16"):
+        try:
+            return NativeTarget.load(folder, weights, num_slots, capacity)
+        except UnsupportedLayer as error:
+            if weights != "bf16":
+                raise TargetError(f"{folder} cannot be served in {weights}: {error}; use bf16 or fp32") from error
+            logger.info("%s runs on transformers' own layers: %s", folder.name, error)
+    return TorchTarget.load(folder, weights, num_slots, capacity)

@@ -1,0 +1,211 @@
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
+from transformers.models.gemma2 import Gemma2Config, Gemma2Model
+
+from kernels import native
+from kernels.decoder_layer import (
+    LayerPass,
+    PackedDecoderLayer,
+    UnsupportedLayer,
+    check_layer,
+    decoder_layer,
+    head_argmax,
+    layer_from_tensors,
+    layer_tensors,
+    pack_decoder_layer,
+    packing_errors,
+)
+from kernels.linear_lowbit import linear, load_packed, pack, save_packed
+from kernels.tree_attention import KVSlots, Segment, SlotError, causal_segment, tree_segment
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
+CPU = torch.device("cpu")
+SIZES = dict(
+    vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512,
+)  # fmt: skip
+
+
+def build(kind: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = SIZES | changes
+    if kind == "llama":
+        model = LlamaModel(LlamaConfig(**sizes))
+    elif kind == "llama-biased":
+        model = LlamaModel(LlamaConfig(**sizes, attention_bias=True, mlp_bias=True))
+    elif kind == "qwen2":
+        model = Qwen2Model(Qwen2Config(**sizes))
+    else:
+        model = Qwen3Model(Qwen3Config(**sizes | {"head_dim": 32}))
+    model = model.eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(torch.randn_like(parameter) * (0.5 if "bias" in name else 0.1) + ("norm" in name))
+    return model
+
+
+class Machine:
+    """A one-layer model's packed layer over its own slots."""
+
+    def __init__(self, model: Any, bits: int = 32, kv: torch.dtype = torch.float32) -> None:
+        self.model = model
+        self.layer: PackedDecoderLayer = pack_decoder_layer(model.layers[0], bits)
+        self.slots = KVSlots(3, 400, 2, self.layer.num_kv_heads, self.layer.head_dim, kv, CPU)
+
+    def run(self, hidden: Tensor, segments: Sequence[Segment], positions: Sequence[int]) -> Tensor:
+        cosine, sine = self.model.rotary_emb(hidden[None], torch.tensor([list(positions)]))
+        out = hidden.clone()
+        decoder_layer(out, self.layer, 1, LayerPass(self.slots, segments, cosine[0], sine[0]))
+        return out
+
+    def prefill(self, slot: int, hidden: Tensor, chunk: int) -> Tensor:
+        outs = []
+        for first in range(0, len(hidden), chunk):
+            rows = hidden[first : first + chunk]
+            segment = causal_segment(slot, first, len(rows))
+            outs.append(self.run(rows, [segment], range(first, first + len(rows))))
+        return torch.cat(outs)
+
+
+def twin(model: Any, hidden: Tensor) -> Tensor:
+    """transformers' own layer on one causal sequence."""
+    positions = torch.arange(len(hidden))[None]
+    mask = torch.full((len(hidden), len(hidden)), float("-inf")).triu(1)[None, None]
+    embedded = model.rotary_emb(hidden[None], positions)
+    out = model.layers[0](hidden[None], attention_mask=mask, position_ids=positions, position_embeddings=embedded)
+    return (out[0] if isinstance(out, tuple) else out).reshape(hidden.shape)
+
+
+@pytest.mark.parametrize("name", native.available_instruction_sets())
+@pytest.mark.parametrize("kind", ["llama", "llama-biased", "qwen2", "qwen3"])
+def test_equals_transformers_own_layer(kind: str, name: str) -> None:
+    machine = Machine(build(kind))
+    hidden = torch.randn(150, 64)
+    with native.use_instruction_set(name):
+        torch.testing.assert_close(machine.prefill(0, hidden, 150), twin(machine.model, hidden), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("bits", "kv", "bound"),
+    [(16, torch.float32, 0.01), (32, torch.bfloat16, 0.01), (8, torch.float32, 0.02), (4, torch.bfloat16, 0.15)],
+)
+def test_low_precision_stays_near_the_layer(bits: int, kv: torch.dtype, bound: float) -> None:
+    machine = Machine(build("llama"), bits, kv)
+    hidden = torch.randn(40, 64)
+    wanted = twin(machine.model, hidden) - hidden
+    assert (machine.prefill(0, hidden, 40) - hidden - wanted).norm() < bound * wanted.norm()
+
+
+@pytest.mark.parametrize("name", native.available_instruction_sets())
+@pytest.mark.parametrize(
+    ("bits", "kv"), [(32, torch.float32), (16, torch.bfloat16), (8, torch.bfloat16), (4, torch.float32)]
+)
+def test_chunking_changes_no_bit(bits: int, kv: torch.dtype, name: str) -> None:
+    machine = Machine(build("qwen3"), bits, kv)
+    hidden = torch.randn(140, 64)
+    with native.use_instruction_set(name):
+        whole = machine.prefill(0, hidden, 140)
+        for chunk in (1, 7, 64, 100):
+            assert torch.equal(machine.prefill(1, hidden, chunk), whole)
+    assert torch.equal(machine.slots.keys[1, 0, :, :140], machine.slots.keys[1, 1, :, :140])
+
+
+@pytest.mark.parametrize("prefix", [0, 5, 62, 63, 64, 128])
+@pytest.mark.parametrize(("bits", "kv"), [(32, torch.float32), (4, torch.bfloat16)])
+def test_a_tree_row_equals_the_plain_row(prefix: int, bits: int, kv: torch.dtype) -> None:
+    machine = Machine(build("llama"), bits, kv)
+    prompt, drafted = torch.randn(prefix, 64), torch.randn(6, 64)
+    parents = [-1, 0, 0, 1, 3, 2]
+    depths = [0, 1, 1, 2, 3, 2]
+    for slot in (0, 1):
+        machine.prefill(slot, prompt, 50) if prefix else None
+    beside = causal_segment(2, 0, 3)
+    tree = machine.run(
+        torch.cat([torch.randn(3, 64), drafted]),
+        [beside, tree_segment(0, prefix, parents, CPU)],
+        [0, 1, 2, *(prefix + depth for depth in depths)],
+    )[3:]
+    for path in ([0, 1, 3, 4], [0, 2, 5]):
+        for depth, row in enumerate(path):
+            plain = machine.run(drafted[row][None], [causal_segment(1, prefix + depth, 1)], [prefix + depth])
+            assert torch.equal(plain[0], tree[row])
+
+
+def test_a_bad_row_spoils_no_other() -> None:
+    machine = Machine(build("llama"), 8)
+    hidden = torch.randn(4, 64)
+    segments = [tree_segment(0, 0, [-1, 0, 0, 0], CPU)]
+    clean = machine.run(hidden, segments, [0, 1, 1, 1])
+    hidden[2, 3] = float("nan")
+    spoilt = machine.run(hidden, segments, [0, 1, 1, 1])
+    assert spoilt[2].isnan().all() and torch.equal(spoilt[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+def test_head_argmax_is_that_of_the_logits(bits: int) -> None:
+    torch.manual_seed(1)
+    head, features = pack(torch.randn(501, 64), bits), torch.randn(70, 64)
+    logits = linear(features, head)
+    ids, largest = head_argmax(features, head)
+    assert torch.equal(ids, logits.argmax(-1)) and torch.equal(largest, logits.amax(-1))
+
+
+def test_head_argmax_ties_and_nan() -> None:
+    head = pack(torch.ones(100, 32), 32)
+    features = torch.ones(2, 32)
+    features[1, 0] = float("nan")
+    ids, logits = head_argmax(features, head)
+    assert ids.tolist() == [0, 0] and logits[1].isnan()
+
+
+def test_what_the_layer_cannot_compute_is_refused_by_name() -> None:
+    sizes = SIZES | {"head_dim": 16}
+    with pytest.raises(UnsupportedLayer, match="Gemma2DecoderLayer is not one of LlamaDecoderLayer"):
+        check_layer(Gemma2Model(Gemma2Config(**sizes)).layers[0])
+    with pytest.raises(UnsupportedLayer, match="activation 'gelu'"):
+        check_layer(build("llama", hidden_act="gelu").layers[0])
+    windowed = build("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    with pytest.raises(UnsupportedLayer, match="sliding window of 8"):
+        check_layer(windowed.layers[0])
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    machine = Machine(build("llama"))
+    table = torch.zeros(2, 16)
+    row_pass = LayerPass(machine.slots, [causal_segment(0, 0, 2)], table, table)
+    with pytest.raises(ValueError, match=r"hidden must be fp32 \[2, 64\]"):
+        decoder_layer(torch.zeros(3, 64), machine.layer, 0, row_pass)
+    with pytest.raises(ValueError, match="contiguous"):
+        decoder_layer(torch.zeros(64, 2).t(), machine.layer, 0, row_pass)
+    with pytest.raises(ValueError, match="cosine and sine must be"):
+        LayerPass(machine.slots, [causal_segment(0, 0, 3)], table, table)
+    with pytest.raises(SlotError, match="400 rows"):
+        LayerPass(machine.slots, [causal_segment(0, 399, 2)], table, table)
+    other = KVSlots(1, 8, 1, 1, 16, torch.float32, CPU)
+    with pytest.raises(ValueError, match="2 key heads of 16, the slots hold 1"):
+        decoder_layer(torch.zeros(2, 64), machine.layer, 0, LayerPass(other, [causal_segment(0, 0, 2)], table, table))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_saved_layer_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
+    machine = Machine(build(kind), 4)
+    hidden = torch.randn(5, 64)
+    wanted = machine.prefill(0, hidden, 5)
+    save_packed(tmp_path / "layer.safetensors", layer_tensors(machine.layer, "layers.0"))
+    loaded = load_packed(tmp_path / "layer.safetensors")
+    machine.layer = layer_from_tensors(loaded, "layers.0", machine.model.layers[0])
+    assert torch.equal(machine.prefill(1, hidden, 5), wanted)
+    with pytest.raises(ValueError, match=r"holds no layers\.1\.qkv"):
+        layer_from_tensors(loaded, "layers.1", machine.model.layers[0])
+
+
+def test_packing_errors_name_every_matrix() -> None:
+    model = build("llama")
+    errors = packing_errors(model.layers[0], pack_decoder_layer(model.layers[0], 4))
+    assert list(errors) == ["qkv", "output", "gate_up", "down"]
+    assert all(0.01 < error.relative < 0.1 for error in errors.values())

@@ -1,0 +1,98 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kernels.training import TrainingOptions
+from kernels.training.optimizer import MuonWithAdamW, create_optimizer, create_schedule
+
+
+def options(**changes: Any) -> TrainingOptions:
+    return TrainingOptions(**({"output": "x", "steps": 10, "learning_rate": 0.1} | changes))
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4, bias=False))
+    net[3].weight.requires_grad_(False)
+    return net
+
+
+def take_steps(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        net(torch.tensor([step % 5, (step + 2) % 5])).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_state_round_trip(name: str) -> None:
+    whole, broken = model(), model()
+    optimizer = create_optimizer(whole, options(optimizer=name))
+    take_steps(whole, optimizer, 6)
+    first = create_optimizer(broken, options(optimizer=name))
+    take_steps(broken, first, 3)
+    state = copy.deepcopy(first.state_dict())
+    second = create_optimizer(broken, options(optimizer=name))
+    second.load_state_dict(state)
+    for step in range(3, 6):
+        second.zero_grad()
+        broken(torch.tensor([step % 5, (step + 2) % 5])).square().sum().backward()
+        second.step()
+    assert all(torch.equal(v, broken.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+def test_muon_takes_hidden_matrices_and_nothing_else() -> None:
+    net = model()
+    optimizer = create_optimizer(net, options(optimizer="muon"))
+    assert isinstance(optimizer, MuonWithAdamW)
+    muon, adamw = optimizer.parts
+    assert [p.shape for group in muon.param_groups for p in group["params"]] == [(4, 4)]
+    assert muon.param_groups[0]["params"][0] is net[1].weight
+    rest = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert rest == {id(p) for p in (net[0].weight, net[1].bias, net[2].weight, net[2].bias)}
+
+
+def test_learning_rates_written_into_groups_reach_the_parts() -> None:
+    net = model()
+    optimizer = create_optimizer(net, options(optimizer="muon"))
+    for loaded in (False, True):
+        if loaded:
+            optimizer.load_state_dict(optimizer.state_dict())
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        before = copy.deepcopy(net.state_dict())
+        take_steps(net, optimizer, 1)
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_vectors_are_decayed_only_on_request(name: str) -> None:
+    net = model()
+    vectors = {id(p) for p in net.parameters() if p.ndim == 1}
+    for decay_vectors in (False, True):
+        settings = options(optimizer=name, weight_decay=0.1, decay_vectors=decay_vectors)
+        decay = {id(p): g["weight_decay"] for g in create_optimizer(net, settings).param_groups for p in g["params"]}
+        assert {decay[key] for key in vectors} == {0.1 if decay_vectors else 0.0}
+        assert {value for key, value in decay.items() if key not in vectors} == {0.1}
+
+
+def test_sgd_follows_the_recipe() -> None:
+    group = create_optimizer(model(), options(optimizer="sgd", momentum=0.8, nesterov=True)).param_groups[0]
+    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.1, 0.8, True)
+
+
+def test_step_schedule() -> None:
+    settings = options(optimizer="sgd", schedule="step", schedule_options={"every": 3, "factor": 0.1}, warmup_steps=1)
+    optimizer = create_optimizer(model(), settings)
+    schedule = create_schedule(optimizer, settings)
+    assert schedule is not None
+    rates = []
+    for _ in range(7):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.05, 0.1, 0.1, 0.01, 0.01, 0.01, 0.001])
+    assert create_schedule(optimizer, options()) is None

@@ -1,0 +1,116 @@
+"""The whole benchmark on a tiny random target: what it reports, and that it reports nothing else as Dovetail's."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from doubles import OracleDrafter, tiny_llama
+from server.bench.prompts import Prompt
+from server.bench.report import BenchError, BenchOptions, measure
+from server.commands.bench import check_lossless, show
+from server.engine.engine import Engine, EngineOptions
+from server.targets.torch_target import TorchTarget
+
+
+class LetterCodec:
+    """One token a letter; a chat is its messages behind one another."""
+
+    stop_ids = frozenset({66})
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) % 60 for letter in text]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(chr(65 + token_id) for token_id in token_ids)
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        return [61, *(token_id for message in messages for token_id in self.encode(message["content"]))]
+
+
+PROMPTS = [Prompt("text", text="hello"), Prompt("chat", turns=("hi", "more")), Prompt("long", text="x" * 130)]
+
+
+@pytest.fixture(scope="module")
+def folder(save_model: Callable[..., Path]) -> Path:
+    return save_model(tiny_llama(), "bench")
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    target = TorchTarget.load(folder, "fp32", num_slots=1, capacity=160)
+    return Engine(target, OracleDrafter([], 67), EngineOptions(max_seqs=1, context_length=128))
+
+
+def run(engine: Engine, folder: Path, **options: Any) -> dict[str, Any]:
+    settings = BenchOptions("mine", max_tokens=12, repeats=2, **options)
+    return measure(engine, folder, LetterCodec(), PROMPTS, settings, lambda *_: None)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def report(engine: Engine, folder: Path) -> dict[str, Any]:
+    return run(engine, folder, peers=["transformers"], simulate_acceptance=3.0)
+
+
+def test_report_has_the_promised_keys(report: dict[str, Any]) -> None:
+    assert {"hardware", "target", "drafter", "plain", "dovetail", "speedup", "verify_ms", "peers"} <= set(report)
+    assert {"repeated_4gram_share", "ngram_acceptance_length"} <= set(report)
+    shares = {"draft_share", "verify_share", "other_share"}
+    assert {"tokens_per_s", "acceptance_length"} | shares <= set(report["dovetail"])
+    assert sum(report["dovetail"][share] for share in shares) == pytest.approx(1, abs=0.01)
+    assert {"1", "8", "16"} <= set(report["verify_ms"])
+    assert json.loads(json.dumps(report))["conditions"]["texts"] == 3
+
+
+def test_every_contestant_gave_the_targets_text(report: dict[str, Any]) -> None:
+    for figures in (report["plain"], report["dovetail"], report["peers"]["transformers"]):
+        assert figures["equal_texts"] == figures["texts"] == 6  # three texts, two repeats
+    assert report["conditions"]["texts_too_long"] == 1
+
+
+def test_simulated_acceptance_is_felt(report: dict[str, Any]) -> None:
+    assert 1.5 < report["dovetail"]["acceptance_length"] < 5
+    assert report["speedup"] == pytest.approx(
+        report["dovetail"]["tokens_per_s"] / report["plain"]["tokens_per_s"], rel=0.01
+    )
+
+
+def test_missing_peer_is_reported_with_its_reason(engine: Engine, folder: Path) -> None:
+    skipped = run(engine, folder, peers=["llama.cpp"])["peers"]["llama.cpp"]["skipped"]
+    assert "tokenizer.json" in skipped or "not installed" in skipped
+
+
+def test_no_drafter_nothing_to_compare(engine: Engine, folder: Path) -> None:
+    with pytest.raises(BenchError, match="--drafter"):
+        run(Engine(engine.target, None, engine.options), folder, peers=[])
+
+
+@pytest.mark.parametrize("wrong", [{"peers": ["vllm"]}, {"repeats": 0}, {"max_tokens": 1}])
+def test_options_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BenchError):
+        BenchOptions("mine", **wrong)
+
+
+@pytest.fixture
+def shown(report: dict[str, Any]) -> Iterator[str]:
+    from rich.console import Console
+
+    console = Console(record=True, width=120, markup=False)
+    show(report, console)
+    yield console.export_text()
+
+
+def test_table_names_everyone_and_the_conditions(shown: str, report: dict[str, Any]) -> None:
+    for word in ("plain", "dovetail", "transformers", "acceptance length", "n-gram", report["hardware"]["cpu"]):
+        assert word in shown
+
+
+def test_a_changed_text_fails_the_run(report: dict[str, Any]) -> None:
+    check_lossless(report)
+    changed = report | {"dovetail": report["dovetail"] | {"equal_texts": 5}}
+    from typer import Exit
+
+    with pytest.raises(Exit):
+        check_lossless(changed)

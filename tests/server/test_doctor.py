@@ -1,0 +1,33 @@
+import json
+
+import pytest
+import torch
+
+from server.commands import doctor
+
+
+@pytest.fixture
+def same_threads() -> object:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_doctor_prints_one_json_line_and_how_to_get_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, same_threads: object
+) -> None:
+    missing = doctor.Extra("no_such_module", "nothing", "pip install 'dovetail-server[ray]'")
+    monkeypatch.setattr(doctor, "EXTRAS", {"nothing": missing})
+    doctor.doctor()
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert report["devices"][0] == "cpu" and report["hardware"]["stream_gb_per_s"] > 0
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["extras"]["nothing"]["present"] is False
+    assert "dovetail-server[ray]" in captured.err
+
+
+def test_missing_assets_are_told(tmp_path: object) -> None:
+    from pathlib import Path
+
+    assert doctor.asset(Path(str(tmp_path)) / "target")["present"] is False

@@ -1,0 +1,113 @@
+"""Targets on the native layers: near transformers' own numbers, and bit-equal rows whatever stands beside them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from doubles import OracleDrafter, tiny_llama, tiny_qwen3
+from drafters.proposal import Budget, Proposal
+from kernels import native
+from server.engine.engine import Engine, EngineOptions
+from server.engine.generate import generate
+from server.engine.request import Request, SamplingParams
+from server.targets import native_target
+from server.targets.native_target import NativeTarget, load_target
+from server.targets.target import PrefillChunk, TargetError, VerifyRows
+from server.targets.torch_target import TorchTarget
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
+TREE = Proposal((11, 12, 13, 14, 15), (None, None, 0, 0, 2), (-0.1,) * 5)
+PROMPT = [5, 9, 2, 33, 41, 7, 1]
+GREEDY = SamplingParams(temperature=0)
+
+
+def tiny(kind: str) -> torch.nn.Module:
+    # The native layer takes heads of a multiple of 16 and groups of 32 inputs.
+    model = {"llama": tiny_llama, "qwen3": tiny_qwen3}[kind]()
+    config = model.config
+    config.intermediate_size, config.head_dim = 160, 32
+    torch.manual_seed(1)
+    return type(model)(config).eval()
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def folder(request: pytest.FixtureRequest, save_model: Callable[..., Path]) -> Path:
+    return save_model(tiny(request.param), f"native-{request.param}")
+
+
+@pytest.mark.parametrize(("weights", "bound"), [("bf16", 0.05), ("int8", 0.08), ("int4", 0.6)])
+def test_features_and_logits_stay_near_transformers(folder: Path, weights: str, bound: float) -> None:
+    want = TorchTarget.load(folder, "fp32", 1, 64).prefill(PrefillChunk(0, PROMPT))
+    got = NativeTarget.load(folder, weights, 1, 64).prefill(PrefillChunk(0, PROMPT))
+    assert (got.features - want.features).norm() < bound * want.features.norm()
+    assert (got.logits - want.logits).norm() < bound * want.logits.norm()
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_a_tree_row_equals_the_plain_row_bit_for_bit(folder: Path, weights: str) -> None:
+    target = NativeTarget.load(folder, weights, 3, 64)
+    for slot in (0, 1):
+        target.prefill(PrefillChunk(slot, PROMPT))
+    target.prefill(PrefillChunk(2, [3]))
+    tree = target.verify([VerifyRows(2, 8, Proposal()), VerifyRows(0, 9, TREE)])
+    for token_id, row in ((9, 0), (11, 1), (13, 3), (15, 5)):  # the path 9, 11, 13, 15, one token at a time
+        plain = target.verify([VerifyRows(1, token_id, Proposal())])
+        assert torch.equal(plain.features[0], tree.features[1 + row])
+        assert torch.equal(plain.logits([0])[0], tree.logits([1 + row])[0])
+        assert plain.argmax()[0] == tree.argmax()[1 + row]
+        target.keep(1, [0])
+    target.keep(0, [0, 1, 3, 5])
+    assert torch.equal(target.slots.keys[:, 0, :, :11], target.slots.keys[:, 1, :, :11])
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0, seed=3)], ids=["greedy", "sampled"])
+def test_drafted_text_equals_plain_text(folder: Path, weights: str, sampling: SamplingParams) -> None:
+    target = NativeTarget.load(folder, weights, 2, 120)
+    requests = [Request("a", PROMPT, 30, sampling), Request("b", [4, 4], 30, sampling)]
+    plain = generate(Engine(target, None, EngineOptions(1, 100)), requests)
+    texts = [[*r.prompt_ids, *plain[r.request_id].token_ids] for r in requests]
+    for wrong in (False, True):
+        drafter = OracleDrafter(texts, 67, wrong=wrong)
+        drafted = generate(Engine(target, drafter, EngineOptions(2, 100, Budget(16, 4, 3), guard=False)), requests)
+        assert {k: v.token_ids for k, v in drafted.items()} == {k: v.token_ids for k, v in plain.items()}
+
+
+def test_what_has_no_native_form_is_served_by_transformers_or_refused(
+    save_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=67, max_position_embeddings=128, sliding_window=8,
+    )  # fmt: skip
+    folder = save_model(MistralForCausalLM(config).eval(), "windowed")
+    assert type(load_target(folder, "bf16", 1, 16)) is TorchTarget
+    with pytest.raises(TargetError, match=r"int8.*sliding window"):
+        load_target(folder, "int8", 1, 16)
+    monkeypatch.setattr(native_target.native, "library", lambda: None)
+    assert type(load_target(folder, "bf16", 1, 16)) is TorchTarget
+    with pytest.raises(TargetError, match="native kernels, which are not built"):
+        load_target(folder, "int4", 1, 16)
+
+
+def test_packed_modules_are_dropped(folder: Path) -> None:
+    target = NativeTarget.load(folder, "int8", 1, 16)
+    assert not any(p.ndim == 2 and "layers" in name for name, p in target.model.named_parameters())
+    assert target.info.num_parameters > sum(p.numel() for p in target.model.parameters())
+
+
+def test_inner_features_stay_near_transformers(save_model: Callable[..., Path]) -> None:
+    config = tiny("llama").config
+    config.num_hidden_layers = 8
+    torch.manual_seed(1)
+    folder = save_model(type(tiny_llama())(config).eval(), "native-deep")
+    targets = [TorchTarget.load(folder, "bf16", 1, 64), NativeTarget.load(folder, "bf16", 1, 64)]
+    for target in targets:
+        target.select_features(("low", "mid", "high"))
+    want, got = (target.prefill(PrefillChunk(0, PROMPT)).features.float() for target in targets)
+    for each, other in zip(want.chunk(3, dim=-1), got.chunk(3, dim=-1), strict=True):
+        assert (other - each).norm() < 0.05 * each.norm()

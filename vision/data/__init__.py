@@ -1,0 +1,1 @@
+"""Images in: labelled sources, augmentation, and the data sets trainers read."""

@@ -1,0 +1,181 @@
+"""Labelled images on disk: class folders (as ImageNet is kept), CIFAR's binary files, idx files (as MNIST's)."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
+IDX_IMAGES, IDX_LABELS = 0x803, 0x801
+
+
+class DataError(ValueError):
+    """A data set is missing, empty, or not of the kind it should be."""
+
+
+class UnreadableImageError(DataError):
+    """One image cannot be decoded; the message names the file."""
+
+
+class ImageSource(Protocol):
+    """Labelled images. ``read`` returns RGB whatever is stored; grey images get three equal channels."""
+
+    class_names: tuple[str, ...]
+    labels: NDArray[np.int64]
+
+    def read(self, index: int) -> Image.Image:
+        """The image; UnreadableImageError where it cannot be decoded."""
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode ``path`` completely, as RGB. Errors: UnreadableImageError for anything that is not a whole image."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(f"{path} is not a readable image ({error})") from error
+
+
+class FolderSource:
+    """``root/<class>/**/image``; classes in alphabetical order of their folders."""
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise DataError(f"{root} is not a folder; expected one folder for each class in it")
+        folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+        if not folders:
+            raise DataError(
+                f"{root} holds no class folders; expected {root}/CLASS/IMAGE (a flat folder of images has no labels)"
+            )
+        self.paths: list[Path] = []
+        labels: list[int] = []
+        empty: list[str] = []
+        for label, folder in enumerate(folders):
+            files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not files:
+                empty.append(folder.name)
+            self.paths += files
+            labels += [label] * len(files)
+        if empty:
+            raise DataError(f"class folders without images in {root}: {', '.join(empty)}; fill or remove them")
+        self.class_names = tuple(folder.name for folder in folders)
+        self.labels = np.array(labels, dtype=np.int64)
+
+    def read(self, index: int) -> Image.Image:
+        """The image at ``paths[index]``."""
+        return read_image(self.paths[index])
+
+
+class ArraySource:
+    """Images in memory, uint8 [N, H, W] or [N, H, W, 3]."""
+
+    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int64], class_names: tuple[str, ...]) -> None:
+        if len(images) != len(labels) or not len(images):
+            raise DataError(
+                f"{len(images)} images and {len(labels)} labels; expected the same number, and at least one"
+            )
+        if labels.max() >= len(class_names):
+            raise DataError(f"label {labels.max()} is beyond the {len(class_names)} classes")
+        self.images, self.labels, self.class_names = images, labels, class_names
+
+    def read(self, index: int) -> Image.Image:
+        """The image at ``images[index]``."""
+        return Image.fromarray(self.images[index]).convert("RGB")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of ``path`` or of its gzip ``path.gz``."""
+    packed = path.with_name(path.name + ".gz")
+    try:
+        if path.is_file():
+            return path.read_bytes()
+        if packed.is_file():
+            return gzip.decompress(packed.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    raise DataError(f"neither {path} nor {packed.name} exists")
+
+
+def read_idx(path: Path, magic: int) -> NDArray[np.uint8]:
+    """One idx file of unsigned bytes: a magic number with the count of dimensions, the dimensions, the data."""
+    content = read_bytes(path)
+    if int.from_bytes(content[:4], "big") != magic:
+        raise DataError(f"{path} is not an idx file of the expected kind (first bytes {content[:4].hex()})")
+    start = 4 + 4 * (magic & 0xFF)
+    shape = tuple(int.from_bytes(content[place : place + 4], "big") for place in range(4, start, 4))
+    data = np.frombuffer(content[start:], dtype=np.uint8)
+    if data.size != math.prod(shape) or len(content) < start:
+        raise DataError(f"{path} is truncated: its header says {shape}, it holds {data.size} bytes")
+    return data.reshape(shape)
+
+
+def idx_source(root: Path, split: str) -> ArraySource:
+    """``root/{split}-images-idx3-ubyte`` with its labels, gzip or not. Classes are the digits 0 to 9."""
+    images = read_idx(root / f"{split}-images-idx3-ubyte", IDX_IMAGES)
+    labels = read_idx(root / f"{split}-labels-idx1-ubyte", IDX_LABELS)
+    return ArraySource(images, labels.astype(np.int64), tuple(str(digit) for digit in range(10)))
+
+
+def cifar_records(files: list[Path], label_bytes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images [N, 32, 32, 3] and the last label byte of every record of CIFAR's binary files."""
+    record = label_bytes + 3 * 32 * 32
+    contents = []
+    for file in files:
+        data = np.frombuffer(read_bytes(file), dtype=np.uint8)
+        if data.size == 0 or data.size % record:
+            raise DataError(
+                f"{file} holds {data.size} bytes, not a multiple of {record}: truncated, or another version"
+            )
+        contents.append(data.reshape(-1, record))
+    records = np.concatenate(contents)
+    images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), records[:, label_bytes - 1].astype(np.int64)
+
+
+def names_in(path: Path) -> tuple[str, ...]:
+    """Class names, one a line."""
+    return tuple(line.strip() for line in read_bytes(path).decode().splitlines() if line.strip())
+
+
+def cifar10_source(root: Path, split: str) -> ArraySource:
+    """CIFAR-10's binary version (never its pickles). ``split`` is ``train`` or ``test``."""
+    files = [root / f"data_batch_{n}.bin" for n in range(1, 6)] if split == "train" else [root / f"{split}_batch.bin"]
+    return ArraySource(*cifar_records(files, label_bytes=1), names_in(root / "batches.meta.txt"))
+
+
+def cifar100_source(root: Path, split: str) -> ArraySource:
+    """CIFAR-100's binary version with its fine labels. ``split`` is ``train`` or ``test``."""
+    return ArraySource(*cifar_records([root / f"{split}.bin"], label_bytes=2), names_in(root / "fine_label_names.txt"))
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """How a kind of data set is opened, and what its two splits are called by default."""
+
+    open: Callable[[Path, str], ImageSource]
+    train_split: str
+    eval_split: str
+
+
+SOURCES: dict[str, SourceKind] = {
+    "folder": SourceKind(lambda root, split: FolderSource(root / split), "train", "val"),
+    "cifar10": SourceKind(cifar10_source, "train", "test"),
+    "cifar100": SourceKind(cifar100_source, "train", "test"),
+    "idx": SourceKind(idx_source, "train", "t10k"),
+}
+
+
+def open_source(kind: str, root: Path, split: str) -> ImageSource:
+    """The images of one split. Errors: DataError, also for an unknown ``kind``."""
+    if kind not in SOURCES:
+        raise DataError(f"data of kind {kind!r} is not known; allowed are {', '.join(SOURCES)}")
+    return SOURCES[kind].open(root.expanduser(), split)

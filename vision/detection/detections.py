@@ -1,0 +1,16 @@
+"""What every detector answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Detections:
+    """One image's answer by falling score: ``boxes`` [K, 4] in input pixels, ``scores`` [K], ``class_ids`` [K]."""
+
+    boxes: Tensor
+    scores: Tensor
+    class_ids: Tensor

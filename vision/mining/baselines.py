@@ -1,0 +1,48 @@
+"""What mining is compared with: random regions, and the focal loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vision.detection.matching import sample_balanced
+from vision.mining.candidates import MiningInputError, check_batch_size, combined_loss
+
+
+class RandomSample:
+    """``batch_size`` random regions, at most ``positive_share`` of them foreground (Girshick, arXiv 1504.08083, 2.3).
+
+    Draws from its own generator, seeded once. A ``Miner``.
+    """
+
+    def __init__(self, batch_size: int, positive_share: float = 0.25, seed: int = 0) -> None:
+        check_batch_size(batch_size)
+        if not 0 <= positive_share <= 1:
+            raise MiningInputError(f"positive_share is {positive_share}; it must be from 0 to 1")
+        self.batch_size = batch_size
+        self.positive_share = positive_share
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(
+        self, classification_loss: Tensor, localization_loss: Tensor, boxes: Tensor, labels: Tensor, progress: float
+    ) -> Tensor:
+        """Indices of the chosen regions, foreground first."""
+        combined_loss(classification_loss, localization_loss, boxes, labels, progress)
+        positives, negatives = sample_balanced(
+            labels > 0, labels == 0, self.batch_size, self.positive_share, self._generator
+        )
+        return torch.cat([positives, negatives])
+
+
+def focal_loss(cross_entropy: Tensor, positive: Tensor, gamma: float = 2.0, alpha: float = 0.25) -> Tensor:
+    """alpha_t (1 - p_t)^gamma CE, unreduced (Lin et al., arXiv 1708.02002, equation 5).
+
+    ``cross_entropy`` is the unreduced cross-entropy of any classifier, sigmoid or softmax, so that p_t = exp(-CE);
+    ``positive`` (bool, same shape) says which elements take alpha and which 1 - alpha. ``gamma`` is 0 or at least 1:
+    between them the gradient is infinite at a perfect prediction. Divide the sum by the number of positives, as the
+    paper does.
+    """
+    if gamma != 0 and gamma < 1:
+        raise ValueError(f"gamma is {gamma}; it must be 0 or at least 1")
+    weight = torch.where(positive, alpha, 1 - alpha)
+    return weight * (-torch.expm1(-cross_entropy)).pow(gamma) * cross_entropy

@@ -1,0 +1,250 @@
+"""Train a backbone to classify images.
+
+The recipe's tables: ``[model]``, ``[data]``, ``[augmentation]`` (optional), ``[task]`` (optional), ``[training]``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.utils.data import DataLoader
+
+from kernels.diagonalwise import refactorize, tune
+from kernels.training import AfterStep, RecipeError, TrainingOptions, TrainingReport, run, take_table
+from vision.backbones import create_backbone
+from vision.backbones.backbone import Backbone
+from vision.backbones.checkpoint import load_backbone, save_backbone
+from vision.data.augmentation import AugmentationOptions
+from vision.data.classification import ClassificationData, DataOptions, collate
+from vision.evaluate import default_device, evaluate_model, hits
+
+logger = logging.getLogger(__name__)
+
+DEPTHWISE = ("native", "diagonalwise", "tuned")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which network. ``start_from`` is a saved backbone to fine-tune; its head is replaced where the classes differ.
+
+    ``depthwise`` says how depthwise layers are computed while training: "native", "diagonalwise" (always refactored),
+    or "tuned" (whatever is measured to be fastest). The trained weights are those of plain layers in any case.
+    """
+
+    backbone: str | None = None
+    start_from: str | None = None
+    depthwise: str = "native"
+
+    def __post_init__(self) -> None:
+        if (self.backbone is None) == (self.start_from is None):
+            raise RecipeError("[model] needs either backbone (a name) or start_from (a folder with a saved backbone)")
+        if self.depthwise not in DEPTHWISE:
+            raise RecipeError(f"model.depthwise is {self.depthwise!r}; allowed are {', '.join(DEPTHWISE)}")
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What is optimised.
+
+    ``mixup`` is the parameter of mixup's Beta distribution (arXiv 1710.09412), 0 leaves it out. ``ema_decay`` keeps an
+    exponential average of weights and statistics, which is then what is evaluated and saved. ``reestimate_batches``
+    recomputes the batch-normalisation statistics over so many training batches at the end, as SNet's authors do.
+    """
+
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    ema_decay: float | None = None
+    reestimate_batches: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1 or self.mixup < 0 or self.reestimate_batches < 0:
+            raise RecipeError("[task] label_smoothing must be in [0, 1), mixup and reestimate_batches at least 0")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise RecipeError(f"task.ema_decay is {self.ema_decay}; it must be between 0 and 1, or left out")
+
+
+class ClassificationTask(nn.Module):
+    """Cross-entropy of a backbone over a batch of byte images, with mixup and a moving average of the weights."""
+
+    skipped: Tensor
+
+    def __init__(self, model: Backbone, options: TaskOptions) -> None:
+        super().__init__()
+        self.model = model
+        self.options = options
+        self.average: AveragedModel | None = None
+        if options.ema_decay is not None:
+            moving = get_ema_multi_avg_fn(options.ema_decay)  # type: ignore[no-untyped-call]
+            self.average = AveragedModel(model, multi_avg_fn=moving, use_buffers=True).requires_grad_(False)
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.long))
+
+    @property
+    def trained(self) -> Backbone:
+        """The network to evaluate and save: the average where there is one."""
+        return self.model if self.average is None else cast("Backbone", self.average.module)
+
+    def forward(self, images: Tensor, labels: Tensor, skipped: Tensor) -> dict[str, Tensor]:
+        """``images`` uint8 [B, 3, H, W], ``labels`` [B] -> mean loss in nats, shares of top-1 and top-5 hits.
+
+        While training, ``skipped`` (images of the batch that could not be read) is added up, once for each epoch.
+        """
+        x = self.model.normalization(images.float() / 255)
+        if not self.training:
+            logits = self.trained(x)
+            return {"loss": F.cross_entropy(logits, labels), **self.figures(logits, labels)}
+        self.skipped += skipped.sum()
+        if self.options.mixup == 0:
+            logits = self.model(x)
+            return {"loss": self.loss(logits, labels), **self.figures(logits, labels)}
+        share = float(torch.distributions.Beta(self.options.mixup, self.options.mixup).sample())
+        order = torch.randperm(len(x), device=x.device)
+        logits = self.model(share * x + (1 - share) * x[order])
+        loss = share * self.loss(logits, labels) + (1 - share) * self.loss(logits, labels[order])
+        return {"loss": loss, **self.figures(logits, labels if share >= 0.5 else labels[order])}
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy against smoothed labels."""
+        return F.cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing)
+
+    def figures(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Shares of hits; with mixup against the label that weighs more."""
+        return {f"top{k}": hits(logits, labels, k).float().mean() for k in (1, 5)}
+
+    def update_average(self) -> None:
+        """Move the average towards the weights; called after each optimiser step."""
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe:
+    """All tables of a recipe, checked."""
+
+    model: ModelOptions
+    data: DataOptions
+    augmentation: AugmentationOptions
+    task: TaskOptions
+    training: TrainingOptions
+
+    @classmethod
+    def parse(cls, recipe: dict[str, Any]) -> ClassifierRecipe:
+        """Read every table. Errors: RecipeError naming the table and the key."""
+        unknown = sorted(set(recipe) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            allowed = ", ".join(field.name for field in dataclasses.fields(cls))
+            raise RecipeError(f"the recipe has unknown tables {', '.join(unknown)}; allowed are {allowed}")
+        try:
+            return cls(
+                model=take_table(recipe, "model", ModelOptions),
+                data=take_table(recipe, "data", DataOptions),
+                augmentation=take_table(recipe, "augmentation", AugmentationOptions),
+                task=take_table(recipe, "task", TaskOptions),
+                training=take_table(recipe, "training", TrainingOptions),
+            )
+        except ValueError as error:
+            raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
+
+
+def build_model(options: ModelOptions, data: DataOptions, class_names: tuple[str, ...]) -> Backbone:
+    """The network of a recipe for these classes, carrying the recipe's preprocessing."""
+    if options.backbone is not None:
+        model = create_backbone(options.backbone, len(class_names))
+    else:
+        model = load_backbone(Path(str(options.start_from)).expanduser())
+        if model.class_names != class_names:
+            model.replace_head(len(class_names))
+    model.class_names = class_names
+    model.preprocessing = data.preprocessing
+    return model
+
+
+def choose_depthwise(model: Backbone, options: ModelOptions, batch: Tensor) -> None:
+    """Replace the depthwise layers as the recipe asks. ``batch`` [B, 3, H, W] is what ``tune`` measures with."""
+    if options.depthwise == "diagonalwise":
+        refactorize(model)
+    elif options.depthwise == "tuned":
+        device = default_device()
+        choices = tune(model.to(device).train(), batch.to(device))
+        logger.info("depthwise layers: %s", ", ".join(f"{choice.layer} {choice.chosen}" for choice in choices))
+
+
+def train_classifier(recipe: dict[str, Any], *, resume: bool = False, console: Console | None = None) -> TrainingReport:
+    """Run a recipe; ``output/model`` then holds the trained backbone, which ``checkpoint`` names.
+
+    ``final`` gains ``top1`` and ``top5`` of the saved model over the evaluation split, and ``skipped_images``, how
+    often an image could not be read. An interrupted run (``finished`` False) names the checkpoint to resume from.
+    Errors: RecipeError, DataError, BackboneError, TrainingDivergedError.
+    """
+    options = ClassifierRecipe.parse(recipe)
+    train_source, eval_source = options.data.open_train(), options.data.open_eval()
+    if train_source.class_names != eval_source.class_names:
+        differing = sorted(set(train_source.class_names) ^ set(eval_source.class_names))
+        raise RecipeError(f"training and evaluation split have different classes: {', '.join(differing)}")
+    torch.manual_seed(options.training.seed)
+    model = build_model(options.model, options.data, train_source.class_names)
+    side = options.data.image_size
+    choose_depthwise(model, options.model, torch.zeros(options.training.batch_size, 3, side, side))
+    task = ClassificationTask(model, options.task)
+    train_data = ClassificationData(
+        train_source, model.preprocessing, options.augmentation, options.training.seed, options.data.limit
+    )
+    report = run(
+        task,
+        train_data,
+        options.training,
+        eval_data=ClassificationData(eval_source, model.preprocessing),
+        collate=collate,
+        callbacks=[AfterStep(task.update_average)],
+        recipe=recipe,
+        resume=resume,
+        console=console,
+    )
+    if not report.finished:
+        return report
+    figures = finish(task, train_data, ClassificationData(eval_source, model.preprocessing), options)
+    folder = Path(options.training.output) / "model"
+    return dataclasses.replace(report, final={**report.final, **figures}, checkpoint=str(folder))
+
+
+def finish(
+    task: ClassificationTask, train_data: ClassificationData, eval_data: ClassificationData, options: ClassifierRecipe
+) -> dict[str, float]:
+    """Re-estimate the statistics if asked, save the network, measure what was saved. Only the main process works."""
+    state = PartialState()
+    figures: dict[str, float] = {"skipped_images": float(task.skipped)}
+    if state.is_main_process:
+        model = task.trained
+        reestimate_statistics(model, train_data, options)
+        save_backbone(model, Path(options.training.output) / "model")
+        result = evaluate_model(model, eval_data, options.training.batch_size, options.training.loader_workers)
+        figures |= {"top1": result.top1, "top5": result.top5}
+    state.wait_for_everyone()
+    return figures
+
+
+def reestimate_statistics(model: Backbone, data: ClassificationData, options: ClassifierRecipe) -> None:
+    """Batch-normalisation statistics of the final weights, averaged over ``reestimate_batches`` training batches."""
+    if options.task.reestimate_batches == 0:
+        return
+    generator = torch.Generator().manual_seed(options.training.seed)
+    loader = DataLoader(
+        data, options.training.batch_size, shuffle=True, generator=generator, collate_fn=collate,
+        drop_last=len(data) >= options.training.batch_size,
+        num_workers=options.training.loader_workers,
+    )  # fmt: skip
+    device = model.head.weight.device
+    batches = (
+        model.normalization(batch["images"].to(device).float() / 255)
+        for batch, _ in zip(loader, range(options.task.reestimate_batches), strict=False)
+    )
+    update_bn(batches, model, device)
