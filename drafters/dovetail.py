@@ -16,74 +16,33 @@ from torch.nn import functional
 
 from drafters.checkpoint import read_config, read_network
 from drafters.drafter import DrafterError, DraftState, Observation
-from drafters.network import DovetailConfig, DovetailNetwork, rotary_table
-from drafters.proposal import Budget, Proposal, TreeGrowth
+from drafters.growing_tree import Children, GrowingTree, Level, best_children, grow
+from drafters.network import BlockConfig, FeatureNetwork, rotary_table
+from drafters.proposal import Budget, Proposal
 from kernels.tree_attention import KVSlots, Segment, causal_segment, tree_attention
-
-
-class GrowingTree:
-    """One request's tree between two levels.
-
-    path_rows: for every expanded node the rows behind the committed ones that hold its ancestors and itself;
-    output_rows: where the last pass put the outputs of the nodes it expanded (None: the root).
-    """
-
-    def __init__(self, slot: int, length: int, budget: Budget, output_row: int) -> None:
-        self.slot = slot
-        self.length = length
-        self.growth = TreeGrowth(budget)
-        self.num_expanded = 0
-        self.path_rows: dict[int | None, tuple[int, ...]] = {None: ()}
-        self.output_rows: dict[int | None, int] = {None: output_row}
-
-    def beam(self, capacity: int) -> list[int]:
-        """The nodes to expand next; none when the tree is finished or the slot is full."""
-        beam = self.growth.beam()
-        return beam if self.length + self.num_expanded + len(beam) <= capacity else []
-
-    def expand(self, beam: Sequence[int], first_output: int, device: torch.device) -> tuple[Segment, list[list[int]]]:
-        """Give each beam node a row.
-
-        Returns the segment of the pass and, for each node, [its token, the output row that holds its parent's predicted
-        feature, its position].
-        """
-        growth, total = self.growth, self.num_expanded + len(beam)
-        mask: list[list[bool]] = []
-        inputs: list[list[int]] = []
-        output_rows: dict[int | None, int] = {}
-        for i, node in enumerate(beam):
-            parent = growth.parents[node]
-            self.path_rows[node] = rows = (*self.path_rows[parent], self.num_expanded + i)
-            seen = [False] * total
-            for row in rows:
-                seen[row] = True
-            mask.append(seen)
-            inputs.append([growth.token_ids[node], self.output_rows[parent], self.length + len(rows) - 1])
-            output_rows[node] = first_output + i
-        self.num_expanded, self.output_rows = total, output_rows
-        return Segment(self.slot, self.length, len(beam), torch.tensor(mask, device=device)), inputs
 
 
 class DovetailDrafter:
     """A trained drafter with its slots. ``capacity`` bounds committed and drafted rows of a slot together.
 
-    ``embedding`` and ``lm_head`` [V, H] are the target's, on the drafter's device and in its type; pass one tensor
-    twice where they are tied. Scores are fp32 log-probabilities at temperature 1, whatever the request's temperature,
-    as the paper has it. Source: Dovetail (arXiv 2412.18934) with the dynamic tree of EAGLE-2 (arXiv 2406.16858).
+    ``embedding`` and ``lm_head`` [V, H] are the target's, the embedding on the drafter's device and in its type; pass
+    one tensor twice where they are tied. Of the LM head only the rows that can be drafted are moved there. Scores are
+    fp32 log-probabilities at temperature 1, whatever the request's temperature, as the paper has it. Source: Dovetail
+    (arXiv 2412.18934) with the dynamic tree of EAGLE-2 (arXiv 2406.16858).
     """
 
     name = "dovetail"
-    feature_layers: tuple[str, ...] = ("last",)
 
     def __init__(
-        self, network: DovetailNetwork, embedding: Tensor, lm_head: Tensor, num_slots: int, capacity: int
+        self, network: FeatureNetwork, embedding: Tensor, lm_head: Tensor, num_slots: int, capacity: int
     ) -> None:
         config = network.config
         check_fit(config, embedding, lm_head)
         self.network = network
         self.embedding = embedding
-        self.lm_head = lm_head
         self.device, self.dtype = embedding.device, embedding.dtype
+        self.lm_head = network.select_head(lm_head).to(self.device, self.dtype)
+        self.feature_layers = network.feature_layers
         self.slots = KVSlots(
             num_slots, capacity, config.num_blocks, config.num_kv_heads, config.head_dim, self.dtype, self.device
         )
@@ -101,30 +60,8 @@ class DovetailDrafter:
             if state.slot in self.ready and budget.rows > 1:
                 trees[state.slot] = GrowingTree(state.slot, self.slots.lengths[state.slot], budget, len(trees))
         if trees:
-            self.grow(list(trees.values()), budget)
+            grow(self, list(trees.values()), self.last_outputs[list(trees)], budget)
         return [trees[state.slot].growth.proposal() if state.slot in trees else Proposal() for state in states]
-
-    def grow(self, trees: list[GrowingTree], budget: Budget) -> None:
-        """Level by level, one forward pass for all trees that still have a node worth expanding."""
-        outputs = self.last_outputs[[tree.slot for tree in trees]]
-        for tree, best in zip(trees, self.children(outputs, budget.top_k), strict=True):
-            tree.growth.add([(None, *best)])
-        for _ in range(budget.depth):
-            beams = [(tree, beam) for tree in trees if (beam := tree.beam(self.slots.capacity))]
-            if not beams:
-                return
-            segments: list[Segment] = []
-            inputs: list[list[int]] = []
-            for tree, beam in beams:
-                segment, rows = tree.expand(beam, len(inputs), self.device)
-                segments.append(segment)
-                inputs += rows
-            token_ids, output_rows, positions = torch.tensor(inputs, device=self.device).unbind(1)
-            outputs = self.forward(outputs[output_rows], token_ids, positions, segments)
-            children = iter(self.children(outputs, budget.top_k))
-            for tree, beam in beams:
-                tree.growth.add([(node, *next(children)) for node in beam])
-            trees = [tree for tree, _ in beams]
 
     @torch.inference_mode()
     def observe(self, batch: Sequence[Observation]) -> None:
@@ -146,6 +83,7 @@ class DovetailDrafter:
             positions += range(length, length + num_rows)
             last_rows.append(len(token_ids) - 1)
         features = torch.cat([observation.features for observation in batch]).to(self.device, self.dtype)
+        features = self.network.project(features)
         rows = torch.tensor([token_ids, positions], device=self.device)
         outputs = self.forward(features, rows[0], rows[1], segments)
         self.last_outputs[[segment.slot for segment in segments]] = outputs[last_rows]
@@ -185,20 +123,16 @@ class DovetailDrafter:
         output: Tensor = self.network(features, functional.embedding(token_ids, self.embedding), (cos, sin), attend)
         return output
 
-    def children(self, outputs: Tensor, top_k: int) -> list[tuple[list[int], list[float]]]:
-        """For each row of ``outputs`` [rows, H] its best tokens and their log-probabilities, best first.
+    def expand(self, outputs: Tensor, level: Level) -> Tensor:
+        """A node reads the feature its parent predicted."""
+        return self.forward(outputs[level.parent_rows], level.token_ids, level.positions, level.segments)
 
-        Ids and scores cross to the host together, in fp32, which holds every id below 2^24.
-        """
-        logits = functional.linear(outputs, self.lm_head)
-        scores = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-        log_probs, token_ids = scores.topk(min(top_k, scores.shape[1]))
-        rows = torch.cat((token_ids.float(), log_probs), dim=1).tolist()
-        count = token_ids.shape[1]
-        return [([int(token_id) for token_id in row[:count]], row[count:]) for row in rows]
+    def children(self, outputs: Tensor, top_k: int) -> list[Children]:
+        """The best tokens by the LM head, for each predicted feature [rows, H]."""
+        return best_children(self.network.logits(outputs, self.lm_head), top_k, self.network.draft_ids)
 
 
-def check_fit(config: DovetailConfig, embedding: Tensor, lm_head: Tensor) -> None:
+def check_fit(config: BlockConfig, embedding: Tensor, lm_head: Tensor) -> None:
     """Refuse a drafter whose hidden size or vocabulary is not the target's."""
     for name, tensor in (("embedding", embedding), ("LM head", lm_head)):
         if tuple(tensor.shape) != (config.vocab_size, config.hidden_size):
@@ -227,5 +161,5 @@ def load_drafter(
     check_fit(read_config(folder), embedding, lm_head)
     network = read_network(folder, device, dtype)
     own_embedding = embedding.detach().to(device, dtype)
-    own_lm_head = own_embedding if lm_head is embedding else lm_head.detach().to(device, dtype)
+    own_lm_head = own_embedding if lm_head is embedding else lm_head.detach()
     return DovetailDrafter(network, own_embedding, own_lm_head, num_slots, capacity)

@@ -25,11 +25,12 @@ Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class DovetailConfig:
-    """Shape of a drafter. ``hidden_size`` and ``vocab_size`` are the target's; everything else is free.
+class BlockConfig:
+    """Shape of what every feature-level drafter is made of. ``hidden_size`` and ``vocab_size`` are the target's.
 
-    fusion: ``dgf``, the paper's, or ``linear``, EAGLE's; target: which weights it was trained on (a fingerprint, for
-    the reader and the server's log).
+    draft_vocab_size: how many of the target's tokens can be drafted, None for all (FR-Spec, arXiv 2502.14856);
+    qkv_bias: whether query, key and value have a bias, as in Qwen 2; target: which weights it was trained on (a
+    fingerprint, for the reader and the server's log).
     """
 
     hidden_size: int
@@ -39,9 +40,10 @@ class DovetailConfig:
     num_kv_heads: int
     head_dim: int
     num_blocks: int = 1
-    fusion: str = "dgf"
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    draft_vocab_size: int | None = None
     target: str | None = None
 
     def __post_init__(self) -> None:
@@ -52,8 +54,6 @@ class DovetailConfig:
                 raise DrafterError(f"{name} is {value!r}; it must be a whole number of at least 1")
         if self.num_blocks > MAX_BLOCKS:
             raise DrafterError(f"num_blocks is {self.num_blocks}; allowed are 1 to {MAX_BLOCKS}")
-        if self.fusion not in FUSIONS:
-            raise DrafterError(f"fusion is {self.fusion!r}; allowed are {', '.join(FUSIONS)}")
         if self.num_heads % self.num_kv_heads:
             raise DrafterError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
@@ -61,23 +61,41 @@ class DovetailConfig:
             )
         if self.head_dim % 2:
             raise DrafterError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise DrafterError(
+                f"draft_vocab_size is {self.draft_vocab_size}; allowed are 1 to the vocabulary, {self.vocab_size}"
+            )
+
+
+@dataclass(frozen=True)
+class DovetailConfig(BlockConfig):
+    """Shape of a Dovetail drafter. fusion: ``dgf``, the paper's, or ``linear``, EAGLE's."""
+
+    fusion: str = "dgf"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fusion not in FUSIONS:
+            raise DrafterError(f"fusion is {self.fusion!r}; allowed are {', '.join(FUSIONS)}")
 
 
 class LlamaBlock(nn.Module):
     """One Llama decoder block: grouped-query attention with rotary positions, then SwiGLU, both residual.
 
     Block 0 has no norm before its attention, as in EAGLE. Query, key and value (gate and up) are one matrix each: one
-    product instead of three (two) at every draft level.
+    product instead of three (two) at every draft level. ``attention_width`` is what the attention reads where that is
+    not the residual stream itself (EAGLE-3).
     """
 
-    def __init__(self, config: DovetailConfig, index: int) -> None:
+    def __init__(self, config: BlockConfig, index: int, attention_width: int | None = None) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
         self.index = index
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         self.attention_norm = nn.Identity() if index == 0 else nn.RMSNorm(hidden, eps=config.norm_eps)
-        self.qkv_proj = nn.Linear(hidden, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim, bias=False)
+        qkv_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.qkv_proj = nn.Linear(attention_width or hidden, qkv_width, bias=config.qkv_bias)
         self.output_proj = nn.Linear(config.num_heads * config.head_dim, hidden, bias=False)
         self.mlp_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
         self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=False)
@@ -85,10 +103,20 @@ class LlamaBlock(nn.Module):
         for linear in (self.qkv_proj, self.output_proj, self.gate_up_proj, self.down_proj):
             nn.init.normal_(linear.weight, std=0.02)
 
-    def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
-        """``hidden`` [..., n, H] and (cos, sin) of its rows, each [n, D] -> [..., n, H]."""
+    def forward(
+        self,
+        hidden: Tensor,
+        angles: tuple[Tensor, Tensor],
+        attend: Attention,
+        attention_input: Tensor | None = None,
+    ) -> Tensor:
+        """``hidden`` [..., n, H] and (cos, sin) of its rows, each [n, D] -> [..., n, H].
+
+        ``attention_input`` [..., n, attention width] replaces the normalised ``hidden`` before query, key and value.
+        """
         num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
-        by_head = self.qkv_proj(self.attention_norm(hidden)).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
+        read = self.attention_norm(hidden) if attention_input is None else attention_input
+        by_head = self.qkv_proj(read).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
         turned = rotate(by_head.narrow(-3, 0, num_heads + num_kv_heads), *angles)
         query, key = turned.narrow(-3, 0, num_heads), turned.narrow(-3, num_heads, num_kv_heads)
         value = by_head.narrow(-3, num_heads + num_kv_heads, num_kv_heads)
@@ -99,16 +127,57 @@ class LlamaBlock(nn.Module):
         return output
 
 
-class DovetailNetwork(nn.Module):
+class FeatureNetwork(nn.Module):
+    """A drafter that reads the target's features: what training and drafting ask of one.
+
+    Subclasses give ``forward``; embedding and, unless they have their own, LM head are the target's and not part of
+    the module. ``draft_ids`` [draft vocabulary] int64 names the tokens that can be drafted, in rising order.
+    """
+
+    config: BlockConfig
+    feature_layers: tuple[str, ...]
+    draft_ids: Tensor | None
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = config.draft_vocab_size
+        self.register_buffer("draft_ids", None if size is None else torch.arange(size))
+
+    def forward(self, features: Tensor, embeddings: Tensor, angles: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
+        """Row i holds the feature of position i and the embedding of the token after it; all [..., n, H]."""
+        raise NotImplementedError
+
+    def project(self, features: Tensor) -> Tensor:
+        """The target's features [..., n, width of ``feature_layers``] -> [..., n, H], as ``forward`` takes them."""
+        return features
+
+    def select_head(self, lm_head: Tensor) -> Tensor:
+        """The rows [draft vocabulary, H] of the target's LM head [V, H] that ``logits`` wants."""
+        return lm_head if self.draft_ids is None else lm_head[self.draft_ids.to(lm_head.device)]
+
+    def logits(self, outputs: Tensor, head: Tensor) -> Tensor:
+        """Outputs [..., H] and what ``select_head`` gave -> [..., draft vocabulary]."""
+        return functional.linear(outputs, head)
+
+    def forward_causal(self, features: Tensor, embeddings: Tensor) -> Tensor:
+        """Whole sequences [B, T, H] from position 0, as training sees them."""
+        angles = rotary_table(self.config, features.shape[-2], torch.float32, features.device)
+        output: Tensor = self(features, embeddings, angles, causal_attention)
+        return output
+
+
+class DovetailNetwork(FeatureNetwork):
     """Features and following tokens in, predicted next features out (Dovetail, arXiv 2412.18934).
 
     No norm follows the last block: the LM head of the target reads the output as it reads the target's own feature.
-    The embedding and the LM head are the target's and not part of this module.
     """
 
+    config: DovetailConfig
+    feature_layers = ("last",)
+
     def __init__(self, config: DovetailConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         if config.fusion == "dgf":
             self.fusion: nn.Module = DynamicGatingFusion(config.hidden_size, config.norm_eps)
         else:
@@ -121,11 +190,6 @@ class DovetailNetwork(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, angles, attend)
         return hidden
-
-    def forward_causal(self, features: Tensor, embeddings: Tensor) -> Tensor:
-        """Whole sequences [B, T, H] from position 0, as training sees them."""
-        angles = rotary_table(self.config, features.shape[-2], torch.float32, features.device)
-        return self.forward(features, embeddings, angles, causal_attention)
 
 
 def causal_attention(block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -145,7 +209,7 @@ def rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_table(
-    config: DovetailConfig, num_positions: int, dtype: torch.dtype, device: torch.device
+    config: BlockConfig, num_positions: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """cos and signed sin of positions 0 .. num_positions - 1, each [num_positions, D]; computed in fp32."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from server.commands import bench, evaluate, export, train
+from server.commands.convert import convert
 from server.commands.doctor import doctor
 from server.commands.generate import generate
 from server.commands.serve import serve
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(generate)
+app.command()(convert)
 app.add_typer(bench.app, name="bench")
 app.command()(doctor)
 app.add_typer(train.app, name="train")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from drafters.train.feature_source import DataOptions, FeatureSource, OnTheFlySource, packed_windows
+from drafters.train.capture import capture, describe
+from drafters.train.feature_source import DataOptions, FeatureSource, OnTheFlySource, Samples, data_samples
 from server.launch import load_target, resolve_model
 from server.targets.target import PrefillChunk, Target
 
@@ -31,11 +33,22 @@ def features_of(target: Target, token_ids: Tensor) -> Tensor:
     return torch.stack(rows).clone().to(token_ids.device)
 
 
+def captured(target: Target, samples: Samples, folder: Path) -> Samples:
+    """The samples with their features on disk; what is missing there is computed now."""
+    manifest = describe(samples, fingerprint(target), target.info.hidden_size)
+    return capture(samples, lambda token_ids: features_of(target, token_ids), folder, manifest)
+
+
 def source_for(options: DataOptions) -> FeatureSource:
-    """Load the target a recipe's ``[data]`` table names and compute features on the fly."""
+    """Load the target a recipe's ``[data]`` table names; features on the fly, or captured first where it says so."""
     folder = resolve_model(options.target, "target")
     target = load_target(folder, options.weights, num_slots=1, capacity=options.window_length, threads=None)
-    train_data, held_out_data = packed_windows(options)
+    train_data, held_out_data = data_samples(options, folder)
+    if options.captured is not None:
+        folders = Path(options.captured).expanduser()
+        train_data = captured(target, train_data, folders / "train")
+        if held_out_data is not None:
+            held_out_data = captured(target, held_out_data, folders / "held_out")
     embedding = target.embedding()
     lm_head = target.lm_head()
     return OnTheFlySource(

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent / "assets"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 DEFAULT_CONTEXT = 4096
+HYBRID = "hybrid"
 
 
 class LaunchError(ValueError):
@@ -91,33 +92,55 @@ def load_target(folder: Path, weights: str, num_slots: int, capacity: int, threa
     return target
 
 
-def load_drafter(target: TorchTarget, name: str | None, device: str, num_slots: int, capacity: int) -> Drafter | None:
-    """``none``: no drafter; ``ngram``: prompt lookup; otherwise a drafter folder or hub id (None: the bundled one)."""
-    from drafters.dovetail import load_drafter as load_dovetail
+def load_drafter(
+    target: TorchTarget, target_folder: Path, name: str | None, device: str, num_slots: int, capacity: int
+) -> Drafter | None:
+    """A drafter by name, checked against the target.
+
+    ``none``: no drafter; ``ngram``: prompt lookup; ``hybrid`` and ``hybrid:NAME``: the bundled or the named drafter
+    with the lookup's chain in its trees; otherwise a folder or hub id of a trained drafter or of a causal language
+    model (None: the bundled drafter). Errors: DrafterError, LaunchError.
+    """
+    from drafters.hybrid import HybridDrafter
     from drafters.ngram import NGramDrafter
-    from server.placement.devices import drafter_placement
 
     if name == "none":
         return None
     if name == "ngram":
         return NGramDrafter()
-    place = drafter_placement(device)
-    drafter = load_dovetail(
-        resolve_model(name, "drafter"),
-        target.embedding(),
-        target.lm_head(),
-        place.device,
-        place.dtype,
-        num_slots,
-        capacity,
-    )
+    if name is not None and (name == HYBRID or name.startswith(f"{HYBRID}:")):
+        inner = name.removeprefix(HYBRID).removeprefix(":") or None
+        if inner in ("none", "ngram"):
+            raise LaunchError(f"{name!r} has no tree to merge the lookup into; name a drafter's folder, or use ngram")
+        tree_drafter = load_drafter(target, target_folder, inner, device, num_slots, capacity)
+        assert tree_drafter is not None
+        return HybridDrafter(tree_drafter, NGramDrafter())
+    drafter = load_drafter_folder(target, target_folder, resolve_model(name, "drafter"), device, num_slots, capacity)
     missing = set(drafter.feature_layers) - set(target.info.feature_layers)
     if missing:
         raise LaunchError(
             f"the drafter needs the target's features {', '.join(sorted(missing))}; {target.info.name} gives "
             f"{', '.join(target.info.feature_layers)}"
         )
+    target.select_features(drafter.feature_layers or ("last",))
     return drafter
+
+
+def load_drafter_folder(
+    target: TorchTarget, target_folder: Path, folder: Path, device: str, num_slots: int, capacity: int
+) -> Drafter:
+    """A folder of a trained drafter or of a causal language model; its config.json says which."""
+    from drafters.checkpoint import NETWORKS, read_fields
+    from drafters.dovetail import load_drafter as load_dovetail
+    from drafters.small_lm import load_small_lm
+    from server.placement.devices import drafter_placement
+
+    place = drafter_placement(device)
+    if read_fields(folder).get("model_type") not in NETWORKS:
+        return load_small_lm(
+            folder, target_folder, target.info.vocab_size, place.device, place.dtype, num_slots, capacity
+        )
+    return load_dovetail(folder, target.embedding(), target.lm_head(), place.device, place.dtype, num_slots, capacity)
 
 
 def load_engine(settings: Settings) -> Engine:
@@ -140,7 +163,7 @@ def load_engine(settings: Settings) -> Engine:
     if drafter_name is None and settings.target is not None:
         logger.warning("no drafter is named for %s, so it decodes plainly; --drafter names one", settings.target)
         drafter_name = "none"
-    drafter = load_drafter(target, drafter_name, settings.drafter_device, settings.max_seqs, capacity)
+    drafter = load_drafter(target, folder, drafter_name, settings.drafter_device, settings.max_seqs, capacity)
     return Engine(target, drafter, EngineOptions(settings.max_seqs, context, budget))
 
 

@@ -45,7 +45,11 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DOVETAIL_", frozen=True, extra="forbid", hide_input_in_errors=True)
 
     target: str | None = Field(None, description="Folder of safetensors or hub id; nothing: the bundled model.")
-    drafter: str | None = Field(None, description="Folder or hub id of the drafter, 'ngram', or 'none'.")
+    drafter: str | None = Field(
+        None,
+        description="Folder or hub id of a drafter or a small language model; 'ngram', 'hybrid' or 'hybrid:FOLDER' "
+        "(n-grams in the drafter's trees), or 'none'.",
+    )
     weights: Literal["fp32", "bf16", "int8", "int4"] = Field("fp32", description="How the target's weights are held.")
     drafter_device: str = Field("auto", description="auto, cpu or cuda:N.")
     vram: Bytes | None = Field(None, gt=0, description="GPU memory that may be used, such as 3GiB.")

@@ -1,8 +1,10 @@
 """Test doubles: tiny random targets in fp32, and a drafter that knows everything or nothing."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from drafters.drafter import DraftState, Observation
@@ -58,11 +60,11 @@ class OracleDrafter:
         pass
 
 
-def tiny_llama(vocab_size: int = 67, seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(vocab_size: int = 67, seed: int = 0, num_layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=vocab_size, max_position_embeddings=256, initializer_range=0.3,
+        hidden_size=64, intermediate_size=172, num_hidden_layers=num_layers, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=vocab_size, max_position_embeddings=256, initializer_range=0.3,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
@@ -74,3 +76,12 @@ def tiny_qwen3(vocab_size: int = 67, seed: int = 0) -> Qwen3ForCausalLM:
         head_dim=24, vocab_size=vocab_size, max_position_embeddings=256, initializer_range=0.3,
     )  # fmt: skip
     return Qwen3ForCausalLM(config).eval()
+
+
+def save_word_tokenizer(folder: Path, words: Sequence[str] | None = None) -> None:
+    """A tokenizer of whole words, ``word0`` to ``word66``, which is what the tiny models' vocabulary holds."""
+    words = [f"word{i}" for i in range(67)] if words is None else words
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))

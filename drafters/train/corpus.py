@@ -87,13 +87,18 @@ def python_files(root: Path) -> Iterator[str]:
 
 def records(file: Path) -> Iterator[dict[str, Any]]:
     """JSON objects, one a line; ``.xz`` is unpacked on the way."""
+    return (record for _, record in numbered_records(file))
+
+
+def numbered_records(file: Path) -> Iterator[tuple[int, Any]]:
+    """(line, JSON value) of every line that is not blank; CorpusError names a line that is not JSON."""
     opener: Callable[..., Any] = lzma.open if file.suffix == ".xz" else open
     with opener(file, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
+                yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 raise CorpusError(f"{file}, line {number}: not JSON ({error.msg}); mend or remove the line") from error
 

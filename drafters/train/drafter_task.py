@@ -20,11 +20,14 @@ from torch.nn import functional
 
 from drafters.checkpoint import save_drafter
 from drafters.network import DovetailConfig, DovetailNetwork
+from drafters.train.conversations import pad_batch
+from drafters.train.draft_vocabulary import frequent_tokens
 from drafters.train.feature_source import DataOptions, FeatureSource
 from drafters.train.unrolled import unrolled_predictions
 from kernels.losses.drafting import (
     acceptance_loss,
     argmax_agreement,
+    blended_acceptance_loss,
     feature_regression,
     soft_cross_entropy,
     with_feature_noise,
@@ -33,6 +36,8 @@ from kernels.training import RecipeError, TrainingOptions, TrainingReport, run, 
 
 TABLES = ("drafter", "loss", "data", "training")
 
+ACCEPTANCE_LOSSES = {"log": acceptance_loss, "lambda": blended_acceptance_loss}
+
 SourceFactory = Callable[[DataOptions], FeatureSource]
 
 
@@ -40,7 +45,8 @@ SourceFactory = Callable[[DataOptions], FeatureSource]
 class DrafterShape:
     """A recipe's ``[drafter]`` table; hidden size and vocabulary come from the target.
 
-    ``head_dim`` defaults to hidden size / heads, as in Llama.
+    ``head_dim`` defaults to hidden size / heads, as in Llama; ``draft_vocab_size`` trims the vocabulary to the most
+    frequent tokens of the training data.
     """
 
     intermediate_size: int
@@ -49,6 +55,7 @@ class DrafterShape:
     num_blocks: int = 1
     head_dim: int | None = None
     fusion: str = "dgf"
+    draft_vocab_size: int | None = None
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
 
@@ -58,12 +65,14 @@ class LossOptions:
     """A recipe's ``[loss]`` table; the defaults are the paper's.
 
     noise: amplitude of the feature noise, 0 for clean features; unrolled_steps: 1 is teacher forcing, more add the
-    losses of drafts that deep, each ``unrolled_decay`` times the one before (EAGLE-3's training-time test).
+    losses of drafts that deep, each ``unrolled_decay`` times the one before (EAGLE-3's training-time test);
+    acceptance_form: ``log`` or ``lambda``, the two forms of the acceptance loss.
     """
 
     regression_weight: float = 1.0
     cross_entropy_weight: float = 0.1
     acceptance_weight: float = 0.0
+    acceptance_form: str = "log"
     noise: float = 0.2
     unrolled_steps: int = 1
     unrolled_decay: float = 0.8
@@ -71,6 +80,10 @@ class LossOptions:
     def __post_init__(self) -> None:
         if self.unrolled_steps < 1:
             raise RecipeError(f"loss.unrolled_steps is {self.unrolled_steps}; 1 is teacher forcing, more unroll")
+        if self.acceptance_form not in ACCEPTANCE_LOSSES:
+            raise RecipeError(
+                f"loss.acceptance_form is {self.acceptance_form!r}; allowed are {', '.join(ACCEPTANCE_LOSSES)}"
+            )
 
 
 class DrafterTask(nn.Module):
@@ -81,6 +94,7 @@ class DrafterTask(nn.Module):
 
     embedding: Tensor
     lm_head: Tensor
+    draft_head: Tensor | None
 
     def __init__(self, network: DovetailNetwork, source: FeatureSource, loss: LossOptions) -> None:
         super().__init__()
@@ -89,6 +103,8 @@ class DrafterTask(nn.Module):
         self.compute_features = source.features
         self.register_buffer("embedding", source.embedding().detach(), persistent=False)
         self.register_buffer("lm_head", source.lm_head().detach(), persistent=False)
+        trimmed = None if network.draft_ids is None else network.select_head(self.lm_head)
+        self.register_buffer("draft_head", trimmed, persistent=False)
 
     def forward(self, input_ids: Tensor, loss_mask: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
         """``input_ids`` and ``loss_mask`` [B, T], captured ``features`` [B, T, H] or None to ask the source.
@@ -126,18 +142,28 @@ class DrafterTask(nn.Module):
         predicted, wanted, mask = predicted[counted], wanted[counted], loss_mask[counted]
         draft_logits = self.logits(predicted)
         with torch.no_grad():
-            target_logits = self.logits(wanted)
+            target_logits = functional.linear(wanted.to(self.lm_head.dtype), self.lm_head)
         regression = feature_regression(predicted, wanted, mask)
-        cross_entropy = soft_cross_entropy(draft_logits, target_logits, mask)
+        learnable = mask
+        if self.network.draft_ids is not None:
+            best = target_logits.max(dim=-1).values
+            target_logits = target_logits[:, self.network.draft_ids]
+            # Where the target's own choice cannot be drafted there is nothing to learn about it (as in EAGLE-3).
+            learnable = mask * (target_logits.max(dim=-1).values == best)
+        cross_entropy = soft_cross_entropy(draft_logits, target_logits, learnable)
         loss = self.loss.regression_weight * regression + self.loss.cross_entropy_weight * cross_entropy
         if self.loss.acceptance_weight > 0:
-            loss = loss + self.loss.acceptance_weight * acceptance_loss(draft_logits, target_logits, mask)
-        accuracy = argmax_agreement(draft_logits, target_logits, mask)
+            missed = ACCEPTANCE_LOSSES[self.loss.acceptance_form](draft_logits, target_logits, learnable)
+            loss = loss + self.loss.acceptance_weight * missed
+        # A choice outside the draft vocabulary counts as missed.
+        covered = learnable.sum() / mask.sum().clamp_min(1.0)
+        accuracy = argmax_agreement(draft_logits, target_logits, learnable) * covered
         return {"loss": loss, "regression": regression, "cross_entropy": cross_entropy, "accuracy": accuracy}
 
     def logits(self, features: Tensor) -> Tensor:
-        """The target's LM head on features [..., H]."""
-        return functional.linear(features.to(self.lm_head.dtype), self.lm_head)
+        """The LM head, of the tokens that can be drafted, on features [..., H]."""
+        head = self.lm_head if self.draft_head is None else self.draft_head
+        return functional.linear(features.to(head.dtype), head)
 
 
 def drafter_config(shape: DrafterShape, source: FeatureSource) -> DovetailConfig:
@@ -170,12 +196,17 @@ def train_drafter(
     options = take_table(recipe, "training", TrainingOptions)
     source = source_factory(data)
     torch.manual_seed(options.seed)
-    task = DrafterTask(DovetailNetwork(drafter_config(shape, source)), source, loss)
+    network = DovetailNetwork(drafter_config(shape, source))
+    if network.draft_ids is not None:
+        chosen = frequent_tokens(source.train_data, network.config.vocab_size, len(network.draft_ids))
+        network.draft_ids.copy_(chosen)
+    task = DrafterTask(network, source, loss)
     report = run(
         task,
         source.train_data,
         options,
         eval_data=source.held_out_data,
+        collate=pad_batch,
         recipe=recipe,
         resume=resume,
         console=console,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from drafters.train.conversations import load_samples
 from drafters.train.language_model import PackedWindows
 from kernels.training import RecipeError
 
@@ -62,18 +63,27 @@ class FeatureSource(Protocol):
 class DataOptions:
     """A recipe's ``[data]`` table.
 
-    target: the model to draft for, as the server names targets; tokens: a ``.npy`` file of packed token ids; weights:
-    the type the target's weights are held in while it computes features; window_length: tokens of one sample;
-    held_out_share: the end of the file kept for evaluation.
+    target: the model to draft for, as the server names targets; one of tokens, a ``.npy`` file of packed token ids,
+    and conversations, a file in the given format (``messages``: JSONL as OpenAI's clients write it, ``sharegpt``,
+    ``text``); weights: the type the target's weights are held in while it computes features; window_length: tokens of
+    one sample, at most; captured: a folder that features are written to before training begins, and read from (None:
+    computed anew for every batch); held_out_share: what is kept for evaluation, the end of a packed file; seed: of the
+    shuffling of conversations.
     """
 
     target: str
-    tokens: str
+    tokens: str | None = None
+    conversations: str | None = None
+    format: str = "messages"
     weights: str = "fp32"
     window_length: int = 256
     held_out_share: float = 0.01
+    seed: int = 0
+    captured: str | None = None
 
     def __post_init__(self) -> None:
+        if (self.tokens is None) == (self.conversations is None):
+            raise RecipeError("[data] needs one of tokens (packed ids) and conversations (a data file), not both")
         if self.window_length < 3:
             raise RecipeError(f"data.window_length is {self.window_length}; a sample needs at least 3 tokens")
         if not 0.0 <= self.held_out_share < 1.0:
@@ -94,8 +104,19 @@ class DraftingWindows(Dataset[dict[str, Tensor]]):
         return {"input_ids": token_ids, "loss_mask": torch.ones(len(token_ids))}
 
 
+def data_samples(options: DataOptions, tokenizer_folder: Path) -> tuple[Samples, Samples | None]:
+    """(training samples, held-out samples or None) of whatever the table names; conversations need the tokenizer."""
+    if options.conversations is None:
+        return packed_windows(options)
+    file = Path(options.conversations).expanduser()
+    return load_samples(
+        file, options.format, tokenizer_folder, options.window_length, options.held_out_share, options.seed
+    )
+
+
 def packed_windows(options: DataOptions) -> tuple[Samples, Samples | None]:
     """(training samples, held-out samples or None) of the packed file, split as language-model training splits it."""
+    assert options.tokens is not None
     file, length = Path(options.tokens).expanduser(), options.window_length
     if not file.is_file():
         raise RecipeError(

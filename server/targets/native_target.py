@@ -95,6 +95,7 @@ class NativeTarget(TorchTarget):
         cosine, sine = base.rotary_emb(hidden[None], torch.tensor([positions]))
         row_pass = LayerPass(self.slots, segments, cosine[0], sine[0])
         for index, layer in enumerate(self.layers):
+            self.tap.record(index, hidden)
             decoder_layer(hidden, layer, index, row_pass)
         features: Tensor = base.norm(hidden)
         return features

@@ -20,7 +20,8 @@ class TargetInfo:
     """What others need to know about a target.
 
     context_length: positions its weights allow; num_parameters: tied weights counted once; feature_layers: the
-    features it can give; feature_size: width of one feature vector.
+    features it can give, each as wide as ``hidden_size``: ``last``, the vector the LM head consumes, and EAGLE-3's
+    ``low``, ``mid`` and ``high``, where there are layers enough.
     """
 
     name: str
@@ -78,6 +79,13 @@ class Target(Protocol):
     """The model whose distribution is served. One thread calls it."""
 
     info: TargetInfo
+
+    def select_features(self, layers: Sequence[str]) -> None:
+        """What ``features`` hold from now on: these of ``info.feature_layers``, side by side in this order.
+
+        Until it is called they hold ``last``. Errors: TargetError for a layer the target cannot give.
+        """
+        ...
 
     def prefill(self, chunk: PrefillChunk) -> Prefilled:
         """Run and commit prompt rows."""

@@ -1,8 +1,6 @@
 """Any decoder-only transformers model as a target: weights on the CPU, our attention and KV slots plugged in.
 
-The model's own code runs unchanged: transformers asks its attention-function registry for the function named in the
-config, and ours stores the new rows' keys and values in slots and attends them there. The rows of all requests lie
-behind one another in one flattened pass; each has its own position, slot and ancestors.
+The model's own code runs unchanged; ``kernels.tree_attention.transformers_plugin`` says how.
 """
 
 from __future__ import annotations
@@ -10,88 +8,42 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from kernels.tree_attention import KVSlots, Segment, causal_segment, tree_attention, tree_segment
+from kernels.tree_attention import Segment, causal_segment, tree_segment
+from kernels.tree_attention.transformers_plugin import ATTENTION_NAME, RowPass, UnsupportedArchitecture, create_slots
 from server.placement.devices import CPU
 from server.targets.checkpoint import check_files
+from server.targets.feature_tap import FeatureTap
 from server.targets.target import PrefillChunk, Prefilled, TargetError, TargetInfo, VerifyRows
 
 logger = logging.getLogger(__name__)
 
-ATTENTION_NAME = "dovetail_rows"
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass
-class RowPass:
-    """One flattened forward pass: where its rows live. ``num_calls`` counts the layers that attended."""
-
-    slots: KVSlots
-    segments: Sequence[Segment]
-    num_calls: int = field(default=0)
-
-
-def attend_slots(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,  # noqa: ARG001 - the registry passes it by position
-    *,
-    row_pass: RowPass,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function: query, key, value [1, heads, rows, head_dim] -> [1, rows, heads, head_dim].
-
-    The mask is ours (transformers builds none for a name it does not know). Attention sinks are refused.
-    """
-    if s_aux is not None:
-        raise TargetError("this architecture uses attention sinks, which the row attention does not know")
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    if len(row_pass.segments) == 1:
-        row_pass.slots.write(layer, row_pass.segments[0], key[0], value[0])
-    else:
-        start = 0
-        for segment in row_pass.segments:
-            rows = slice(start, start + segment.num_rows)
-            row_pass.slots.write(layer, segment, key[0, :, rows], value[0, :, rows])
-            start += segment.num_rows
-    row_pass.num_calls += 1
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = tree_attention(query[0], row_pass.slots, layer, row_pass.segments, scale, sliding_window, softcap)
-    return output.transpose(0, 1).unsqueeze(0), None
-
-
-AttentionInterface.register(ATTENTION_NAME, attend_slots)
 
 
 class TorchVerified:
     """Features of every row; arg-max and logits are computed when asked, in one product over all rows."""
 
-    def __init__(self, features: Tensor, head: LogitsHead) -> None:
+    def __init__(self, features: Tensor, last: Tensor, head: LogitsHead) -> None:
         self.features = features
+        self.last = last
         self.head = head
 
     @cached_property
     def all_logits(self) -> Tensor:
         """[rows, vocabulary] fp32."""
-        return self.head(self.features)
+        return self.head(self.last)
 
     def argmax(self) -> list[int]:
         """The greedy next token after each row."""
-        return self.head.argmax(self.features)
+        return self.head.argmax(self.last)
 
     def logits(self, row_ids: Sequence[int]) -> Tensor:
         """[len(row_ids), vocabulary] fp32."""
@@ -167,11 +119,8 @@ class TorchTarget:
                 )
         self.model = model.eval().requires_grad_(False)
         self.head = LogitsHead(model)
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        dtype = next(model.parameters()).dtype
-        self.slots = KVSlots(num_slots, capacity, config.num_hidden_layers, kv_heads, head_dim, dtype, CPU)
+        self.slots = create_slots(model, num_slots, capacity, CPU)
+        self.tap = FeatureTap(model.base_model, config.num_hidden_layers)
         self.info = TargetInfo(
             name=name,
             architecture=type(model).__name__,
@@ -181,6 +130,7 @@ class TorchTarget:
             context_length=config.max_position_embeddings,
             num_parameters=sum(p.numel() for p in model.parameters()),
             weights=weights,
+            feature_layers=self.tap.available,
         )
 
     @classmethod
@@ -190,7 +140,10 @@ class TorchTarget:
             raise TargetError(f"weights {weights!r} are not available; allowed are {', '.join(WEIGHTS)}")
         model = load_transformers_model(folder, WEIGHTS[weights])
         target = cls(model, folder.name, weights, num_slots, capacity)
-        target.self_check()
+        try:
+            target.self_check()
+        except UnsupportedArchitecture as error:
+            raise TargetError(f"{folder} cannot be a target: {error}") from error
         return target
 
     def prefill(self, chunk: PrefillChunk) -> Prefilled:
@@ -198,9 +151,9 @@ class TorchTarget:
         length = self.slots.lengths[chunk.slot]
         segment = causal_segment(chunk.slot, length, len(chunk.token_ids))
         positions = list(range(length, length + len(chunk.token_ids)))
-        features = self._forward([segment], list(chunk.token_ids), positions)
+        last = self._forward([segment], list(chunk.token_ids), positions)
         self.slots.lengths[chunk.slot] = length + len(chunk.token_ids)
-        return Prefilled(features, self.head(features[-1:])[0])
+        return Prefilled(self.tap.features(last), self.head(last[-1:])[0])
 
     def verify(self, rows: Sequence[VerifyRows]) -> TorchVerified:
         """One pass over the rows of all requests; they stay behind the committed rows until ``keep``."""
@@ -210,7 +163,12 @@ class TorchTarget:
             segments.append(tree_segment(part.slot, length, part.proposal.row_parents, CPU))
             token_ids += [part.root_id, *part.proposal.token_ids]
             positions += [length, *(length + depth for depth in part.proposal.depths)]
-        return TorchVerified(self._forward(segments, token_ids, positions), self.head)
+        last = self._forward(segments, token_ids, positions)
+        return TorchVerified(self.tap.features(last), last, self.head)
+
+    def select_features(self, layers: Sequence[str]) -> None:
+        """Capture these layers from now on."""
+        self.tap.select(layers)
 
     def keep(self, slot: int, rows: Sequence[int]) -> None:
         """Commit a path of the last verify pass."""
@@ -240,7 +198,7 @@ class TorchTarget:
 
     @torch.inference_mode()
     def _forward(self, segments: Sequence[Segment], token_ids: list[int], positions: list[int]) -> Tensor:
-        """Features [rows, hidden] after the final norm."""
+        """The vectors [rows, hidden] after the final norm."""
         for segment in segments:
             self.slots.check(segment)
         row_pass = RowPass(self.slots, segments)
@@ -250,13 +208,9 @@ class TorchTarget:
             use_cache=False,
             row_pass=row_pass,
         )
-        if row_pass.num_calls != self.info.num_layers:
-            raise TargetError(
-                f"{self.info.architecture} attends in {row_pass.num_calls} of {self.info.num_layers} layers through "
-                "transformers' attention registry; models with other kinds of layers cannot be verified row by row"
-            )
-        features: Tensor = output.last_hidden_state[0]
-        return features
+        row_pass.check(self.info.architecture)
+        last: Tensor = output.last_hidden_state[0]
+        return last
 
     def self_check(self) -> None:
         """Refuse an architecture whose rows are not independent or whose logits are not the head's product.

@@ -93,7 +93,7 @@ def test_tensors_that_do_not_fit_the_configuration(folder: Path, change: str) ->
     ("text", "named"),
     [
         ("{", "not JSON"),
-        ("[]", "no Dovetail drafter"),
+        ("[]", "must hold a JSON object, not list"),
         (json.dumps({"model_type": "llama"}), "no Dovetail drafter"),
         (json.dumps({"model_type": "dovetail_drafter", "hiden_size": 3}), "unknown keys hiden_size"),
         (json.dumps({"model_type": "dovetail_drafter", "hidden_size": 3}), "vocab_size"),

@@ -9,6 +9,7 @@ import torch
 from kernels.losses.drafting import (
     acceptance_loss,
     argmax_agreement,
+    blended_acceptance_loss,
     feature_regression,
     soft_cross_entropy,
     with_feature_noise,
@@ -42,6 +43,20 @@ def test_acceptance_loss_by_hand() -> None:
     assert math.isfinite(acceptance_loss(far, -far, torch.ones(1, 1)).item())
 
 
+def test_blended_acceptance_loss_by_hand() -> None:
+    # As above: acceptance 3/4 and 9/20; KL(target || draft) in nats; w = exp(-3 acceptance).
+    target = torch.tensor([[[math.log(3.0), 0.0], [math.log(3.0), 0.0], [0.0, 50.0]]])
+    draft = torch.tensor([[[0.0, 0.0], [0.0, math.log(4.0)], [50.0, 0.0]]])
+    want = 0.0
+    for accepted, first, second in ((0.75, 0.5, 0.5), (0.45, 0.2, 0.8)):
+        weight = math.exp(-3 * accepted)
+        divergence = 0.75 * math.log(0.75 / first) + 0.25 * math.log(0.25 / second)
+        want += weight * divergence + (1 - weight) * (1 - accepted)
+    assert blended_acceptance_loss(draft, target, MASK).item() == pytest.approx(want / 2.00001, rel=1e-5)
+    pure = blended_acceptance_loss(draft, target, MASK, scale=0.0).item()
+    assert pure == pytest.approx((0.25 + 0.55) / 2.00001, rel=1e-5)
+
+
 def test_the_papers_sum_by_hand() -> None:
     ones = torch.ones(1, 1)
     regression = feature_regression(torch.tensor([[[2.0]]]), torch.tensor([[[0.0]]]), ones)
@@ -55,7 +70,7 @@ def test_agreement_counts_the_mask_only() -> None:
     assert argmax_agreement(draft, target, MASK).item() == pytest.approx(0.5, abs=1e-5)
 
 
-@pytest.mark.parametrize("loss", [feature_regression, soft_cross_entropy, acceptance_loss])
+@pytest.mark.parametrize("loss", [feature_regression, soft_cross_entropy, acceptance_loss, blended_acceptance_loss])
 @pytest.mark.parametrize("poison", [0.0, 1e4])
 def test_masked_positions_have_no_gradient(loss: Callable[..., torch.Tensor], poison: float) -> None:
     torch.manual_seed(0)
@@ -69,7 +84,9 @@ def test_masked_positions_have_no_gradient(loss: Callable[..., torch.Tensor], po
     assert bool((predicted.grad[:, :2] != 0).all())
 
 
-@pytest.mark.parametrize("loss", [feature_regression, soft_cross_entropy, acceptance_loss, argmax_agreement])
+@pytest.mark.parametrize(
+    "loss", [feature_regression, soft_cross_entropy, acceptance_loss, blended_acceptance_loss, argmax_agreement]
+)
 def test_an_empty_mask_gives_zero(loss: Callable[..., torch.Tensor]) -> None:
     assert loss(torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.zeros(2, 3)).item() == 0.0
 

@@ -5,6 +5,8 @@ import types
 from dataclasses import dataclass
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from server import cli
@@ -145,6 +147,24 @@ def test_train_prints_its_report(monkeypatch, tmp_path):
     (tmp_path / "recipe.toml").write_text("x = 2")
     result = run("train", "drafter", str(tmp_path / "recipe.toml"), "--resume")
     assert json.loads(result.stdout.splitlines()[-1]) == {"final": {"loss": 2, "resumed": 1.0}}
+
+
+def test_convert_prints_what_it_wrote(tmp_path):
+    (tmp_path / "eagle").mkdir()
+    assert run("convert", str(tmp_path / "nowhere"), str(tmp_path / "out")).exit_code == 2
+    hidden, inner, vocab = 8, 12, 20
+    config = {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 2, "vocab_size": vocab}
+    (tmp_path / "eagle" / "config.json").write_text(json.dumps(config))
+    square, wide = torch.zeros(hidden, hidden), torch.zeros(inner, hidden)
+    state = {f"layers.0.self_attn.{name}_proj.weight": square.clone() for name in "qkvo"}
+    state |= {f"layers.0.mlp.{name}_proj.weight": wide.clone() for name in ("gate", "up")}
+    state["layers.0.mlp.down_proj.weight"] = torch.zeros(hidden, inner)
+    state["layers.0.post_attention_layernorm.weight"] = torch.zeros(hidden)
+    save_file(state | {"fc.weight": torch.zeros(hidden, 2 * hidden)}, tmp_path / "eagle" / "model.safetensors")
+    result = run("convert", str(tmp_path / "eagle"), str(tmp_path / "out"))
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert (report["kind"], report["output"], report["num_blocks"]) == ("eagle", str(tmp_path / "out"), 1)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_help_loads_nothing_heavy():

@@ -98,3 +98,16 @@ def test_packed_modules_are_dropped(folder: Path) -> None:
     target = NativeTarget.load(folder, "int8", 1, 16)
     assert not any(p.ndim == 2 and "layers" in name for name, p in target.model.named_parameters())
     assert target.info.num_parameters > sum(p.numel() for p in target.model.parameters())
+
+
+def test_inner_features_stay_near_transformers(save_model: Callable[..., Path]) -> None:
+    config = tiny("llama").config
+    config.num_hidden_layers = 8
+    torch.manual_seed(1)
+    folder = save_model(type(tiny_llama())(config).eval(), "native-deep")
+    targets = [TorchTarget.load(folder, "bf16", 1, 64), NativeTarget.load(folder, "bf16", 1, 64)]
+    for target in targets:
+        target.select_features(("low", "mid", "high"))
+    want, got = (target.prefill(PrefillChunk(0, PROMPT)).features.float() for target in targets)
+    for each, other in zip(want.chunk(3, dim=-1), got.chunk(3, dim=-1), strict=True):
+        assert (other - each).norm() < 0.05 * each.norm()

@@ -131,3 +131,34 @@ def test_architectures_whose_rows_mix_are_refused(save_model: Callable[..., Path
     model = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=67)).eval()
     with pytest.raises(TargetError):
         TorchTarget.load(save_model(model, "bloom"), "fp32", 1, 16)
+
+
+def test_inner_features_are_the_inputs_of_their_layers_and_leave_the_logits_alone(
+    save_model: Callable[..., Path],
+) -> None:
+    model = tiny_llama(num_layers=8)
+    target = TorchTarget.load(save_model(model, "deep"), "fp32", 2, 64)
+    assert target.info.feature_layers == ("last", "low", "mid", "high")
+    prompt = [1, 2, 3, 4, 5]
+    before = target.prefill(PrefillChunk(0, prompt))
+    target.select_features(("low", "mid", "high"))
+    result = target.prefill(PrefillChunk(1, prompt))
+    with torch.inference_mode():
+        hidden = model(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states
+    want = torch.cat([hidden[layer][0] for layer in (2, 4, 5)], dim=-1)
+    torch.testing.assert_close(result.features, want, atol=1e-3, rtol=1e-3)  # unnormalised, so of any size
+    assert torch.equal(result.logits, before.logits)
+    verified = target.verify([VerifyRows(1, 9, TREE)])
+    assert verified.features.shape == (TREE.num_rows, 3 * 64)
+    torch.testing.assert_close(verified.logits([0])[0], plain(model, [*prompt, 9])[1][-1], atol=1e-5, rtol=1e-4)
+    target.select_features(("last",))
+    target.release(1)
+    assert torch.equal(target.prefill(PrefillChunk(1, prompt)).features, before.features)
+    assert not any(layer._forward_pre_hooks for layer in model.model.layers)
+
+
+def test_a_shallow_target_has_no_inner_features(save_model: Callable[..., Path]) -> None:
+    target = TorchTarget.load(save_model(tiny_llama(), "shallow"), "fp32", 1, 16)
+    assert target.info.feature_layers == ("last",)
+    with pytest.raises(TargetError, match="no feature layers high, low; it gives last"):
+        target.select_features(("low", "high"))

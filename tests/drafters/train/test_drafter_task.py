@@ -2,8 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -147,6 +148,49 @@ def test_a_recipe_ends_in_a_drafter_that_drafts(recipe: dict[str, Any]) -> None:
     assert len(proposal) == 7
 
 
+def test_a_trimmed_vocabulary_is_the_frequent_part_and_nothing_else_is_drafted(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    frequent = [1, 5, 6, 11, 20]
+    ids = np.tile(np.array([*frequent * 3, 2, 9], dtype=np.uint16), 60)
+    np.save(tmp_path / "tokens.npy", ids)
+    recipe["drafter"]["draft_vocab_size"] = 5
+    recipe["loss"] = {"acceptance_weight": 1.0, "acceptance_form": "lambda"}
+    recipe["training"] |= {"steps": 2, "evaluate_every": 2, "save_every": 2}
+    report = train_drafter(recipe, create_source)
+    target, cpu = TinyTarget(), torch.device("cpu")
+    drafter = load_drafter(Path(report.checkpoint), target.embedding, target.embedding, cpu, torch.float32, 1, 32)
+    assert drafter.network.draft_ids is not None
+    assert drafter.network.draft_ids.tolist() == frequent
+    drafter.observe([Observation(0, target.features(torch.tensor([[1, 2, 3]]))[0], [2, 3, 4])])
+    (proposal,) = drafter.propose([DraftState(0, [1, 2, 3, 4])], Budget(rows=12, top_k=5, depth=1))
+    assert set(proposal.token_ids) <= set(frequent)
+    head = drafter.last_outputs[0] @ target.embedding[frequent].T
+    assert proposal.log_probs[0] == pytest.approx(float(head.log_softmax(0).max()), abs=1e-5)
+
+
+def test_choices_outside_a_trimmed_vocabulary_teach_nothing_and_count_as_missed() -> None:
+    whole = create_task(LossOptions())
+    torch.manual_seed(0)
+    network = DovetailNetwork(replace(whole.network.config, draft_vocab_size=VOCAB // 2))
+    network.load_state_dict({**whole.network.state_dict(), "draft_ids": torch.arange(VOCAB // 2)})
+    target, samples = TinyTarget(), cast("Any", [])
+    source = OnTheFlySource(target.features, target.embedding, target.embedding, "tiny", samples)
+    trimmed = DrafterTask(network, source, LossOptions())
+    wanted, predicted = torch.randn(1, 40, HIDDEN), torch.randn(1, 40, HIDDEN)
+    choices = (wanted[0] @ target.embedding.T).argmax(-1)
+    inside = (choices < VOCAB // 2).float()[None]
+    assert 0 < inside.sum() < 40
+    got = trimmed.step_figures(predicted, wanted, torch.ones(1, 40))
+    only_inside = trimmed.step_figures(predicted, wanted, inside)
+    torch.testing.assert_close(got["cross_entropy"], only_inside["cross_entropy"])
+    torch.testing.assert_close(
+        got["regression"], whole.step_figures(predicted, wanted, torch.ones(1, 40))["regression"]
+    )
+    right = (predicted[0] @ target.embedding[: VOCAB // 2].T).argmax(-1) == choices
+    assert got["accuracy"].item() == pytest.approx(right.float().mean().item(), abs=1e-4)
+
+
 @pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "fp32"), ("muon", "bf16")])
 def test_training_lowers_the_loss(recipe: dict[str, Any], optimizer: str, precision: str) -> None:
     recipe["drafter"] |= {"num_blocks": 2, "fusion": "dgf" if precision == "bf16" else "linear"}
@@ -188,6 +232,8 @@ def load_state(output: Path) -> dict[str, torch.Tensor]:
         ("data", {"window_length": 5000}, "one window takes 5000"),
         ("data", {"held_out_share": 1.0}, "held_out_share is 1.0"),
         ("loss", {"unrolled_steps": 0}, "unrolled_steps is 0"),
+        ("loss", {"acceptance_form": "exp"}, "'exp'; allowed are log, lambda"),
+        ("drafter", {"draft_vocab_size": 99}, "draft_vocab_size is 99; allowed are 1 to the vocabulary, 24"),
         ("lose", {"noise": 0.0}, "unknown tables lose"),
     ],
 )
