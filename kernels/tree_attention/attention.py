@@ -27,8 +27,8 @@ def tree_attention(
 ) -> Tensor:
     """Attend the slots' keys, the pass's own rows included (they must be stored already).
 
-    query [num_heads, rows, head_dim] in segment order -> the same shape. ``window`` limits a row to the last that many
-    positions (causal segments and trees alike, counted in depth); ``softcap`` squashes scores as Gemma 2 does.
+    query [..., num_heads, rows, head_dim] in segment order -> the same shape. ``window`` limits a row to the last that
+    many positions (causal segments and trees alike, counted in depth); ``softcap`` squashes scores as Gemma 2 does.
     """
     if len(segments) == 1:
         return attend(query, slots, layer, segments[0], scale, window, softcap)
@@ -36,7 +36,7 @@ def tree_attention(
     start = 0
     for segment in segments:
         rows = slice(start, start + segment.num_rows)
-        output[:, rows] = attend(query[:, rows], slots, layer, segment, scale, window, softcap)
+        output[..., rows, :] = attend(query[..., rows, :], slots, layer, segment, scale, window, softcap)
         start += segment.num_rows
     return output
 
@@ -50,18 +50,26 @@ def attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One segment of ``tree_attention``."""
+    """One segment: query [..., num_heads, n, head_dim] -> the same shape.
+
+    A single row is not folded: there is nothing to share its keys with, and its heads spread over the threads.
+    """
     views = slots.views(segment)
     keys, values = views.keys[layer], views.values[layer]
     if keys.dtype != query.dtype:
         keys, values = keys.to(query.dtype), values.to(query.dtype)
-    num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
-    bias = segment.bias(query.shape[0] // num_kv_heads, window, query.dtype, query.device)
-    folded = query.reshape(1, num_kv_heads, -1, head_dim)  # the group's heads lie side by side, n rows each
+    num_heads, num_rows, head_dim = query.shape[-3:]
+    num_kv_heads = keys.shape[1]
+    folds = num_rows > 1 or softcap is not None
+    group = num_heads // num_kv_heads if folds else 1
+    bias = segment.bias(group, window, query.dtype, query.device)
+    rows = query.reshape(1, num_kv_heads if folds else num_heads, -1, head_dim)  # a group's heads lie side by side
     if softcap is None:
-        attended = functional.scaled_dot_product_attention(folded, keys, values, bias, scale=scale)
+        attended = functional.scaled_dot_product_attention(
+            rows, keys, values, bias, scale=scale, enable_gqa=not folds and num_heads != num_kv_heads
+        )
     else:
-        attended = capped_attention(folded, keys, values, bias, scale, softcap)
+        attended = capped_attention(rows, keys, values, bias, scale, softcap)
     return attended.view(query.shape)
 
 

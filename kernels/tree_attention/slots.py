@@ -141,10 +141,10 @@ class KVSlots:
         return found
 
     def write(self, layer: int, segment: Segment, keys: Tensor, values: Tensor) -> None:
-        """Store the new rows' keys and values [num_kv_heads, n, head_dim] at the end of the segment's tail."""
+        """Store the new rows' keys and values [..., num_kv_heads, n, head_dim] at the end of the segment's tail."""
         views = self.views(segment)
-        views.new_keys[layer][0].copy_(keys)
-        views.new_values[layer][0].copy_(values)
+        views.new_keys[layer].copy_(keys)
+        views.new_values[layer].copy_(values)
 
     def keep(self, slot: int, rows: Sequence[int]) -> None:
         """Commit these rows of the tail, in order, and drop the others."""

@@ -76,17 +76,17 @@ def attend_slots(
         raise UnsupportedArchitecture("this architecture uses attention sinks, which the row attention does not know")
     layer: int = module.layer_idx  # type: ignore[assignment]
     if len(row_pass.segments) == 1:
-        row_pass.slots.write(layer, row_pass.segments[0], key[0], value[0])
+        row_pass.slots.write(layer, row_pass.segments[0], key, value)
     else:
         start = 0
         for segment in row_pass.segments:
             rows = slice(start, start + segment.num_rows)
-            row_pass.slots.write(layer, segment, key[0, :, rows], value[0, :, rows])
+            row_pass.slots.write(layer, segment, key[:, :, rows], value[:, :, rows])
             start += segment.num_rows
     row_pass.num_calls += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = tree_attention(query[0], row_pass.slots, layer, row_pass.segments, scale, sliding_window, softcap)
-    return output.transpose(0, 1).unsqueeze(0), None
+    output = tree_attention(query, row_pass.slots, layer, row_pass.segments, scale, sliding_window, softcap)
+    return output.transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION_NAME, attend_slots)
