@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -164,6 +165,9 @@ def load_engine(settings: Settings) -> Engine:
         logger.warning("no drafter is named for %s, so it decodes plainly; --drafter names one", settings.target)
         drafter_name = "none"
     drafter = load_drafter(target, folder, drafter_name, settings.drafter_device, settings.max_seqs, capacity)
+    # What is loaded stays; without this every full collection walks all of transformers' and the model's objects.
+    gc.collect()
+    gc.freeze()
     return Engine(target, drafter, EngineOptions(settings.max_seqs, context, budget))
 
 

@@ -90,6 +90,8 @@ def causal_segment(slot: int, prefix: int, num_rows: int) -> Segment:
 
 def tree_segment(slot: int, prefix: int, row_parents: Sequence[int], device: torch.device) -> Segment:
     """Rows of a tree; ``row_parents[i]`` is the row of i's parent, or -1 for a row that hangs below the prefix."""
+    if len(row_parents) == 1 and row_parents[0] < 0:
+        return causal_segment(slot, prefix, 1)
     mask = torch.eye(len(row_parents), dtype=torch.bool)
     for row, parent in enumerate(row_parents):
         if parent >= row:
