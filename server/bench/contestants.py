@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM
 
+from server.bench.hardware import compute_threads
 from server.engine.engine import Engine
 from server.engine.generate import generate
 from server.engine.request import EngineError, FinishReason, Request, SamplingParams
@@ -180,7 +181,7 @@ def create_peers(
             if name == TransformersPeer.name:
                 peers.append(TransformersPeer(folder, weights))
             else:
-                peers.append(LlamaCppPeer(folder, weights, torch.get_num_threads(), context_length))
+                peers.append(LlamaCppPeer(folder, weights, compute_threads(), context_length))
         except (PeerUnavailable, ValueError) as error:
             skipped[name] = str(error)
     return peers, skipped

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kernels.native import num_threads
 from server.launch import num_usable_cores
 
 # What decides the speed of products on a CPU.
@@ -48,7 +49,7 @@ def measure_hardware() -> Hardware:
     return Hardware(
         cpu=cpu_model(),
         cores=num_usable_cores(),
-        threads=torch.get_num_threads(),
+        threads=compute_threads(),
         instruction_sets=instruction_sets(),
         memory_gb=round(memory_bytes() / 1e9, 1),
         stream_gb_per_s=round(stream_gb_per_s(), 1),
@@ -57,6 +58,11 @@ def measure_hardware() -> Hardware:
         python=platform.python_version(),
         torch=torch.__version__,
     )
+
+
+def compute_threads() -> int:
+    """Threads the target computes with: torch's own, or the native pool's where that does the work."""
+    return max(torch.get_num_threads(), num_threads())
 
 
 def cpu_fields() -> dict[str, str]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 DECAY = 0.9
 PROBE_EVERY = 64
-FIRST_PROBE = 24
+FIRST_PROBE = 8
 PLAIN_PROBE_ROUNDS = 2
 DRAFTED_PROBE_ROUNDS = 8
+PROBE_TIME_SHARE = 0.05  # of all decoding time, at most: drafted rounds can be many times as long as plain ones
 
 
 @dataclass
@@ -18,25 +19,36 @@ class Rate:
 
     tokens: float = 0.0
     seconds: float = 0.0
+    rounds: float = 0.0
 
     def add(self, tokens: int, seconds: float) -> None:
         """Take in one round."""
         self.tokens = DECAY * self.tokens + tokens
         self.seconds = DECAY * self.seconds + seconds
+        self.rounds = DECAY * self.rounds + 1
 
     @property
     def per_second(self) -> float:
         """The moving rate; 0 before the first round."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
+    @property
+    def round_s(self) -> float:
+        """Seconds of a round; 0 before the first."""
+        return self.seconds / self.rounds if self.rounds else 0.0
+
 
 @dataclass
 class Mode:
-    """What one batch size does now, and how long since it last looked at the alternative."""
+    """What one batch size does now, and how long ago it last looked at the alternative.
+
+    since_probe_s: seconds of decoding since then.
+    """
 
     drafting: bool = True
     probe_left: int = 0
     rounds_since_probe: int = PROBE_EVERY - FIRST_PROBE
+    since_probe_s: float = 0.0
     drafted: Rate = field(default_factory=Rate)
     plain: Rate = field(default_factory=Rate)
 
@@ -44,8 +56,9 @@ class Mode:
 class DraftGuard:
     """Chooses between drafted and plain rounds, apart for every number of requests in the batch.
 
-    It drafts until a probe of plain rounds says otherwise; every 64 rounds the mode not in use gets a short, freshly
-    measured probe, because texts and load change. Constants are ours.
+    It drafts until a probe of plain rounds says otherwise; from time to time, 64 rounds apart at least and for a
+    twentieth of the time at most, the mode not in use gets a short, freshly measured probe, because texts and load
+    change. Constants are ours.
     """
 
     def __init__(self) -> None:
@@ -66,9 +79,18 @@ class DraftGuard:
                 mode.drafting = mode.drafted.per_second >= mode.plain.per_second
             return
         mode.rounds_since_probe += 1
-        if mode.rounds_since_probe >= PROBE_EVERY:
-            mode.rounds_since_probe = 0
-            if mode.drafting:
-                mode.plain, mode.probe_left = Rate(), PLAIN_PROBE_ROUNDS
-            else:
-                mode.drafted, mode.probe_left = Rate(), DRAFTED_PROBE_ROUNDS
+        mode.since_probe_s += seconds
+        self.begin_probe_if_due(mode)
+
+    def begin_probe_if_due(self, mode: Mode) -> None:
+        """Let the mode not in use run for a few rounds, measured afresh, when its time has come and is affordable."""
+        num_rounds = PLAIN_PROBE_ROUNDS if mode.drafting else DRAFTED_PROBE_ROUNDS
+        other = mode.plain if mode.drafting else mode.drafted
+        is_affordable = num_rounds * other.round_s <= PROBE_TIME_SHARE * mode.since_probe_s
+        if mode.rounds_since_probe < PROBE_EVERY or not is_affordable:
+            return
+        mode.rounds_since_probe, mode.since_probe_s, mode.probe_left = 0, 0.0, num_rounds
+        if mode.drafting:
+            mode.plain = Rate()
+        else:
+            mode.drafted = Rate()

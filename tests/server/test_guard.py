@@ -24,11 +24,19 @@ def test_good_drafting_stays_on_and_probes_cost_little() -> None:
     assert sum(chosen) / len(chosen) > 0.95
 
 
+def test_probes_of_slow_drafts_cost_a_twentieth_of_the_time() -> None:
+    guard = DraftGuard()
+    play(1, 0.1, 0.001, 60, guard)
+    later = play(1, 0.1, 0.001, 20_000, guard)
+    drafted_s = 0.1 * sum(later)
+    assert 0 < drafted_s < 0.051 * (drafted_s + 0.001 * (len(later) - sum(later)))
+
+
 def test_it_changes_its_mind_when_the_text_changes() -> None:
     guard = DraftGuard()
     play(1, 0.02, 0.01, 200, guard)
     assert not guard.modes[1].drafting
-    play(4, 0.02, 0.01, 2 * PROBE_EVERY + 20, guard)
+    play(4, 0.02, 0.01, 8 * PROBE_EVERY, guard)
     assert guard.modes[1].drafting
 
 
