@@ -31,7 +31,7 @@ def target() -> TorchTarget:
 
 @pytest.fixture(scope="module")
 def drafter(target: TorchTarget) -> Drafter:
-    drafter = load_drafter(target, None, "cpu", 4, CAPACITY)
+    drafter = load_drafter(target, ASSETS / "target", None, "cpu", 4, CAPACITY)
     assert drafter is not None
     return drafter
 
