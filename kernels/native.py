@@ -52,7 +52,8 @@ def library() -> ctypes.CDLL | None:
     path = next((file for suffix in EXTENSION_SUFFIXES if (file := folder / f"_native{suffix}").exists()), None)
     if path is None:
         logger.warning(
-            "native kernels are not built: low-bit weights run on the plain torch reference, tens of times slower. "
+            "native kernels are not built: low-bit products run on the plain torch reference, tens of times slower, "
+            "and targets in int8 or int4 cannot be served. "
             "With a C++20 compiler at hand, `pip install --editable .` builds them in seconds."
         )
         return None
