@@ -23,7 +23,8 @@ NATIVE = Extension(
         "-fvisibility=hidden",
         "-pthread",
         "-Wall",
-        "-Wno-maybe-uninitialized",
+        "-Wno-maybe-uninitialized",  # both: GCC 12 warns inside its own AVX-512 headers
+        "-Wno-uninitialized",
     ],
     extra_link_args=["-pthread"],
     language="c++",

@@ -16,6 +16,8 @@ from kernels.tree_attention import KVSlots, Segment
 
 _ROWS_TOGETHER = 64  # rows of a causal segment that attend together: bounds their scores, and gives threads pieces
 
+_CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # `CacheFormat` of csrc/attention.h
+
 
 class _SegmentDescriptor(ctypes.Structure):
     """`struct Segment` of csrc/layer.cpp."""
@@ -33,8 +35,28 @@ class _PassDescriptor(ctypes.Structure):
         ("segments", ctypes.POINTER(_SegmentDescriptor)),
         ("num_segments", ctypes.c_int32), ("num_rows", ctypes.c_int32),
         ("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p),
-        ("capacity", ctypes.c_int64), ("bf16", ctypes.c_int32),
+        ("capacity", ctypes.c_int64), ("format", ctypes.c_int32),
     ]  # fmt: skip
+
+
+class _SlotsDescriptor(ctypes.Structure):
+    """`struct LayerSlots` of csrc/layer.cpp."""
+
+    _fields_ = [
+        ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p),
+        ("key_scales", ctypes.c_void_p), ("value_scales", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+def _layer_slots(slots: KVSlots) -> list[_SlotsDescriptor]:
+    """Where each layer's keys, values and scales lie."""
+    stores = (slots.keys, slots.values, slots.key_scales, slots.value_scales)
+    starts = [None if store is None else store.data_ptr() for store in stores]
+    steps = [0 if store is None else store.stride(0) * store.element_size() for store in stores]
+    return [
+        _SlotsDescriptor(*(None if at is None else at + layer * step for at, step in zip(starts, steps, strict=True)))
+        for layer in range(slots.keys.shape[0])
+    ]
 
 
 class LayerPass:
@@ -48,8 +70,10 @@ class LayerPass:
         self.num_rows = sum(segment.num_rows for segment in segments)
         for segment in segments:
             slots.check(segment)
-        if slots.keys.dtype not in (torch.float32, torch.bfloat16) or slots.keys.device.type != "cpu":
-            raise ValueError(f"KV slots must be fp32 or bf16 on the CPU, got {slots.keys.dtype} on {slots.keys.device}")
+        if slots.keys.dtype not in _CACHE_FORMATS or slots.keys.device.type != "cpu":
+            raise ValueError(
+                f"KV slots must be fp32, bf16 or int8 on the CPU, got {slots.keys.dtype} on {slots.keys.device}"
+            )
         head_dim = slots.keys.shape[-1]
         if cosine.shape != (self.num_rows, head_dim) or sine.shape != cosine.shape:
             raise ValueError(
@@ -57,6 +81,7 @@ class LayerPass:
                 f"got {list(cosine.shape)} and {list(sine.shape)}"
             )
         self.slots = slots
+        self.layer_slots = _layer_slots(slots)
         self._cosine, self._sine = (table.detach().float().contiguous() for table in (cosine, sine))
         pieces = [piece for segment in segments for piece in _pieces(segment)]
         self._masks = [_mask_bytes(piece) for piece in pieces]
@@ -69,7 +94,7 @@ class LayerPass:
         ]  # fmt: skip
         self.descriptor = _PassDescriptor(
             (_SegmentDescriptor * len(described))(*described), len(described), self.num_rows,
-            self._cosine.data_ptr(), self._sine.data_ptr(), slots.capacity, int(slots.keys.dtype == torch.bfloat16),
+            self._cosine.data_ptr(), self._sine.data_ptr(), slots.capacity, _CACHE_FORMATS[slots.keys.dtype],
         )  # fmt: skip
 
 
@@ -111,7 +136,7 @@ def decoder_layer(hidden: Tensor, layer: PackedDecoderLayer, layer_index: int, r
         )
     native.dovetail_decoder_layer(
         ctypes.byref(layer.descriptor), ctypes.byref(row_pass.descriptor),
-        slots.keys[layer_index].data_ptr(), slots.values[layer_index].data_ptr(), hidden.data_ptr(),
+        ctypes.byref(row_pass.layer_slots[layer_index]), hidden.data_ptr(),
     )  # fmt: skip
 
 

@@ -54,10 +54,7 @@ def attend(
 
     A single row is not folded: there is nothing to share its keys with, and its heads spread over the threads.
     """
-    views = slots.views(segment)
-    keys, values = views.keys[layer], views.values[layer]
-    if keys.dtype != query.dtype:
-        keys, values = keys.to(query.dtype), values.to(query.dtype)
+    keys, values = slots.views(segment).attended(layer, query.dtype)
     num_heads, num_rows, head_dim = query.shape[-3:]
     num_kv_heads = keys.shape[1]
     folds = num_rows > 1 or softcap is not None

@@ -18,8 +18,8 @@ def tree_attention_reference(
     group = query.shape[0] // slots.keys.shape[2]
     row = 0
     for segment in segments:
-        keys = slots.keys[layer, segment.slot].repeat_interleave(group, dim=0)[:, : segment.num_keys].double()
-        values = slots.values[layer, segment.slot].repeat_interleave(group, dim=0)[:, : segment.num_keys].double()
+        attended = slots.views(segment).attended(layer, torch.float64)
+        keys, values = (part[0].repeat_interleave(group, dim=0) for part in attended)
         for i in range(segment.num_rows):
             seen = torch.ones(segment.num_keys, dtype=torch.bool, device=query.device)
             if segment.tail_mask is None:

@@ -13,19 +13,31 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+SMALLEST_MAGNITUDE = 1e-30  # below it a row of int8 counts as zero: 127 / largest would overflow
+
 
 @dataclass(frozen=True)
 class SegmentViews:
     """Where a segment lives in the slots, for all layers: what it attends, and the part its new rows are stored in.
 
-    For each layer [1, num_kv_heads, rows, head_dim]. Made once a pass, because slicing anew in every layer costs as
-    much as the attention itself at one row.
+    For each layer [1, num_kv_heads, rows, head_dim]; the scales of int8 rows [1, num_kv_heads, rows, 1], else none.
+    Made once a pass, because slicing anew in every layer costs as much as the attention itself at one row.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     new_keys: tuple[Tensor, ...]
     new_values: tuple[Tensor, ...]
+    key_scales: tuple[Tensor, ...] = ()
+    value_scales: tuple[Tensor, ...] = ()
+
+    def attended(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values as numbers of `dtype`."""
+        keys, values = self.keys[layer], self.values[layer]
+        if self.key_scales:
+            key_scale, value_scale = self.key_scales[layer], self.value_scales[layer]
+            return (keys * key_scale).to(dtype), (values * value_scale).to(dtype)
+        return keys.to(dtype), values.to(dtype)
 
 
 class SlotError(ValueError):
@@ -101,10 +113,27 @@ def tree_segment(slot: int, prefix: int, row_parents: Sequence[int], device: tor
     return Segment(slot, prefix, len(row_parents), mask.to(device))
 
 
+def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [..., head_dim] as signed bytes of the same shape and one fp32 scale each [...]: row = bytes * scale.
+
+    The scale takes the row's largest magnitude to 127. A row that is not finite gets the scale NaN, one that is nearly
+    zero the scale 0.
+    """
+    rows = rows.float()
+    largest = rows.abs().amax(dim=-1)
+    finite, counts = largest.isfinite(), largest > SMALLEST_MAGNITUDE
+    inverse = torch.where(finite & counts, 127.0 / largest, 0.0)
+    scale = torch.where(finite, torch.where(counts, largest / 127.0, 0.0), torch.nan)
+    scaled = (rows * inverse[..., None]).round()
+    return torch.where(finite[..., None], scaled, 0.0).to(torch.int8), scale
+
+
 class KVSlots:
     """Keys and values [num_layers, num_slots, num_kv_heads, capacity, head_dim], and every slot's length.
 
-    One tensor for all layers, so that keeping a path is one gather instead of one for each layer.
+    One tensor for all layers, so that keeping a path is one gather instead of one for each layer. With `dtype` int8 a
+    row of a head is `quantise_rows` of it, with its scales in key_scales and value_scales [num_layers, num_slots,
+    num_kv_heads, capacity]; else those are None.
     """
 
     def __init__(
@@ -122,7 +151,19 @@ class KVSlots:
         self.num_slots = num_slots
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.key_scales = torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None
+        self.value_scales = torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None
         self.lengths = [0] * num_slots
+
+    @property
+    def stores(self) -> list[Tensor]:
+        """All tensors; rows are their fourth dimension."""
+        return [s for s in (self.keys, self.values, self.key_scales, self.value_scales) if s is not None]
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Memory that one position of one slot takes, over all layers."""
+        return sum(store[:, 0, :, 0].numel() * store.element_size() for store in self.stores)
 
     def check(self, segment: Segment) -> None:
         """Refuse a segment that does not fit its slot."""
@@ -139,11 +180,17 @@ class KVSlots:
             keys, values = self.keys[:, slot, :, :end], self.values[:, slot, :, :end]
             tail = slice(end - segment.num_rows, end)
             parts = (keys, values, keys[:, :, :, tail], values[:, :, :, tail])
-            found = segment.views[id(self)] = SegmentViews(*(part.unbind(0) for part in parts))
+            scales = [s[:, slot, :, :end, None].unbind(0) for s in (self.key_scales, self.value_scales) if s is not None]
+            found = segment.views[id(self)] = SegmentViews(*(part.unbind(0) for part in parts), *scales)
         return found
 
     def write(self, layer: int, segment: Segment, keys: Tensor, values: Tensor) -> None:
         """Store the new rows' keys and values [..., num_kv_heads, n, head_dim] at the end of the segment's tail."""
+        if self.key_scales is not None and self.value_scales is not None:
+            tail = slice(segment.num_keys - segment.num_rows, segment.num_keys)
+            for store, scales, rows in ((self.keys, self.key_scales, keys), (self.values, self.value_scales, values)):
+                store[layer, segment.slot, :, tail], scales[layer, segment.slot, :, tail] = quantise_rows(rows)
+            return
         views = self.views(segment)
         views.new_keys[layer].copy_(keys)
         views.new_values[layer].copy_(values)
@@ -155,7 +202,7 @@ class KVSlots:
             raise SlotError(f"rows {list(rows)} of slot {slot} are not in rising order, as rows of a path are")
         if list(rows) != list(range(len(rows))):
             source = torch.tensor(rows, device=self.keys.device) + length
-            for store in (self.keys, self.values):
+            for store in self.stores:
                 store[:, slot, :, length : length + len(rows)] = store[:, slot].index_select(2, source)
         self.lengths[slot] = length + len(rows)
 
@@ -163,7 +210,7 @@ class KVSlots:
         """Copy the first ``length`` committed rows of ``source`` into ``slot``."""
         if length > self.lengths[source]:
             raise SlotError(f"slot {source} has {self.lengths[source]} committed rows; {length} are asked for")
-        for store in (self.keys, self.values):
+        for store in self.stores:
             store[:, slot, :, :length] = store[:, source, :, :length]
         self.lengths[slot] = length
 

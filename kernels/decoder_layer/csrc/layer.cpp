@@ -46,23 +46,33 @@ struct Pass {
   const float* cosine;  // [num_rows, rotary_dim]
   const float* sine;
   int64_t capacity;  // rows of a slot
-  int32_t bf16;      // of the KV slots; else fp32
+  int32_t format;    // CacheFormat of the KV slots
+};
+
+// One layer's KV slots: keys and values [slots, kv_heads, capacity, head_dim], scales [slots, kv_heads, capacity] or null.
+struct LayerSlots {
+  void* keys;
+  void* values;
+  float* key_scales;
+  float* value_scales;
 };
 
 namespace {
 
 class Runner {
  public:
-  void run(Pool& pool, const Layer& layer, const Pass& pass, void* keys, void* values, float* hidden);
+  void run(Pool& pool, const Layer& layer, const Pass& pass, const LayerSlots& slots, float* hidden);
   void argmax(Pool& pool, const Packed& head, const float* x, int64_t rows, int64_t* ids, float* logits);
 
  private:
   void linear_with_bias(Pool& pool, const Packed& w, const float* x, int64_t stride, int rows, const float* bias, std::vector<float>& y);
-  void place_rows(Pool& pool, const Layer& layer, const Pass& pass, void* keys, void* values);
-  void attend(Pool& pool, const Layer& layer, const Pass& pass, const void* keys, const void* values);
+  void place_rows(Pool& pool, const Layer& layer, const Pass& pass, const LayerSlots& slots);
+  void attend_rows(Pool& pool, const Layer& layer, const Pass& pass, const LayerSlots& slots);
 
   Workspace workspace_;
   std::vector<float> normal_, qkv_, projected_, gate_up_, middle_;
+  std::vector<AttendTask> tasks_;
+  AlignedFloats partials_;
 };
 
 // Rows that a thread takes at a time, so that waking it is worth while.
@@ -85,14 +95,9 @@ void normalise_rows(Pool& pool, const float* x, const float* weight, float epsil
   for_rows(pool, rows, width, [&](int64_t r) { math.normalise(x + r * width, weight, epsilon, static_cast<int>(width), out + r * width); });
 }
 
-void store(const float* from, int width, bool bf16, void* to, int64_t at) {
-  if (bf16) {
-    uint16_t* out = static_cast<uint16_t*>(to) + at;
-    for (int i = 0; i < width; ++i) out[i] = round_bf16(from[i]);
-  } else {
-    std::memcpy(static_cast<float*>(to) + at, from, static_cast<size_t>(width) * sizeof(float));
-  }
-}
+uint8_t* row_at(void* rows, int64_t row, int width, CacheFormat format) { return static_cast<uint8_t*>(rows) + row * width * element_bytes(format); }
+
+float* scale_at(float* scales, int64_t row) { return scales == nullptr ? nullptr : scales + row; }
 
 // Where each row of the pass goes: its slot and its place there.
 struct Place {
@@ -115,55 +120,50 @@ void Runner::linear_with_bias(Pool& pool, const Packed& w, const float* x, int64
   for (int row = 0; row < rows; ++row) add(bias, w.out, y.data() + row * w.out);
 }
 
-// Norms and rotates queries and keys; writes keys and values to their slots. Queries stay in qkv_, scaled.
-void Runner::place_rows(Pool& pool, const Layer& layer, const Pass& pass, void* keys, void* values) {
+// Norms and rotates queries and keys; writes keys and values to their slots. Queries stay in qkv_.
+void Runner::place_rows(Pool& pool, const Layer& layer, const Pass& pass, const LayerSlots& slots) {
   const LayerMath& math = layer_math();
   const int width = layer.head_dim;
+  const CacheFormat format{pass.format};
   const std::vector<Place> place = places(pass);
   for_rows(pool, pass.num_rows, layer.qkv.out, [&](int64_t r) {
     float* row = qkv_.data() + r * layer.qkv.out;
     for (int head = 0; head < layer.num_heads + layer.num_kv_heads; ++head) {
       float* x = row + head * width;
-      const bool is_query = head < layer.num_heads;
-      const float* norm = is_query ? layer.query_norm : layer.key_norm;
+      const float* norm = head < layer.num_heads ? layer.query_norm : layer.key_norm;
       if (norm != nullptr) math.normalise(x, norm, layer.epsilon, width, x);
       math.rotate(x, pass.cosine + r * layer.rotary_dim, pass.sine + r * layer.rotary_dim, layer.rotary_dim);
-      for (int i = 0; is_query && i < width; ++i) x[i] *= layer.scale;
     }
     for (int head = 0; head < layer.num_kv_heads; ++head) {
-      const int64_t at = ((place[r].slot * layer.num_kv_heads + head) * pass.capacity + place[r].position) * width;
+      const int64_t at = (place[r].slot * layer.num_kv_heads + head) * pass.capacity + place[r].position;
       const float* key = row + (layer.num_heads + head) * width;
-      store(key, width, pass.bf16 != 0, keys, at);
-      store(key + layer.num_kv_heads * width, width, pass.bf16 != 0, values, at);
+      math.store_row(key, width, format, row_at(slots.keys, at, width, format), scale_at(slots.key_scales, at));
+      math.store_row(key + layer.num_kv_heads * width, width, format, row_at(slots.values, at, width, format), scale_at(slots.value_scales, at));
     }
   });
 }
 
-void Runner::attend(Pool& pool, const Layer& layer, const Pass& pass, const void* keys, const void* values) {
-  const LayerMath& math = layer_math();
+// A row's attended heads take the place of its queries.
+void Runner::attend_rows(Pool& pool, const Layer& layer, const Pass& pass, const LayerSlots& slots) {
+  const int width = layer.head_dim;
   const int group = layer.num_heads / layer.num_kv_heads;
-  const int64_t stride = layer.qkv.out;
-  std::vector<int64_t> first_rows;
-  for (int64_t s = 0, row = 0; s < pass.num_segments; row += pass.segments[s++].num_rows) first_rows.push_back(row);
-  // A row's attended heads take the place of its queries: a task reads all of its queries before it writes.
-  auto body = [&](int64_t begin, int64_t end) {
-    thread_local std::vector<float> scratch;
-    for (int64_t item = begin; item < end; ++item) {
-      const Segment& s = pass.segments[item / layer.num_kv_heads];
-      const int64_t head = item % layer.num_kv_heads;
-      const int64_t at = (s.slot * layer.num_kv_heads + head) * pass.capacity * layer.head_dim * (pass.bf16 ? 2 : 4);
-      float* rows = qkv_.data() + first_rows[item / layer.num_kv_heads] * stride + head * group * layer.head_dim;
-      const AttendTask task{static_cast<const uint8_t*>(keys) + at, static_cast<const uint8_t*>(values) + at, pass.bf16 != 0,
-                            layer.head_dim, s.prefix, s.tail, s.num_rows, s.mask, group, rows, rows, stride};
-      const size_t wanted = static_cast<size_t>(attend_scratch(task));
-      if (scratch.size() < wanted) scratch.resize(wanted);
-      math.attend(task, scratch.data());
+  const CacheFormat format{pass.format};
+  tasks_.clear();
+  float* rows = qkv_.data();
+  for (const Segment* s = pass.segments; s < pass.segments + pass.num_segments; ++s) {
+    for (int64_t head = 0; head < layer.num_kv_heads; ++head) {
+      const int64_t at = (s->slot * layer.num_kv_heads + head) * pass.capacity;
+      float* queries = rows + head * group * width;
+      tasks_.push_back({{row_at(slots.keys, at, width, format), scale_at(slots.key_scales, at)},
+                        {row_at(slots.values, at, width, format), scale_at(slots.value_scales, at)},
+                        format, width, s->prefix, s->tail, s->num_rows, s->mask, group, layer.scale, queries, queries, layer.qkv.out});
     }
-  };
-  pool.run(int64_t{pass.num_segments} * layer.num_kv_heads, 1, body);
+    rows += int64_t{s->num_rows} * layer.qkv.out;
+  }
+  attend(pool, partials_, tasks_);
 }
 
-void Runner::run(Pool& pool, const Layer& layer, const Pass& pass, void* keys, void* values, float* hidden) {
+void Runner::run(Pool& pool, const Layer& layer, const Pass& pass, const LayerSlots& slots, float* hidden) {
   const LayerMath& math = layer_math();
   const int rows = pass.num_rows;
   const int64_t width = layer.qkv.in;
@@ -171,8 +171,8 @@ void Runner::run(Pool& pool, const Layer& layer, const Pass& pass, void* keys, v
   normal_.resize(static_cast<size_t>(rows * width));
   normalise_rows(pool, hidden, layer.input_norm, layer.epsilon, rows, width, normal_.data());
   linear_with_bias(pool, layer.qkv, normal_.data(), width, rows, layer.qkv_bias, qkv_);
-  place_rows(pool, layer, pass, keys, values);
-  attend(pool, layer, pass, keys, values);
+  place_rows(pool, layer, pass, slots);
+  attend_rows(pool, layer, pass, slots);
   linear_with_bias(pool, layer.output, qkv_.data(), layer.qkv.out, rows, layer.output_bias, projected_);
   for_rows(pool, rows, width, [&](int64_t r) {
     add(projected_.data() + r * width, width, hidden + r * width);
@@ -243,11 +243,11 @@ extern "C" {
 
 using namespace dovetail;
 
-// hidden [num_rows, hidden] is read and replaced; keys and values are this layer's slots [slots, kv_heads, capacity, head_dim].
-void dovetail_decoder_layer(const Layer* layer, const Pass* pass, void* keys, void* values, float* hidden) {
+// hidden [num_rows, hidden] is read and replaced.
+void dovetail_decoder_layer(const Layer* layer, const Pass* pass, const LayerSlots* slots, float* hidden) {
   Pool& pool = Pool::instance();
   const std::lock_guard<std::mutex> lock(pool.caller());
-  runner().run(pool, *layer, *pass, keys, values, hidden);
+  runner().run(pool, *layer, *pass, *slots, hidden);
 }
 
 // The id and value of the largest of each row's products, without the matrix of all of them.

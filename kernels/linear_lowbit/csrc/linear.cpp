@@ -144,7 +144,7 @@ extern "C" {
 using namespace dovetail;
 
 // What dovetail_abi answers: raised with every change of a structure or signature below.
-int dovetail_abi() { return 1; }
+int dovetail_abi() { return 2; }
 
 const char* dovetail_instruction_set() { return instruction_set().name; }
 
