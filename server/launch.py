@@ -75,7 +75,9 @@ def num_usable_cores() -> int:
     return cores
 
 
-def load_target(folder: Path, weights: str, num_slots: int, capacity: int, threads: int | None) -> TorchTarget:
+def load_target(
+    folder: Path, weights: str, num_slots: int, capacity: int, threads: int | None, kv_cache: str | None = None
+) -> TorchTarget:
     """The target with ``capacity`` rows a slot; ``threads`` None takes every usable core."""
     import torch
 
@@ -86,10 +88,16 @@ def load_target(folder: Path, weights: str, num_slots: int, capacity: int, threa
     num_threads = threads or num_usable_cores()
     torch.set_num_threads(num_threads)
     set_num_threads(num_threads)
-    target = load(folder, weights, num_slots, capacity)
+    target = load(folder, weights, num_slots, capacity, kv_cache)
     if isinstance(target, NativeTarget):
         # The heavy work has a pool of its own; torch's threads would only fight it for the cores.
         torch.set_num_threads(1)
+    slots = target.slots
+    logger.info(
+        "KV cache: %s, %d bytes a position, %.1f MiB for %d slots of %d positions",
+        str(slots.keys.dtype).removeprefix("torch."), slots.bytes_per_position,
+        slots.bytes_per_position * capacity * num_slots / 2**20, num_slots, capacity,
+    )  # fmt: skip
     return target
 
 
@@ -159,7 +167,7 @@ def load_engine(settings: Settings) -> Engine:
     )
     # A full tree may hang below the last position; the drafter also keeps every row it expanded.
     capacity = context + max(budget.rows, budget.top_k * budget.depth)
-    target = load_target(folder, settings.weights, settings.max_seqs, capacity, settings.threads)
+    target = load_target(folder, settings.weights, settings.max_seqs, capacity, settings.threads, settings.kv_cache)
     drafter_name = settings.drafter
     if drafter_name is None and settings.target is not None:
         logger.warning("no drafter is named for %s, so it decodes plainly; --drafter names one", settings.target)

@@ -51,6 +51,9 @@ class Settings(BaseSettings):
         "(n-grams in the drafter's trees), or 'none'.",
     )
     weights: Literal["fp32", "bf16", "int8", "int4"] = Field("fp32", description="How the target's weights are held.")
+    kv_cache: Literal["bf16", "int8"] | None = Field(
+        None, description="How keys and values are held; nothing: fp32 beside fp32 weights, else bf16."
+    )
     drafter_device: str = Field("auto", description="auto, cpu or cuda:N.")
     vram: Bytes | None = Field(None, gt=0, description="GPU memory that may be used, such as 3GiB.")
     host: str = Field("127.0.0.1", description="Address to listen on.")

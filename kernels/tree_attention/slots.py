@@ -180,7 +180,9 @@ class KVSlots:
             keys, values = self.keys[:, slot, :, :end], self.values[:, slot, :, :end]
             tail = slice(end - segment.num_rows, end)
             parts = (keys, values, keys[:, :, :, tail], values[:, :, :, tail])
-            scales = [s[:, slot, :, :end, None].unbind(0) for s in (self.key_scales, self.value_scales) if s is not None]
+            scales = [
+                s[:, slot, :, :end, None].unbind(0) for s in (self.key_scales, self.value_scales) if s is not None
+            ]
             found = segment.views[id(self)] = SegmentViews(*(part.unbind(0) for part in parts), *scales)
         return found
 

@@ -44,13 +44,15 @@ class RowPass:
             )
 
 
-def create_slots(model: Any, num_slots: int, capacity: int, device: torch.device) -> KVSlots:
-    """Slots of the model's own shape and type; ``capacity`` counts the rows a slot can hold."""
+def create_slots(
+    model: Any, num_slots: int, capacity: int, device: torch.device, dtype: torch.dtype | None = None
+) -> KVSlots:
+    """Slots of the model's own shape, and of its own type if none is given; ``capacity`` counts rows of a slot."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    dtype = next(model.parameters()).dtype
+    dtype = dtype or next(model.parameters()).dtype
     return KVSlots(num_slots, capacity, config.num_hidden_layers, kv_heads, head_dim, dtype, device)
 
 

@@ -21,6 +21,7 @@ Target = Annotated[str | None, typer.Argument(help=Settings.model_fields["target
 Drafter = Annotated[str | None, flag("drafter")]
 DrafterDevice = Annotated[str | None, flag("drafter_device")]
 Weights = Annotated[str | None, flag("weights")]
+KVCache = Annotated[str | None, flag("kv_cache")]
 Vram = Annotated[str | None, flag("vram")]
 Threads = Annotated[int | None, flag("threads")]
 Context = Annotated[int | None, flag("context")]

@@ -58,8 +58,10 @@ class NativeHead(LogitsHead):
 class NativeTarget(TorchTarget):
     """A ``TorchTarget`` whose decoder layers and head run natively. Hidden states are fp32 between the layers."""
 
-    def __init__(self, model: Any, name: str, weights: str, num_slots: int, capacity: int) -> None:
-        super().__init__(model, name, weights, num_slots, capacity)
+    def __init__(
+        self, model: Any, name: str, weights: str, num_slots: int, capacity: int, kv_cache: str | None = None
+    ) -> None:
+        super().__init__(model, name, weights, num_slots, capacity, kv_cache)
         bits = BITS[weights]
         self.head = NativeHead(model, pack(self.lm_head(), max(bits, HEAD_BITS)))
         self.layers = []
@@ -69,7 +71,9 @@ class NativeTarget(TorchTarget):
             layers[index] = nn.Identity()
 
     @classmethod
-    def load(cls, folder: Path, weights: str, num_slots: int, capacity: int) -> NativeTarget:
+    def load(
+        cls, folder: Path, weights: str, num_slots: int, capacity: int, kv_cache: str | None = None
+    ) -> NativeTarget:
         """Load a folder of safetensors and pack it. Errors: TargetError naming file or setting, UnsupportedLayer."""
         if weights not in BITS:
             raise TargetError(f"weights {weights!r} have no native form; allowed are {', '.join(BITS)}")
@@ -83,7 +87,7 @@ class NativeTarget(TorchTarget):
             check_layer(layer)
         reference = TorchTarget(model, folder.name, "bf16", 1, 4)
         reference.self_check()
-        return cls(model, folder.name, weights, num_slots, capacity)
+        return cls(model, folder.name, weights, num_slots, capacity, kv_cache)
 
     @torch.inference_mode()
     def _forward(self, segments: Sequence[Segment], token_ids: list[int], positions: list[int]) -> Tensor:
@@ -101,16 +105,16 @@ class NativeTarget(TorchTarget):
         return features
 
 
-def load_target(folder: Path, weights: str, num_slots: int, capacity: int) -> TorchTarget:
+def load_target(folder: Path, weights: str, num_slots: int, capacity: int, kv_cache: str | None = None) -> TorchTarget:
     """The fastest target that serves ``weights``: native where kernels and architecture allow, else transformers'.
 
     fp32 always runs transformers' own layers: it is what everything else is compared with.
     """
     if weights in BITS and (native.library() is not None or weights != "bf16"):
         try:
-            return NativeTarget.load(folder, weights, num_slots, capacity)
+            return NativeTarget.load(folder, weights, num_slots, capacity, kv_cache)
         except UnsupportedLayer as error:
             if weights != "bf16":
                 raise TargetError(f"{folder} cannot be served in {weights}: {error}; use bf16 or fp32") from error
             logger.info("%s runs on transformers' own layers: %s", folder.name, error)
-    return TorchTarget.load(folder, weights, num_slots, capacity)
+    return TorchTarget.load(folder, weights, num_slots, capacity, kv_cache)

@@ -26,6 +26,7 @@ from server.targets.target import PrefillChunk, Prefilled, TargetError, TargetIn
 logger = logging.getLogger(__name__)
 
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KV_CACHES = {"bf16": torch.bfloat16, "int8": torch.int8}
 
 
 class TorchVerified:
@@ -102,8 +103,13 @@ def load_transformers_model(folder: Path, dtype: torch.dtype) -> Any:
 class TorchTarget:
     """A target run by transformers on the CPU; see ``Target`` for the methods' meaning."""
 
-    def __init__(self, model: Any, name: str, weights: str, num_slots: int, capacity: int) -> None:
-        """``model`` must have been created with ``ATTENTION_NAME``; ``capacity`` counts rows a slot can hold."""
+    def __init__(
+        self, model: Any, name: str, weights: str, num_slots: int, capacity: int, kv_cache: str | None = None
+    ) -> None:
+        """``model`` must have been created with ``ATTENTION_NAME``; ``capacity`` counts rows a slot can hold.
+
+        ``kv_cache`` is one of ``KV_CACHES``; None holds keys and values in the model's own type.
+        """
         config = model.config.get_text_config()
         for setting in (
             "vocab_size",
@@ -119,7 +125,7 @@ class TorchTarget:
                 )
         self.model = model.eval().requires_grad_(False)
         self.head = LogitsHead(model)
-        self.slots = create_slots(model, num_slots, capacity, CPU)
+        self.slots = create_slots(model, num_slots, capacity, CPU, None if kv_cache is None else KV_CACHES[kv_cache])
         self.tap = FeatureTap(model.base_model, config.num_hidden_layers)
         self.info = TargetInfo(
             name=name,
@@ -134,12 +140,14 @@ class TorchTarget:
         )
 
     @classmethod
-    def load(cls, folder: Path, weights: str, num_slots: int, capacity: int) -> TorchTarget:
+    def load(
+        cls, folder: Path, weights: str, num_slots: int, capacity: int, kv_cache: str | None = None
+    ) -> TorchTarget:
         """Load a folder of safetensors. Errors: TargetError naming the file or setting that is wrong."""
         if weights not in WEIGHTS:
             raise TargetError(f"weights {weights!r} are not available; allowed are {', '.join(WEIGHTS)}")
         model = load_transformers_model(folder, WEIGHTS[weights])
-        target = cls(model, folder.name, weights, num_slots, capacity)
+        target = cls(model, folder.name, weights, num_slots, capacity, kv_cache)
         try:
             target.self_check()
         except UnsupportedArchitecture as error:

@@ -5,6 +5,7 @@ import torch
 
 from kernels.tree_attention import KVSlots, Segment, SlotError, causal_segment, tree_attention, tree_segment
 from kernels.tree_attention.reference import tree_attention_reference
+from kernels.tree_attention.slots import quantise_rows
 
 CPU = torch.device("cpu")
 
@@ -98,3 +99,41 @@ def test_misuse_is_refused_by_name() -> None:
         slots.fork(0, 1, 1)
     with pytest.raises(SlotError, match="parent"):
         tree_segment(0, 0, [-1, 2, 0], CPU)
+
+
+def test_int8_rows_are_near_what_they_hold() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(3, 5, 64)
+    rows[0, 0], rows[0, 1] = 0.0, 1e-38
+    rows[1, 2, 7] = float("inf")
+    quantised, scale = quantise_rows(rows)
+    assert quantised.dtype == torch.int8 and scale.shape == (3, 5)
+    assert scale[1, 2].isnan() and scale[0, :2].tolist() == [0.0, 0.0] and not quantised[0, :2].any()
+    error = (quantised * scale[..., None] - rows).abs().amax(-1)
+    usual = torch.ones(3, 5, dtype=torch.bool)
+    usual[1, 2] = usual[0, 0] = usual[0, 1] = False
+    assert (error[usual] <= 0.5001 * scale[usual]).all()
+
+
+def test_int8_slots_store_attend_keep_and_fork() -> None:
+    torch.manual_seed(0)
+    slots = KVSlots(2, 40, 2, 2, 8, torch.int8, CPU)
+    plain = KVSlots(2, 40, 2, 2, 8, torch.float32, CPU)
+    segment = tree_segment(1, 0, random_parents(9), CPU)
+    keys, values, query = torch.randn(2, 9, 8), torch.randn(2, 9, 8), torch.randn(4, 9, 8)
+    for each in (slots, plain):
+        each.write(1, segment, keys, values)
+    got = tree_attention(query, slots, 1, [segment], 0.3)
+    torch.testing.assert_close(got, tree_attention_reference(query, slots, 1, [segment], 0.3), atol=1e-6, rtol=1e-5)
+    want = tree_attention_reference(query, plain, 1, [segment], 0.3)
+    assert 0 < (got - want).norm() < 0.02 * want.norm()
+    slots.keep(1, [0, 4, 7])
+    slots.fork(1, 0, 3)
+    for store in slots.stores:
+        assert torch.equal(store[1, 0, :, :3], store[1, 1, :, :3])
+    assert torch.equal(slots.key_scales[1, 0, :, 1], quantise_rows(keys)[1][:, 4])  # type: ignore[index]
+
+
+def test_bytes_of_a_position() -> None:
+    sizes = {dtype: KVSlots(2, 4, 3, 2, 64, dtype, CPU).bytes_per_position for dtype in (torch.bfloat16, torch.int8)}
+    assert sizes == {torch.bfloat16: 3 * 2 * 2 * 64 * 2, torch.int8: 3 * 2 * 2 * (64 + 4)}

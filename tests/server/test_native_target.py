@@ -75,6 +75,20 @@ def test_drafted_text_equals_plain_text(folder: Path, weights: str, sampling: Sa
         assert {k: v.token_ids for k, v in drafted.items()} == {k: v.token_ids for k, v in plain.items()}
 
 
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_an_int8_kv_cache_halves_its_memory_and_drafts_as_it_decodes(folder: Path, weights: str) -> None:
+    wide, target = load_target(folder, weights, 2, 120), load_target(folder, weights, 2, 120, "int8")
+    assert target.slots.bytes_per_position * 4 < wide.slots.bytes_per_position * 3  # heads of 32: 36 bytes against 64
+    want = wide.prefill(PrefillChunk(0, PROMPT))
+    got = target.prefill(PrefillChunk(0, PROMPT))
+    assert 0 < (got.features - want.features).norm() < 0.05 * want.features.norm()
+    target.release(0)
+    plain = generate(Engine(target, None, EngineOptions(1, 100)), [Request("a", PROMPT, 30, GREEDY)])
+    drafter = OracleDrafter([[*PROMPT, *plain["a"].token_ids]], 67)
+    engine = Engine(target, drafter, EngineOptions(1, 100, Budget(16, 4, 3), guard=False))
+    assert generate(engine, [Request("a", PROMPT, 30, GREEDY)])["a"].token_ids == plain["a"].token_ids
+
+
 def test_what_has_no_native_form_is_served_by_transformers_or_refused(
     save_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
