@@ -64,7 +64,7 @@ class Attention:
         return (out - hidden)[:, : self.sizes[0]]
 
     def reference(self, hidden: Tensor, segments: Sequence[Segment]) -> Tensor:
-        query = hidden[:, : self.sizes[0]].unflatten(-1, (self.heads, -1)).transpose(0, 1)
+        query = hidden[:, : self.sizes[0]].reshape(len(hidden), self.heads, -1).transpose(0, 1)
         return tree_attention_reference(query, self.slots, 0, segments, self.scale).transpose(0, 1).flatten(1)
 
 
@@ -140,7 +140,7 @@ def test_int8_rows_are_stored_as_the_reference_stores_them() -> None:
     attention = Attention(torch.int8, 4, 2, 64, 8)
     hidden = attention.rows(3)
     attention.run(hidden, [causal_segment(0, 0, 3)])
-    keys = hidden[:, 4 * 64 : 6 * 64].unflatten(-1, (2, 64)).transpose(0, 1)
+    keys = hidden[:, 4 * 64 : 6 * 64].reshape(3, 2, 64).transpose(0, 1)
     quantised, scale = quantise_rows(keys)
     assert attention.slots.key_scales is not None
     torch.testing.assert_close(attention.slots.key_scales[0, 0, :, :3], scale)
