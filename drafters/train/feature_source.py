@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from drafters.train.conversations import load_samples
 from drafters.train.language_model import PackedWindows
@@ -67,8 +67,9 @@ class DataOptions:
     and conversations, a file in the given format (``messages``: JSONL as OpenAI's clients write it, ``sharegpt``,
     ``text``); weights: the type the target's weights are held in while it computes features; window_length: tokens of
     one sample, at most; captured: a folder that features are written to before training begins, and read from (None:
-    computed anew for every batch); held_out_share: what is kept for evaluation, the end of a packed file; seed: of the
-    shuffling of conversations.
+    computed anew for every batch); held_out_share: what is kept for evaluation, the end of a packed file; max_samples:
+    train on a random choice of that many samples (None: on all); seed: of the shuffling of conversations and of that
+    choice.
     """
 
     target: str
@@ -78,6 +79,7 @@ class DataOptions:
     weights: str = "fp32"
     window_length: int = 256
     held_out_share: float = 0.01
+    max_samples: int | None = None
     seed: int = 0
     captured: str | None = None
 
@@ -88,6 +90,8 @@ class DataOptions:
             raise RecipeError(f"data.window_length is {self.window_length}; a sample needs at least 3 tokens")
         if not 0.0 <= self.held_out_share < 1.0:
             raise RecipeError(f"data.held_out_share is {self.held_out_share}; allowed are 0 up to, not including, 1")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise RecipeError(f"data.max_samples is {self.max_samples}; give at least 1, or leave it out to use all")
 
 
 class DraftingWindows(Dataset[dict[str, Tensor]]):
@@ -107,11 +111,22 @@ class DraftingWindows(Dataset[dict[str, Tensor]]):
 def data_samples(options: DataOptions, tokenizer_folder: Path) -> tuple[Samples, Samples | None]:
     """(training samples, held-out samples or None) of whatever the table names; conversations need the tokenizer."""
     if options.conversations is None:
-        return packed_windows(options)
-    file = Path(options.conversations).expanduser()
-    return load_samples(
-        file, options.format, tokenizer_folder, options.window_length, options.held_out_share, options.seed
-    )
+        train, held_out = packed_windows(options)
+    else:
+        file = Path(options.conversations).expanduser()
+        train, held_out = load_samples(
+            file, options.format, tokenizer_folder, options.window_length, options.held_out_share, options.seed
+        )
+    return random_choice(train, options.max_samples, options.seed), held_out
+
+
+def random_choice(samples: Samples, count: int | None, seed: int) -> Samples:
+    """``count`` of the samples, drawn with ``seed`` and kept in their order; all of them for None or too few."""
+    available = len(samples)  # type: ignore[arg-type]
+    if count is None or count >= available:
+        return samples
+    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+    return Subset(samples, chosen.sort().values.tolist())
 
 
 def packed_windows(options: DataOptions) -> tuple[Samples, Samples | None]:
