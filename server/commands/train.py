@@ -42,6 +42,15 @@ def train_classifier(recipe: Recipe, resume: Resume = False) -> None:
     print_report(train_classifier(load_recipe(recipe), resume=resume))
 
 
+@app.command("distil")
+def train_distilled(recipe: Recipe, resume: Resume = False) -> None:
+    """Train an image classifier with the help of a teacher."""
+    from kernels.training.options import load_recipe
+    from vision.tasks.distillation import train_distilled
+
+    print_report(train_distilled(load_recipe(recipe), resume=resume))
+
+
 def print_report(report: Any) -> None:
     """One line of JSON from a training report (a dataclass)."""
     typer.echo(json.dumps(dataclasses.asdict(report)))
