@@ -30,3 +30,18 @@ def evaluate_classifier(
 
     report = evaluate_classifier(checkpoint, kind, data, split, batch_size=batch_size)
     typer.echo(json.dumps(dataclasses.asdict(report)))
+
+
+@app.command("retrieval")
+def evaluate_retrieval(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained backbone.")],
+    data: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of images.")],
+    kind: Annotated[str, typer.Option(help="How the data lie: folder, cifar10, cifar100 or idx.")] = "folder",
+    split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+) -> None:
+    """Rank-1 and mean average precision of a backbone's embeddings, on classes it need not know."""
+    from vision.retrieval import evaluate_retrieval
+
+    report = evaluate_retrieval(checkpoint, kind, data, split, batch_size=batch_size)
+    typer.echo(json.dumps(dataclasses.asdict(report)))

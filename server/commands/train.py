@@ -42,6 +42,15 @@ def train_classifier(recipe: Recipe, resume: Resume = False) -> None:
     print_report(train_classifier(load_recipe(recipe), resume=resume))
 
 
+@app.command("segmenter")
+def train_segmenter(recipe: Recipe, resume: Resume = False) -> None:
+    """Train a semantic segmenter, alone or with the help of a teacher."""
+    from kernels.training.options import load_recipe
+    from vision.tasks.segmentation import train_segmenter
+
+    print_report(train_segmenter(load_recipe(recipe), resume=resume))
+
+
 @app.command("distil")
 def train_distilled(recipe: Recipe, resume: Resume = False) -> None:
     """Train an image classifier with the help of a teacher."""
