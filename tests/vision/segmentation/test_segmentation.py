@@ -99,7 +99,7 @@ def test_a_learnable_scene_is_learnt(tmp_path: Path) -> None:
     table = recipe(tmp_path / "run", data={"image_size": 64, "train_images": 2, "eval_images": 2})
     before = train(table | {"training": table["training"] | {"steps": 2, "output": str(tmp_path / "short")}})
     after = train(table | {"training": table["training"] | {"steps": 30}})
-    assert after.final["loss"] < 0.6 * before.final["loss"]
+    assert after.final["loss"] < 0.75 * before.final["loss"]
 
 
 def test_the_pixel_loss_is_that_of_the_rows_and_ignored_pixels_count_nothing() -> None:
