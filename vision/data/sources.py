@@ -92,6 +92,21 @@ class ArraySource:
         return Image.fromarray(self.images[index]).convert("RGB")
 
 
+class InMemorySource:
+    """The images of another source, decoded once. Each loader worker keeps its own."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source, self.labels, self.class_names = source, source.labels, source.class_names
+        self.decoded: dict[int, Image.Image] = {}
+
+    def read(self, index: int) -> Image.Image:
+        """The image, which the caller must not change."""
+        image = self.decoded.get(index)
+        if image is None:
+            image = self.decoded[index] = self.source.read(index)
+        return image
+
+
 def read_bytes(path: Path) -> bytes:
     """The content of ``path`` or of its gzip ``path.gz``."""
     packed = path.with_name(path.name + ".gz")
