@@ -60,7 +60,8 @@ class FolderSource:
         labels: list[int] = []
         empty: list[str] = []
         for label, folder in enumerate(folders):
-            files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            files = [file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+            files.sort(key=lambda file: file.parts)  # paths compare by their parts too, taken apart every time
             if not files:
                 empty.append(folder.name)
             self.paths += files
