@@ -19,9 +19,7 @@ app = typer.Typer(no_args_is_help=True, help="Train several variants of a recipe
 Recipe = Annotated[
     Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe with [study].", show_default=False)
 ]
-Output = Annotated[
-    Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)
-]
+Output = Annotated[Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)]
 Only = Annotated[str, typer.Option(help="Variants to train now, by commas; empty: all.", show_default=False)]
 
 
@@ -36,6 +34,30 @@ def study_classifier(recipe: Recipe, output: Output = None, only: Only = "") -> 
     from vision.tasks.classification import train_classifier
 
     print_outcomes(run(recipe, output, only, train_classifier))
+
+
+@app.command("distil")
+def study_distilled(recipe: Recipe, output: Output = None, only: Only = "") -> None:
+    """Train image classifiers with the help of a teacher, under several losses."""
+    from vision.tasks.distillation import train_distilled
+
+    print_outcomes(run(recipe, output, only, train_distilled))
+
+
+@app.command("embedding")
+def study_embedding(recipe: Recipe, output: Output = None, only: Only = "") -> None:
+    """Train backbones for retrieval."""
+    from vision.tasks.embedding import train_embedding
+
+    print_outcomes(run(recipe, output, only, train_embedding))
+
+
+@app.command("segmenter")
+def study_segmenter(recipe: Recipe, output: Output = None, only: Only = "") -> None:
+    """Train semantic segmenters."""
+    from vision.tasks.segmentation import train_segmenter
+
+    print_outcomes(run(recipe, output, only, train_segmenter))
 
 
 def run(file: Path, output: Path | None, only: str, train: Train) -> list[Outcome]:

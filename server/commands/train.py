@@ -42,6 +42,15 @@ def train_classifier(recipe: Recipe, resume: Resume = False) -> None:
     print_report(train_classifier(load_recipe(recipe), resume=resume))
 
 
+@app.command("embedding")
+def train_embedding(recipe: Recipe, resume: Resume = False) -> None:
+    """Train a backbone for retrieval, alone or with the help of a teacher."""
+    from kernels.training.options import load_recipe
+    from vision.tasks.embedding import train_embedding
+
+    print_report(train_embedding(load_recipe(recipe), resume=resume))
+
+
 @app.command("segmenter")
 def train_segmenter(recipe: Recipe, resume: Resume = False) -> None:
     """Train a semantic segmenter, alone or with the help of a teacher."""

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -23,12 +23,13 @@ from kernels.losses import BatchTooSmall
 from kernels.training import AfterStep, RecipeError, TrainingReport, run, take_table
 from vision.backbones.backbone import Backbone
 from vision.data.classification import ClassificationData, collate
+from vision.data.sources import ImageSource
 from vision.distillation.cache import ask_all, collate_taught, with_answers
 from vision.distillation.correlation_congruence import gradient_ratio
 from vision.distillation.fidelity import fidelity
 from vision.distillation.sampler import ClassUniformSampler, SuperclassUniformSampler
 from vision.distillation.teacher import Teacher, TeacherOptions, load_teacher
-from vision.distillation.terms import Answers, MimicTerm, Term, parse_terms, wants_pairs
+from vision.distillation.terms import Answers, CorrelationTerm, MimicTerm, Term, parse_terms, wants_pairs
 from vision.evaluate import keep_skipped
 from vision.tasks.classification import (
     ClassificationTask,
@@ -52,7 +53,7 @@ class DistillationOptions:
     that each term has beside all the others is measured, so that a dead term is seen; 0 leaves that out.
     """
 
-    cross_entropy_weight: float = 0.1
+    cross_entropy_weight: float = 1.0
     sampler: str = "random"
     images_per_class: int = 4
     num_superclasses: int = 100
@@ -68,8 +69,8 @@ class DistillationOptions:
 class DistillationTask(ClassificationTask):
     """Cross-entropy and distillation terms over a batch of byte images; evaluation is that of classification.
 
-    ``teacher`` None means that the batches carry its answers. ``projection`` maps the student's embedding to the
-    teacher's width for a mimic term; it is trained, and not part of the saved backbone.
+    ``teacher`` None means that the batches carry its answers, or that there is none. ``projection`` maps the student's
+    embedding to the teacher's width for a mimic term; it is trained, and not part of the saved backbone.
     """
 
     steps_done: Tensor
@@ -111,15 +112,11 @@ class DistillationTask(ClassificationTask):
         self.skipped += skipped.sum()
         if self.teacher is not None:
             teacher_logits, teacher_embedding = self.teacher(images)
-        assert teacher_logits is not None and teacher_embedding is not None
         embedding = self.model.embed(self.model.normalization(images.float() / 255))
         logits = self.model.classify(embedding)
-        projected = embedding if self.projection is None else self.projection(embedding)
-        plain = Answers(logits, teacher_logits, embedding, teacher_embedding, labels)
-        mimicking = dataclasses.replace(plain, student_embedding=projected)
-        losses = {
-            name: term.loss(mimicking if isinstance(term, MimicTerm) else plain) for name, term in self.terms.items()
-        }
+        losses: dict[str, Tensor] = {}
+        if teacher_logits is not None and teacher_embedding is not None:
+            losses = self.term_losses(Answers(logits, teacher_logits, embedding, teacher_embedding, labels))
         cross_entropy = self.loss(logits, labels)
         step = int(self.steps_done) + 1
         weighted = {name: self.terms[name].weight_at(step) * loss for name, loss in losses.items()}
@@ -127,10 +124,19 @@ class DistillationTask(ClassificationTask):
         figures = {"cross_entropy": cross_entropy, **losses, **self.gradient_shares(weighted, total, embedding)}
         return {"loss": total, **{k: v.detach() for k, v in figures.items()}, **self.figures(logits, labels)}
 
+    def term_losses(self, answers: Answers) -> dict[str, Tensor]:
+        """Every term, unweighted; a mimic term sees the student's embedding at the teacher's width."""
+        student = answers.student_embedding
+        projected = student if self.projection is None else self.projection(student)
+        mimicking = dataclasses.replace(answers, student_embedding=projected)
+        return {
+            name: term.loss(mimicking if isinstance(term, MimicTerm) else answers) for name, term in self.terms.items()
+        }
+
     def gradient_shares(self, weighted: Mapping[str, Tensor], total: Tensor, embedding: Tensor) -> dict[str, Tensor]:
         """``TERM_gradient_share`` of each term in the student's embedding, every ``report_every`` steps."""
         every = self.distillation.report_every
-        if every == 0 or int(self.steps_done) % every or len(self.terms) < 2:
+        if every == 0 or int(self.steps_done) % every or not weighted:
             return {}
         return {
             f"{name}_gradient_share": torch.tensor(gradient_ratio(term, total - term, embedding))
@@ -145,12 +151,17 @@ class DistillationTask(ClassificationTask):
 
 @dataclass(frozen=True)
 class DistillationRecipe:
-    """All tables of a recipe, checked."""
+    """All tables of a recipe, checked; ``teacher`` None only where there are no terms."""
 
     student: ClassifierRecipe
-    teacher: TeacherOptions
+    teacher: TeacherOptions | None
     terms: dict[str, Term]
     distillation: DistillationOptions
+
+    @property
+    def needs_same_classes(self) -> bool:
+        """Whether some term compares logits; embeddings may come from a teacher of other classes."""
+        return any(not isinstance(term, CorrelationTerm | MimicTerm) for term in self.terms.values())
 
     @classmethod
     def parse(cls, recipe: dict[str, Any]) -> DistillationRecipe:
@@ -158,15 +169,15 @@ class DistillationRecipe:
         own = {"teacher", "terms", "distillation"}
         parsed = cls(
             ClassifierRecipe.parse({table: values for table, values in recipe.items() if table not in own}),
-            take_table(recipe, "teacher", TeacherOptions),
+            take_table(recipe, "teacher", TeacherOptions) if "teacher" in recipe else None,
             parse_terms(recipe.get("terms", [])),
             take_table(recipe, "distillation", DistillationOptions),
         )
-        if not parsed.terms:
-            raise RecipeError("the recipe has no [[terms]]; without any, `dovetail train classifier` is what you want")
+        if parsed.terms and parsed.teacher is None:
+            raise RecipeError("[[terms]] compare with a teacher; name it in [teacher]")
         if parsed.student.task.mixup:
             raise RecipeError("task.mixup mixes labels, which distillation terms do not know; leave it out")
-        if parsed.teacher.cache and not parsed.student.augmentation.is_deterministic:
+        if parsed.teacher and parsed.teacher.cache and not parsed.student.augmentation.is_deterministic:
             raise RecipeError(
                 'teacher.cache needs images that do not change: [augmentation] crop = "centre", flip = false and no '
                 "color_jitter, or no cache"
@@ -180,49 +191,80 @@ def train_distilled(recipe: dict[str, Any], *, resume: bool = False, console: Co
     """Run a recipe; ``output/model`` then holds the student, which ``checkpoint`` names.
 
     ``final`` is that of ``train_classifier``, and the student's ``calibration_error``, its ``agreement`` with the
-    teacher and the ``tail_mass`` it puts on classes the teacher excludes, over the evaluation split. Errors: those of
+    teacher and the ``tail_mass`` it puts on classes the teacher excludes, over the evaluation split. A recipe with
+    ``terms = []`` trains the student alone and measures it by the same yardsticks. Errors: those of
     ``train_classifier``, TeacherError, SamplerError, LossInputError.
     """
     parsed = DistillationRecipe.parse(recipe)
+    if parsed.teacher is None or "terms" not in recipe:
+        raise RecipeError("the recipe has no [teacher] or no [[terms]]; without them train a classifier")
     options = parsed.student
     train_source, eval_source = options.data.open_train(), options.data.open_eval()
-    teacher = load_teacher(parsed.teacher)
-    teacher.check_classes(train_source.class_names)
+    lesson = prepare(parsed, train_source, load_teacher(parsed.teacher))
+    eval_data = ClassificationData(eval_source, lesson.task.model.preprocessing)
+    report = run_lesson(lesson, parsed, eval_data, recipe, resume, console)
+    if not report.finished:
+        return report
+    figures = finish(lesson.task, lesson.data, eval_data, options)
+    if PartialState().is_main_process and lesson.teacher is not None:
+        figures |= measure_fidelity(lesson.task.trained, lesson.teacher, eval_data, options.training.batch_size)
+    folder = Path(options.training.output) / "model"
+    return dataclasses.replace(report, final={**report.final, **figures}, checkpoint=str(folder))
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A task with all it trains on: the images, those with the teacher's answers where they are cached, the teacher."""
+
+    task: DistillationTask
+    data: ClassificationData
+    taught: Dataset[Any]
+    teacher: Teacher | None
+
+
+def prepare(parsed: DistillationRecipe, source: ImageSource, teacher: Teacher | None) -> Lesson:
+    """Build student, task and data of a recipe. Errors: TeacherError where the classes differ."""
+    options, side = parsed.student, parsed.student.data.image_size
+    if teacher is not None and parsed.needs_same_classes:
+        teacher.check_classes(source.class_names)
     torch.manual_seed(options.training.seed)
-    model = build_model(options.model, options.data, train_source.class_names)
-    side = options.data.image_size
+    model = build_model(options.model, options.data, source.class_names)
     choose_depthwise(model, options.model, torch.zeros(options.training.batch_size, 3, side, side))
-    _, example = teacher(torch.zeros(1, 3, side, side, dtype=torch.uint8))
     data = ClassificationData(
-        train_source, model.preprocessing, options.augmentation, options.training.seed, options.data.limit
+        source, model.preprocessing, options.augmentation, options.training.seed, options.data.limit
     )
-    eval_data = ClassificationData(eval_source, model.preprocessing)
-    cached = parsed.teacher.cache
-    taught: Dataset[Any] = data
-    if cached:
-        taught = with_answers(data, teacher, Path(options.training.output), options.training.batch_size)
-    task = DistillationTask(
-        model, None if cached else teacher, parsed.terms, options.task, parsed.distillation, example.shape[1]
-    )
-    report = run(
-        task,
-        taught,
-        options.training,
+    width, asked, taught = model.feature_channels[-1], teacher, cast("Dataset[Any]", data)
+    if teacher is not None:
+        _, example = teacher(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+        width = example.shape[1]
+        if parsed.teacher and parsed.teacher.cache:
+            taught = with_answers(data, teacher, Path(options.training.output), options.training.batch_size)
+            asked = None
+    task = DistillationTask(model, asked, parsed.terms, options.task, parsed.distillation, width)
+    return Lesson(task, data, taught, teacher)
+
+
+def run_lesson(
+    lesson: Lesson,
+    parsed: DistillationRecipe,
+    eval_data: ClassificationData | None,
+    recipe: dict[str, Any],
+    resume: bool,
+    console: Console | None,
+) -> TrainingReport:
+    """Train the task of ``lesson`` in place."""
+    return run(
+        lesson.task,
+        lesson.taught,
+        parsed.student.training,
         eval_data=eval_data,
         collate=collate_either,
-        batch_sampler=create_sampler(parsed, data, teacher),
-        callbacks=[AfterStep(task.after_step)],
+        batch_sampler=create_sampler(parsed, lesson.data, lesson.teacher),
+        callbacks=[AfterStep(lesson.task.after_step)],
         recipe=recipe,
         resume=resume,
         console=console,
     )
-    if not report.finished:
-        return report
-    figures = finish(task, data, eval_data, options)
-    if PartialState().is_main_process:
-        figures |= measure_fidelity(task.trained, teacher, eval_data, options.training.batch_size)
-    folder = Path(options.training.output) / "model"
-    return dataclasses.replace(report, final={**report.final, **figures}, checkpoint=str(folder))
 
 
 def collate_either(samples: list[Any]) -> dict[str, Tensor]:
@@ -230,7 +272,9 @@ def collate_either(samples: list[Any]) -> dict[str, Tensor]:
     return collate_taught(samples) if hasattr(samples[0], "embedding") else collate(samples)
 
 
-def create_sampler(parsed: DistillationRecipe, data: ClassificationData, teacher: Teacher) -> Sampler[list[int]] | None:
+def create_sampler(
+    parsed: DistillationRecipe, data: ClassificationData, teacher: Teacher | None
+) -> Sampler[list[int]] | None:
     """The recipe's batches; None leaves the shuffling to the trainer. Errors: SamplerError."""
     options, training = parsed.distillation, parsed.student.training
     if options.sampler == "random":
@@ -238,6 +282,10 @@ def create_sampler(parsed: DistillationRecipe, data: ClassificationData, teacher
     if options.sampler == "class_uniform":
         labels = [int(data.source.labels[index]) for index in data.indices]
         return ClassUniformSampler(labels, training.batch_size, options.images_per_class, training.seed)
+    if teacher is None:
+        raise RecipeError(
+            'distillation.sampler = "superclass_uniform" clusters a teacher\'s embeddings; name a [teacher]'
+        )
     still = ClassificationData(data.source, data.preprocessing, limit=parsed.student.data.limit)
     _, embedding = ask_all(still, teacher, training.batch_size)
     return SuperclassUniformSampler(

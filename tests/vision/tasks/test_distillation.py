@@ -163,7 +163,6 @@ def test_a_student_with_its_teachers_weights_has_nothing_to_learn_from_it(teache
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"terms": []}, RecipeError, r"no \[\[terms\]\]"),
         ({"terms": [{"kind": "crd", "weight": 1.0}]}, RecipeError, "kind is 'crd'; allowed are kd, bdd"),
         ({"terms": [{"kind": "kd", "weight": 0.9}]}, RecipeError, r"\[kd\] lacks temperature"),
         ({"terms": [{**KD, "weight": 0.0}]}, RecipeError, "leave out a term"),
@@ -186,6 +185,18 @@ def test_bad_recipes_are_refused_before_training(
         changes["teacher"] = {"path": str(teacher_folder)} | changes["teacher"]
     with pytest.raises(error, match=message):
         train(recipe(terms, **changes))
+
+
+def test_a_recipe_without_terms_or_teacher_is_refused(recipe: Recipe) -> None:
+    tables = recipe()
+    for absent, message in (("terms", r"no \[\[terms\]\]"), ("teacher", r"name it in \[teacher\]")):
+        with pytest.raises(RecipeError, match=message):
+            train({table: values for table, values in tables.items() if table != absent})
+
+
+def test_an_empty_list_of_terms_trains_the_student_alone_and_measures_it_alike(recipe: Recipe) -> None:
+    report = train(recipe([]))
+    assert {"top1", "calibration_error", "agreement", "tail_mass"} <= report.final.keys()
 
 
 def test_a_teacher_of_other_classes_is_refused(recipe: Recipe, teacher_folder: Path, tmp_path: Path) -> None:
