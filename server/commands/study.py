@@ -1,4 +1,4 @@
-"""``dovetail study``: train every variant and seed of a study; the last line printed is where each stands, as JSON."""
+"""``dovetail study``: train every variant and seed of a recipe; the last line printed is where each stands, as JSON."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ app = typer.Typer(no_args_is_help=True, help="Train several variants of a recipe
 Recipe = Annotated[
     Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe with [study].", show_default=False)
 ]
-Output = Annotated[
-    Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)
-]
+Output = Annotated[Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)]
 Only = Annotated[str, typer.Option(help="Variants to train now, by commas; empty: all.", show_default=False)]
 
 
