@@ -42,7 +42,7 @@ class StudyOptions:
         for name, tables in self.variants.items():
             if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
                 raise RecipeError(f"study.variants.{name} names a folder; use letters, digits, '_', '-' and '.'")
-            if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
+            if not isinstance(tables, dict) or not all(isinstance(table, dict | list) for table in tables.values()):
                 raise RecipeError(f"study.variants.{name} must hold tables, as in {name}.training.learning_rate = 0.1")
 
 
@@ -118,7 +118,7 @@ def expand(recipe: Mapping[str, Any], output: Path | None = None) -> list[Cell]:
 
 
 def overlay(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy of ``base`` with the tables of ``changes`` laid over it, key by key."""
+    """A deep copy of ``base`` with the tables of ``changes`` laid over it, key by key; lists are replaced whole."""
     merged = copy.deepcopy(dict(base))
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -139,8 +139,8 @@ def run_study(cells: Sequence[Cell], train: Train, folder: Path, variants: Colle
     """Train the cells of ``variants`` (all by default) that have no report yet, and return where every cell stands.
 
     A cell with a checkpoint is resumed. A training that diverges is noted as failed and the study goes on (remove its
-    folder to try it again); an interrupted one ends it. ``folder/study.json`` is renewed after each cell. Errors: those of ``train``; RecipeError for a finished
-    cell whose recipe has changed since.
+    folder to try it again); an interrupted one ends it. ``folder/study.json`` is renewed after each cell. Errors: those
+    of ``train``; RecipeError for a cell that another recipe trained.
     """
     chosen = choose(cells, variants)
     outcomes = write_outcomes(cells, folder)
