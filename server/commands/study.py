@@ -19,9 +19,7 @@ app = typer.Typer(no_args_is_help=True, help="Train several variants of a recipe
 Recipe = Annotated[
     Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe with [study].", show_default=False)
 ]
-Output = Annotated[
-    Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)
-]
+Output = Annotated[Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)]
 Only = Annotated[str, typer.Option(help="Variants to train now, by commas; empty: all.", show_default=False)]
 
 
@@ -36,6 +34,14 @@ def study_classifier(recipe: Recipe, output: Output = None, only: Only = "") -> 
     from vision.tasks.classification import train_classifier
 
     print_outcomes(run(recipe, output, only, train_classifier))
+
+
+@app.command("drafter")
+def study_drafter(recipe: Recipe, output: Output = None, only: Only = "") -> None:
+    """Train drafters. Finished cells are skipped, an interrupted one is resumed; `eval drafter-study` compares them."""
+    from server.feature_source import train_drafter
+
+    print_outcomes(run(recipe, output, only, train_drafter))
 
 
 def run(file: Path, output: Path | None, only: str, train: Train) -> list[Outcome]:
