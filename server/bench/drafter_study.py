@@ -6,7 +6,6 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from drafters.checkpoint import CONFIG_FILE
@@ -92,7 +91,7 @@ def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def study_report(cells: Sequence[Cell], evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """``evaluation``, as ``evaluate_drafters`` gave it for ``finished_folders(cells)``, ordered by variants and seeds.
 
-    ``runs`` has an entry for every cell of the study, ``variants`` the mean, the sample standard deviation and the
+    ``runs`` has an entry for every cell, ``variants`` the mean, the sample standard deviation and the
     values over the seeds that ran (deviation None for one seed), ``claims`` what became of the papers' statements.
     """
     measured = {entry["drafter"]: entry["settings"] for entry in evaluation["drafters"]}

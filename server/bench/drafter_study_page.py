@@ -42,16 +42,18 @@ def conditions(report: Mapping[str, Any]) -> list[str]:
     differing = [f"{run['variant']} seed {run['seed']}: {'; '.join(run['differs'])}" for run in report["runs"]
                  if run.get("differs")]  # fmt: skip
     sampling = "greedy" if not told["temperature"] else f"temperature {told['temperature']}, seed {told['seed']}"
+    target, plain = report["target"], report["plain"]
     lines = [
-        f"Target {report['target']['name']} ({report['target']['num_parameters'] / 1e6:.1f} M parameters, "
-        f"{report['target']['weights']}); {told['suite']}, {told['texts']} texts of {told['max_tokens']} tokens, "
-        f"{sampling}, {told['repeats']} repeats; {hardware['cpu']}, {hardware['threads']} threads. Every drafter was "
-        f"trained on {', '.join(f'{count / 1e6:.2f}' for count in tokens)} M tokens and takes turns with plain decoding, "
-        f"{report['plain']['tokens_per_s']:.1f} tokens/s, in one run. The n-gram drafter reaches an acceptance length of "
+        f"A target of {target['num_parameters'] / 1e6:.1f} M parameters ({target['weights']}); {told['suite']}, "
+        f"{told['texts']} texts of {told['max_tokens']} tokens, {sampling}, {told['repeats']} repeats; "
+        f"{hardware['cpu']}, {hardware['threads']} threads. Every drafter was trained on "
+        f"{', '.join(f'{count / 1e6:.2f}' for count in tokens)} M tokens and takes turns with plain decoding, "
+        f"{plain['tokens_per_s']:.1f} tokens/s, in one run. The n-gram drafter reaches an acceptance length of "
         f"{ngram['acceptance_length']:.2f} and {ngram['tokens_per_s']:.1f} tokens/s; "
-        f"{report['repeated_4gram_share']:.0%} of the texts' 4-grams are repeated. "
-        "Trees are top-k x depth x rows; ms/step is one level of a tree; mean ± standard deviation over the seeds. "
-        "Training, drafting and verifying ran on the CPU.",
+        f"{report['repeated_4gram_share']:.0%} of the texts' 4-grams are repeated.",
+        "",
+        "Trees are top-k x depth x rows. ms/step is one level of a tree. Figures are mean ± standard deviation over "
+        "the seeds; a single seed has no deviation.",
     ]
     if told["interrupted"]:
         lines += ["", "The run was interrupted: the figures are those of the texts done by then."]

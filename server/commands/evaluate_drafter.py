@@ -67,15 +67,12 @@ def evaluate_drafter(
         threads=threads,
         context=context,
     )
-    from server.bench.evaluate_drafter import DrafterEvalOptions, parse_grid
-    from server.bench.texts import BenchError
     from server.engine.request import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, seed=seed if temperature > 0 else None)
-    try:
-        options = DrafterEvalOptions(suite, parse_grid(grid), max_tokens, repeats, ignore_eos, sampling)
-    except BenchError as error:
-        raise typer.BadParameter(str(error), param_hint="--grid") from error
+    options = eval_options(
+        grid, suite=suite, max_tokens=max_tokens, repeats=repeats, ignore_eos=ignore_eos, sampling=sampling
+    )
     report = run_evaluation(settings, drafters or [], options, limit)
     show(report, Console(stderr=True, markup=False))
     line = json.dumps(report)
@@ -87,6 +84,17 @@ def evaluate_drafter(
         plot_evaluation(report, plot)
     typer.echo(line)
     check_texts([figures for _, figures in settings_of(report)], report["target"]["weights"])
+
+
+def eval_options(grid: str, **others: Any) -> DrafterEvalOptions:
+    """The options of an evaluation; a grid that is none is an error of usage."""
+    from server.bench.evaluate_drafter import DrafterEvalOptions, parse_grid
+    from server.bench.texts import BenchError
+
+    try:
+        return DrafterEvalOptions(grid=parse_grid(grid), **others)
+    except BenchError as error:
+        raise typer.BadParameter(str(error), param_hint="--grid") from error
 
 
 def run_evaluation(settings: Settings, names: list[str], options: DrafterEvalOptions, limit: int) -> dict[str, Any]:

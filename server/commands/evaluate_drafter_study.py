@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from click.core import ParameterSource
 from rich.console import Console
 
 from server.commands.bench import check_texts
-from server.commands.evaluate_drafter import Grid, Limit, MaxTokens, Suite, run_evaluation, show
+from server.commands.evaluate_drafter import Grid, Limit, MaxTokens, Suite, eval_options, run_evaluation, show
 from server.commands.options import Config, DrafterDevice, Threads, Weights, check_folder, flag, settings_from
 
 
 def evaluate_drafter_study(
+    ctx: typer.Context,
     recipe: Annotated[
         Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe with [study].", show_default=False)
     ],
@@ -47,11 +49,11 @@ def evaluate_drafter_study(
     from kernels.training.study import choose, expand
     from server.bench.drafter_study import finished_folders, study_report
     from server.bench.drafter_study_page import markdown, plot_study
-    from server.bench.evaluate_drafter import DrafterEvalOptions, parse_grid
 
+    options = eval_options(grid, suite=suite, max_tokens=max_tokens, repeats=repeats)
     study = load_recipe(recipe)
-    cells = expand(study, runs)
-    folders = finished_folders(choose(cells, [name for name in only.split(",") if name]))
+    cells = choose(expand(study, runs), [name for name in only.split(",") if name])
+    folders = finished_folders(cells)
     settings = settings_from(
         config,
         target=target or study["data"]["target"],
@@ -59,10 +61,9 @@ def evaluate_drafter_study(
         drafter_device=drafter_device,
         threads=threads,
     )
-    options = DrafterEvalOptions(suite, parse_grid(grid), max_tokens, repeats)
     evaluation = run_evaluation(settings, folders, options, limit)
     show(evaluation, Console(stderr=True, markup=False))
-    command = shlex.join(["dovetail", "eval", "drafter-study", str(recipe), "--output", str(output)])
+    command = command_line(ctx)
     report = {"command": command, "recipe": study} | study_report(cells, evaluation)
     line = json.dumps(report)
     output.with_name(f"{output.name}.json").write_text(line + "\n", encoding="utf-8")
@@ -73,3 +74,15 @@ def evaluate_drafter_study(
     typer.echo(line)
     drafted = [figures for entry in evaluation["drafters"] for figures in entry["settings"]]
     check_texts(drafted, evaluation["target"]["weights"])
+
+
+def command_line(ctx: typer.Context) -> str:
+    """The command with what the user gave, options behind arguments."""
+    words = ["dovetail", "eval", "drafter-study"]
+    given = [
+        one for one in ctx.command.params if ctx.get_parameter_source(one.name or "") is ParameterSource.COMMANDLINE
+    ]
+    for parameter in sorted(given, key=lambda one: one.param_type_name):
+        option = [] if parameter.param_type_name == "argument" else [parameter.opts[-1]]
+        words += [*option, str(ctx.params[parameter.name or ""])]
+    return shlex.join(words)
