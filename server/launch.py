@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +16,11 @@ from server.text import TextCodec
 
 if TYPE_CHECKING:
     from drafters.drafter import Drafter
+    from drafters.proposal import Budget
     from server.engine.engine import Engine
     from server.engine.thread import EngineThread
     from server.settings import Settings
-    from server.targets.target import TargetInfo
+    from server.targets.target import Target, TargetInfo
     from server.targets.torch_target import TorchTarget
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ ASSETS = Path(__file__).parent / "assets"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 DEFAULT_CONTEXT = 4096
 HYBRID = "hybrid"
+BUNDLED_DRAFTER = "bundled"
 
 
 class LaunchError(ValueError):
@@ -43,6 +46,16 @@ class LoadedModel:
     codec: TextCodec
     info: TargetInfo
     drafter_name: str
+    context_length: int
+
+
+@dataclass(frozen=True)
+class LoadedDrafters:
+    """A target and, by the names they were asked for, drafters to compare on it."""
+
+    target: Target
+    drafters: dict[str, Drafter]
+    codec: TextCodec
     context_length: int
 
 
@@ -157,8 +170,7 @@ def load_engine(settings: Settings) -> Engine:
         settings.top_k or default.top_k,
         default.depth if settings.depth is None else settings.depth,
     )
-    # A full tree may hang below the last position; the drafter also keeps every row it expanded.
-    capacity = context + max(budget.rows, budget.top_k * budget.depth)
+    capacity = slot_capacity(context, [budget])
     target = load_target(folder, settings.weights, settings.max_seqs, capacity, settings.threads)
     drafter_name = settings.drafter
     if drafter_name is None and settings.target is not None:
@@ -169,6 +181,38 @@ def load_engine(settings: Settings) -> Engine:
     gc.collect()
     gc.freeze()
     return Engine(target, drafter, EngineOptions(settings.max_seqs, context, budget))
+
+
+def slot_capacity(context: int, budgets: Sequence[Budget]) -> int:
+    """Rows a slot needs: a full tree may hang below the last position; the drafter also keeps every row it expanded."""
+    return context + max(max(budget.rows, budget.top_k * budget.depth) for budget in budgets)
+
+
+def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budget]) -> LoadedDrafters:
+    """A target with one slot, and several drafters for it that may grow any of the trees in ``grid``.
+
+    Each name is what ``--drafter`` takes; no names: the bundled drafter, for the bundled target only. Errors:
+    TargetError, DrafterError, LaunchError.
+    """
+    if not names and settings.target is not None:
+        raise LaunchError(
+            f"name the drafters to measure on {settings.target}; only the bundled target has one of its own"
+        )
+    folder = resolve_model(settings.target, "target")
+    context = context_length(folder, settings.context)
+    capacity = slot_capacity(context, grid)
+    target = load_target(folder, settings.weights, 1, capacity, settings.threads)
+    drafters: dict[str, Drafter] = {}
+    wanted: Sequence[str | None] = names or [None]
+    for name in wanted:
+        drafter = load_drafter(target, folder, name, settings.drafter_device, 1, capacity)
+        label = name or BUNDLED_DRAFTER
+        if drafter is None or label in drafters:
+            raise LaunchError(f"{label!r} cannot be measured: name drafters, each once")
+        drafters[label] = drafter
+    gc.collect()
+    gc.freeze()
+    return LoadedDrafters(target, drafters, TextCodec.from_folder(folder), context)
 
 
 def context_length(folder: Path, wanted: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Ways to generate the same greedy text, timed alike: this engine, transformers, llama.cpp."""
+"""Ways to generate the same text, timed alike: this engine, transformers, llama.cpp."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Timed:
 
 
 class Contestant(Protocol):
-    """Generates greedily, one text at a time."""
+    """Generates one text at a time."""
 
     name: str
 
@@ -61,17 +61,18 @@ class Contestant(Protocol):
 
 
 class EngineContestant:
-    """This engine, with or without a drafter."""
+    """This engine, with or without a drafter, greedy unless ``sampling`` says otherwise."""
 
-    def __init__(self, name: str, engine: Engine) -> None:
+    def __init__(self, name: str, engine: Engine, sampling: SamplingParams = GREEDY) -> None:
         self.name = name
         self.engine = engine
+        self.sampling = sampling
         self.numbers = itertools.count()
 
     def run(self, case: Case) -> Timed:
         """One request, alone in the engine. Errors: EngineError where the engine failed on it."""
         request_id = f"bench-{next(self.numbers)}"
-        request = Request(request_id, case.prompt_ids, case.max_tokens, GREEDY, case.stop_ids)
+        request = Request(request_id, case.prompt_ids, case.max_tokens, self.sampling, case.stop_ids)
         result = generate(self.engine, [request])[request_id]
         if result.finished.reason is FinishReason.FAILED:
             raise EngineError(f"{self.name} failed on {case.name}: {result.finished.error}")

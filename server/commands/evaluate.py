@@ -9,12 +9,14 @@ from typing import Annotated
 
 import typer
 
+from server.commands.evaluate_drafter import evaluate_drafter
+from server.commands.evaluate_drafter_study import evaluate_drafter_study
+
 app = typer.Typer(no_args_is_help=True, help="Measure a trained model.")
 
 
-@app.callback()
-def group() -> None:
-    """Keeps the word after ``eval`` a command, however many there are."""
+app.command("drafter")(evaluate_drafter)
+app.command("drafter-study")(evaluate_drafter_study)
 
 
 @app.command("classifier")

@@ -33,3 +33,9 @@ Config = Annotated[Path | None, typer.Option("--config", help="TOML file of sett
 def settings_from(config: Path | None, **flags: Any) -> Settings:
     """Settings from the flags that were given, the environment and the file."""
     return load_settings({name: value for name, value in flags.items() if value is not None}, config)
+
+
+def check_folder(file: Path | None, option: str) -> None:
+    """Refuse, before anything runs, a file to write in a folder that does not exist."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"the folder of {file} does not exist", param_hint=option)

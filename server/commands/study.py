@@ -60,6 +60,14 @@ def study_segmenter(recipe: Recipe, output: Output = None, only: Only = "") -> N
     print_outcomes(run(recipe, output, only, train_segmenter))
 
 
+@app.command("drafter")
+def study_drafter(recipe: Recipe, output: Output = None, only: Only = "") -> None:
+    """Train drafters. Finished cells are skipped, an interrupted one is resumed; `eval drafter-study` compares them."""
+    from server.feature_source import train_drafter
+
+    print_outcomes(run(recipe, output, only, train_drafter))
+
+
 def run(file: Path, output: Path | None, only: str, train: Train) -> list[Outcome]:
     """Expand the recipe in ``file`` and train its cells with ``train``."""
     from kernels.training.options import load_recipe
