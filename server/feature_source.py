@@ -24,7 +24,7 @@ def fingerprint(target: Target) -> str:
 
 
 def features_of(target: Target, token_ids: Tensor) -> Tensor:
-    """[B, T, H] features of whole sequences [B, T], each run alone from its first position."""
+    """[B, T, W] the selected features of whole sequences [B, T], each run alone from its first position."""
     rows = []
     for sequence in token_ids.tolist():
         rows.append(target.prefill(PrefillChunk(SLOT, sequence)).features)

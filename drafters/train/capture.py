@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,19 +35,25 @@ class CaptureError(ValueError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of captured features holds; ``samples`` is a digest of all token ids and masks."""
+    """What a folder of captured features holds.
+
+    ``samples`` is a digest of all token ids and masks; ``layers`` names the target's layers side by side, each
+    ``hidden_size`` wide.
+    """
 
     target: str
     samples: str
     num_samples: int
     num_tokens: int
     hidden_size: int
+    layers: str = "last"
     shard_samples: int = SHARD_SAMPLES
 
     @property
     def num_bytes(self) -> int:
         """Disk size of all shards, their headers aside."""
-        return self.num_tokens * (self.hidden_size * FEATURE_BYTES + MASK_BYTES + ID_BYTES)
+        width = self.hidden_size * len(self.layers.split("+"))
+        return self.num_tokens * (width * FEATURE_BYTES + MASK_BYTES + ID_BYTES)
 
     @property
     def num_shards(self) -> int:
@@ -55,7 +61,7 @@ class Manifest:
         return -(-self.num_samples // self.shard_samples)
 
 
-def describe(samples: Any, target: str, hidden_size: int) -> Manifest:
+def describe(samples: Any, target: str, hidden_size: int, layers: Sequence[str] = ("last",)) -> Manifest:
     """The manifest of a data set of ``input_ids`` [T] and ``loss_mask`` [T], before anything is computed."""
     digest = hashlib.sha256()
     num_tokens = 0
@@ -64,7 +70,7 @@ def describe(samples: Any, target: str, hidden_size: int) -> Manifest:
         digest.update(sample["input_ids"].numpy().tobytes())
         digest.update(sample["loss_mask"].numpy().tobytes())
         num_tokens += len(sample["input_ids"])
-    return Manifest(target, digest.hexdigest()[:16], len(samples), num_tokens, hidden_size)
+    return Manifest(target, digest.hexdigest()[:16], len(samples), num_tokens, hidden_size, "+".join(layers))
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -75,7 +81,7 @@ def shard_file(folder: Path, shard: int) -> Path:
 def capture(samples: Any, compute: Callable[[Tensor], Tensor], folder: Path, manifest: Manifest) -> CapturedSamples:
     """Write the features of all samples, or of those that are missing; returns the data set that reads them.
 
-    ``compute`` maps token ids [1, T] to features [1, T, H]. The size is logged, and compared with the free space,
+    ``compute`` maps token ids [1, T] to features [1, T, W]. The size is logged, and compared with the free space,
     before anything is written. Errors: CaptureError for a folder of another target or other samples, and for a disk
     that is, or becomes, too full; whole shards stay in every case.
     """
@@ -147,7 +153,7 @@ def write_shard(file: Path, samples: list[dict[str, Tensor]]) -> None:
 
 
 class CapturedSamples(Dataset[dict[str, Tensor]]):
-    """Samples with their ``features`` [T, H] in fp32, read from disk when asked for."""
+    """Samples with their ``features`` [T, W] in fp32, read from disk when asked for."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder

@@ -8,7 +8,7 @@ i. The authors pad the last position with zeros and mask it; here it is left out
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from drafters.checkpoint import save_drafter
-from drafters.network import DovetailConfig, DovetailNetwork
+from drafters.network import FEATURES, DovetailConfig, DovetailNetwork
 from drafters.train.conversations import pad_batch
 from drafters.train.draft_vocabulary import frequent_tokens
-from drafters.train.feature_source import DataOptions, FeatureSource
+from drafters.train.feature_source import DataOptions, FeatureSource, training_layers
 from drafters.train.unrolled import unrolled_predictions
+from kernels.losses.chunks import sum_over_chunks
 from kernels.losses.drafting import (
+    MASK_EPS,
     acceptance_loss,
     argmax_agreement,
     blended_acceptance_loss,
@@ -38,15 +40,19 @@ TABLES = ("drafter", "loss", "data", "training")
 
 ACCEPTANCE_LOSSES = {"log": acceptance_loss, "lambda": blended_acceptance_loss}
 
-SourceFactory = Callable[[DataOptions], FeatureSource]
+SourceFactory = Callable[[DataOptions, Sequence[str]], FeatureSource]
+"""([data] table, feature layers side by side) -> a source of those layers."""
+
+CHUNK_LOGITS = 2**24
+"""Logits of one chunk of positions: 64 MiB in fp32, of which the losses hold a handful of copies."""
 
 
 @dataclass(frozen=True)
 class DrafterShape:
     """A recipe's ``[drafter]`` table; hidden size and vocabulary come from the target.
 
-    ``head_dim`` defaults to hidden size / heads, as in Llama; ``draft_vocab_size`` trims the vocabulary to the most
-    frequent tokens of the training data.
+    ``head_dim`` defaults to hidden size / heads, as in Llama; ``features``: ``last``, the paper's, or ``low+mid+high``,
+    EAGLE-3's; ``draft_vocab_size`` trims the vocabulary to the most frequent tokens of the training data.
     """
 
     intermediate_size: int
@@ -55,9 +61,14 @@ class DrafterShape:
     num_blocks: int = 1
     head_dim: int | None = None
     fusion: str = "dgf"
+    features: str = "last"
     draft_vocab_size: int | None = None
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.features not in FEATURES:
+            raise RecipeError(f"drafter.features is {self.features!r}; allowed are {', '.join(FEATURES)}")
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,10 @@ class DrafterTask(nn.Module):
         self.register_buffer("draft_head", trimmed, persistent=False)
 
     def forward(self, input_ids: Tensor, loss_mask: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
-        """``input_ids`` and ``loss_mask`` [B, T], captured ``features`` [B, T, H] or None to ask the source.
+        """``input_ids`` and ``loss_mask`` [B, T], captured ``features`` [B, T, W] or None to ask the source.
+
+        W is the width of ``training_layers``: what the drafter reads comes first, ``last``, which it predicts, stands
+        at the end; with one layer they are the same H numbers.
 
         Returns the ``loss`` of all steps and, for the teacher-forced step, its parts: ``regression`` (SmoothL1),
         ``cross_entropy`` (nats) and ``accuracy``, the share of positions where drafter and target rank the same token
@@ -115,21 +129,27 @@ class DrafterTask(nn.Module):
         """
         if features is None:
             features = self.compute_features(input_ids)
-        features = features.float()
-        steps = self.predict(features[:, :-1], input_ids[:, 1:])
-        figures = self.step_figures(steps[0], features[:, 1:], loss_mask[:, :-1])
+        hidden_size = self.embedding.shape[1]
+        inputs = features[:, :-1, : len(self.network.feature_layers) * hidden_size].float()
+        wanted = features[:, 1:, -hidden_size:].float()
+        steps = self.predict(inputs, input_ids[:, 1:])
+        figures = self.step_figures(steps[0], wanted, loss_mask[:, :-1])
         loss = figures.pop("loss")
         for step, predicted in enumerate(steps[1:], 1):
             # The first positions have no draft of this depth behind them.
-            later = self.step_figures(predicted[:, step:], features[:, step + 1 :], loss_mask[:, step:-1])
+            later = self.step_figures(predicted[:, step:], wanted[:, step:], loss_mask[:, step:-1])
             loss = loss + self.loss.unrolled_decay**step * later["loss"]
             figures[f"accuracy_{step + 1}"] = later["accuracy"]
         return {"loss": loss, **{name: value.detach() for name, value in figures.items()}}
 
     def predict(self, features: Tensor, next_ids: Tensor) -> list[Tensor]:
-        """Predicted next features of the pairs, [B, T, H] for each step; noise on the inputs while training only."""
+        """Predicted next features of the pairs, [B, T, H] for each step; noise on the inputs while training only.
+
+        ``features`` [B, T, width of the drafter's layers] belong to the positions before ``next_ids`` [B, T].
+        """
         if self.training and self.loss.noise > 0:
             features = with_feature_noise(features, self.loss.noise)
+        features = self.network.project(features)
         embedded = functional.embedding(next_ids, self.embedding).float()
         if self.loss.unrolled_steps == 1:
             return [self.network.forward_causal(features, embedded)]
@@ -140,25 +160,40 @@ class DrafterTask(nn.Module):
         # Only positions that count reach the losses: with chats most do not, and the LM head is the widest product.
         counted = loss_mask > 0
         predicted, wanted, mask = predicted[counted], wanted[counted], loss_mask[counted]
+        regression = feature_regression(predicted, wanted, mask)
+        rows = max(1, CHUNK_LOGITS // len(self.lm_head))
+        sums = sum_over_chunks(self.head_sums, (predicted, wanted, mask), rows)
+        cross_entropy, missed, agreed, learnable = sums.unbind()
+        cross_entropy = cross_entropy / (learnable + MASK_EPS)
+        loss = self.loss.regression_weight * regression + self.loss.cross_entropy_weight * cross_entropy
+        loss = loss + self.loss.acceptance_weight * missed / (learnable + MASK_EPS)
+        # A choice outside the draft vocabulary counts as missed.
+        accuracy = agreed / (mask.sum() + MASK_EPS)
+        return {"loss": loss, "regression": regression, "cross_entropy": cross_entropy, "accuracy": accuracy}
+
+    def head_sums(self, predicted: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
+        """What needs logits, summed over positions: predicted and wanted features [n, H], mask [n].
+
+        Returns [4]: cross-entropy, acceptance loss (0 where it is not asked for), agreements with the target's choice,
+        and the positions that could be learnt from, over which the others are summed.
+        """
         draft_logits = self.logits(predicted)
         with torch.no_grad():
             target_logits = functional.linear(wanted.to(self.lm_head.dtype), self.lm_head)
-        regression = feature_regression(predicted, wanted, mask)
         learnable = mask
         if self.network.draft_ids is not None:
             best = target_logits.max(dim=-1).values
             target_logits = target_logits[:, self.network.draft_ids]
             # Where the target's own choice cannot be drafted there is nothing to learn about it (as in EAGLE-3).
             learnable = mask * (target_logits.max(dim=-1).values == best)
-        cross_entropy = soft_cross_entropy(draft_logits, target_logits, learnable)
-        loss = self.loss.regression_weight * regression + self.loss.cross_entropy_weight * cross_entropy
+        count = learnable.sum()
+        means = [soft_cross_entropy(draft_logits, target_logits, learnable)]
         if self.loss.acceptance_weight > 0:
-            missed = ACCEPTANCE_LOSSES[self.loss.acceptance_form](draft_logits, target_logits, learnable)
-            loss = loss + self.loss.acceptance_weight * missed
-        # A choice outside the draft vocabulary counts as missed.
-        covered = learnable.sum() / mask.sum().clamp_min(1.0)
-        accuracy = argmax_agreement(draft_logits, target_logits, learnable) * covered
-        return {"loss": loss, "regression": regression, "cross_entropy": cross_entropy, "accuracy": accuracy}
+            means.append(ACCEPTANCE_LOSSES[self.loss.acceptance_form](draft_logits, target_logits, learnable))
+        else:
+            means.append(count.new_zeros(()))
+        means.append(argmax_agreement(draft_logits, target_logits, learnable))
+        return torch.stack([*(mean * (count + MASK_EPS) for mean in means), count])
 
     def logits(self, features: Tensor) -> Tensor:
         """The LM head, of the tokens that can be drafted, on features [..., H]."""
@@ -180,6 +215,15 @@ def drafter_config(shape: DrafterShape, source: FeatureSource) -> DovetailConfig
     return DovetailConfig(hidden_size=hidden_size, vocab_size=vocab_size, target=source.fingerprint, **values)
 
 
+def check_unrolling(shape: DrafterShape, loss: LossOptions) -> None:
+    """Refuse projected features without unrolled steps: drafted positions would read what training never showed."""
+    if shape.features != "last" and loss.unrolled_steps == 1:
+        raise RecipeError(
+            f'drafter.features = "{shape.features}" needs loss.unrolled_steps of at least 2 (EAGLE-3 takes 7): a drafted '
+            "position reads the drafter's own output, not the three layers, and only unrolled steps train that"
+        )
+
+
 def train_drafter(
     recipe: dict[str, Any], source_factory: SourceFactory, *, resume: bool = False, console: Console | None = None
 ) -> TrainingReport:
@@ -192,9 +236,10 @@ def train_drafter(
         raise RecipeError(f"the recipe has unknown tables {', '.join(unknown)}; allowed are {', '.join(TABLES)}")
     shape = take_table(recipe, "drafter", DrafterShape)
     loss = take_table(recipe, "loss", LossOptions)
+    check_unrolling(shape, loss)
     data = take_table(recipe, "data", DataOptions)
     options = take_table(recipe, "training", TrainingOptions)
-    source = source_factory(data)
+    source = source_factory(data, training_layers(shape.features))
     torch.manual_seed(options.seed)
     network = DovetailNetwork(drafter_config(shape, source))
     if network.draft_ids is not None:

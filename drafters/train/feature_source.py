@@ -27,8 +27,9 @@ class FeatureSource(Protocol):
     """Tokens, features and the two matrices a drafter borrows from its target.
 
     A sample of the data sets is ``input_ids`` [T], ``loss_mask`` [T] (1 where the position counts) and, where they
-    were captured before, ``features`` [T, H]. Data sets are addressed by index, so a resumed run skips what it has
-    seen without asking the target for it.
+    were captured before, ``features`` [T, W]. W is the width of the layers asked for, side by side (see
+    ``training_layers``). Data sets are addressed by index, so a resumed run skips what it has seen without asking the
+    target for it.
     """
 
     @property
@@ -55,8 +56,17 @@ class FeatureSource(Protocol):
         ...
 
     def features(self, token_ids: Tensor) -> Tensor:
-        """[B, T, H] the vectors the target's LM head consumes, for samples [B, T] that do not carry them."""
+        """[B, T, W] the target's features, for samples [B, T] that do not carry them."""
         ...
+
+
+def training_layers(features: str) -> tuple[str, ...]:
+    """The layers a source must give for a drafter that reads ``features`` (``last`` or ``low+mid+high``).
+
+    Those it reads and, at the end, ``last``, from which the target's distribution is computed.
+    """
+    layers = tuple(features.split("+"))
+    return layers if layers[-1] == "last" else (*layers, "last")
 
 
 @dataclass(frozen=True)
@@ -139,7 +149,7 @@ def packed_windows(options: DataOptions) -> tuple[Samples, Samples | None]:
 class OnTheFlySource:
     """A FeatureSource that asks the target anew for every batch: no disk, one target pass a step.
 
-    ``compute`` maps token ids [B, T] to features [B, T, H]; it runs without gradients and outside autocast, so the
+    ``compute`` maps token ids [B, T] to features [B, T, W]; it runs without gradients and outside autocast, so the
     target computes in its own type.
     """
 
@@ -159,6 +169,6 @@ class OnTheFlySource:
         return self.target_lm_head
 
     def features(self, token_ids: Tensor) -> Tensor:
-        """[B, T, H]."""
+        """[B, T, W]."""
         with torch.no_grad(), torch.autocast(token_ids.device.type, enabled=False):
             return self.compute(token_ids)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +38,7 @@ class TinyTarget:
         return torch.tanh(embedded @ self.mix + 0.3 * before)
 
 
-def create_source(data: DataOptions) -> FeatureSource:
+def create_source(data: DataOptions, layers: Sequence[str]) -> FeatureSource:
     target = TinyTarget()
     train, held_out = packed_windows(data)
     return OnTheFlySource(target.features, target.embedding, target.embedding, "tiny", train, held_out)
