@@ -8,8 +8,8 @@ i. The authors pad the last position with zeros and mask it; here it is left out
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,82 +19,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from drafters.checkpoint import save_drafter
-from drafters.network import FEATURES, DovetailConfig, DovetailNetwork
+from drafters.network import DovetailNetwork
 from drafters.train.conversations import pad_batch
 from drafters.train.draft_vocabulary import frequent_tokens
 from drafters.train.feature_source import DataOptions, FeatureSource, training_layers
+from drafters.train.memory import MemoryEstimate, chunk_rows
+from drafters.train.options import ACCEPTANCE_LOSSES, DrafterRecipe, LossOptions
 from drafters.train.unrolled import unrolled_predictions
 from kernels.losses.chunks import sum_over_chunks
 from kernels.losses.drafting import (
     MASK_EPS,
-    acceptance_loss,
     argmax_agreement,
-    blended_acceptance_loss,
     feature_regression,
     soft_cross_entropy,
     with_feature_noise,
 )
-from kernels.training import RecipeError, TrainingOptions, TrainingReport, run, take_table
+from kernels.training import TrainingReport, run
+from kernels.training.processes import is_first_process
 
-TABLES = ("drafter", "loss", "data", "training")
-
-ACCEPTANCE_LOSSES = {"log": acceptance_loss, "lambda": blended_acceptance_loss}
+logger = logging.getLogger(__name__)
 
 SourceFactory = Callable[[DataOptions, Sequence[str]], FeatureSource]
 """([data] table, feature layers side by side) -> a source of those layers."""
-
-CHUNK_LOGITS = 2**24
-"""Logits of one chunk of positions: 64 MiB in fp32, of which the losses hold a handful of copies."""
-
-
-@dataclass(frozen=True)
-class DrafterShape:
-    """A recipe's ``[drafter]`` table; hidden size and vocabulary come from the target.
-
-    ``head_dim`` defaults to hidden size / heads, as in Llama; ``features``: ``last``, the paper's, or ``low+mid+high``,
-    EAGLE-3's; ``draft_vocab_size`` trims the vocabulary to the most frequent tokens of the training data.
-    """
-
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    num_blocks: int = 1
-    head_dim: int | None = None
-    fusion: str = "dgf"
-    features: str = "last"
-    draft_vocab_size: int | None = None
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.features not in FEATURES:
-            raise RecipeError(f"drafter.features is {self.features!r}; allowed are {', '.join(FEATURES)}")
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """A recipe's ``[loss]`` table; the defaults are the paper's.
-
-    noise: amplitude of the feature noise, 0 for clean features; unrolled_steps: 1 is teacher forcing, more add the
-    losses of drafts that deep, each ``unrolled_decay`` times the one before (EAGLE-3's training-time test);
-    acceptance_form: ``log`` or ``lambda``, the two forms of the acceptance loss.
-    """
-
-    regression_weight: float = 1.0
-    cross_entropy_weight: float = 0.1
-    acceptance_weight: float = 0.0
-    acceptance_form: str = "log"
-    noise: float = 0.2
-    unrolled_steps: int = 1
-    unrolled_decay: float = 0.8
-
-    def __post_init__(self) -> None:
-        if self.unrolled_steps < 1:
-            raise RecipeError(f"loss.unrolled_steps is {self.unrolled_steps}; 1 is teacher forcing, more unroll")
-        if self.acceptance_form not in ACCEPTANCE_LOSSES:
-            raise RecipeError(
-                f"loss.acceptance_form is {self.acceptance_form!r}; allowed are {', '.join(ACCEPTANCE_LOSSES)}"
-            )
 
 
 class DrafterTask(nn.Module):
@@ -104,7 +50,7 @@ class DrafterTask(nn.Module):
     """
 
     embedding: Tensor
-    lm_head: Tensor
+    own_lm_head: Tensor | None
     draft_head: Tensor | None
 
     def __init__(self, network: DovetailNetwork, source: FeatureSource, loss: LossOptions) -> None:
@@ -113,9 +59,15 @@ class DrafterTask(nn.Module):
         self.loss = loss
         self.compute_features = source.features
         self.register_buffer("embedding", source.embedding().detach(), persistent=False)
-        self.register_buffer("lm_head", source.lm_head().detach(), persistent=False)
+        is_tied = source.lm_head() is source.embedding()
+        self.register_buffer("own_lm_head", None if is_tied else source.lm_head().detach(), persistent=False)
         trimmed = None if network.draft_ids is None else network.select_head(self.lm_head)
         self.register_buffer("draft_head", trimmed, persistent=False)
+
+    @property
+    def lm_head(self) -> Tensor:
+        """[V, H]; where it is tied to the embedding, a device holds one of them."""
+        return self.embedding if self.own_lm_head is None else self.own_lm_head
 
     def forward(self, input_ids: Tensor, loss_mask: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
         """``input_ids`` and ``loss_mask`` [B, T], captured ``features`` [B, T, W] or None to ask the source.
@@ -161,8 +113,7 @@ class DrafterTask(nn.Module):
         counted = loss_mask > 0
         predicted, wanted, mask = predicted[counted], wanted[counted], loss_mask[counted]
         regression = feature_regression(predicted, wanted, mask)
-        rows = max(1, CHUNK_LOGITS // len(self.lm_head))
-        sums = sum_over_chunks(self.head_sums, (predicted, wanted, mask), rows)
+        sums = sum_over_chunks(self.head_sums, (predicted, wanted, mask), chunk_rows(len(self.lm_head)))
         cross_entropy, missed, agreed, learnable = sums.unbind()
         cross_entropy = cross_entropy / (learnable + MASK_EPS)
         loss = self.loss.regression_weight * regression + self.loss.cross_entropy_weight * cross_entropy
@@ -201,51 +152,27 @@ class DrafterTask(nn.Module):
         return functional.linear(features.to(head.dtype), head)
 
 
-def drafter_config(shape: DrafterShape, source: FeatureSource) -> DovetailConfig:
-    """The drafter's whole configuration: the recipe's part and the target's."""
-    vocab_size, hidden_size = source.embedding().shape
-    values = dataclasses.asdict(shape)
-    if shape.head_dim is None:
-        if hidden_size % shape.num_heads:
-            raise RecipeError(
-                f"the target's hidden size {hidden_size} is not a multiple of drafter.num_heads {shape.num_heads}; "
-                "give drafter.head_dim or another number of heads"
-            )
-        values["head_dim"] = hidden_size // shape.num_heads
-    return DovetailConfig(hidden_size=hidden_size, vocab_size=vocab_size, target=source.fingerprint, **values)
-
-
-def check_unrolling(shape: DrafterShape, loss: LossOptions) -> None:
-    """Refuse projected features without unrolled steps: drafted positions would read what training never showed."""
-    if shape.features != "last" and loss.unrolled_steps == 1:
-        raise RecipeError(
-            f'drafter.features = "{shape.features}" needs loss.unrolled_steps of at least 2 (EAGLE-3 takes 7): a drafted '
-            "position reads the drafter's own output, not the three layers, and only unrolled steps train that"
-        )
-
-
 def train_drafter(
     recipe: dict[str, Any], source_factory: SourceFactory, *, resume: bool = False, console: Console | None = None
 ) -> TrainingReport:
     """Run a recipe; ``output/drafter`` then holds a folder for ``drafters.dovetail.load_drafter``.
 
-    ``source_factory`` builds the FeatureSource from the ``[data]`` table. Errors: RecipeError for the recipe and its
-    data, DrafterError for a shape that no drafter can have.
+    ``source_factory`` builds the FeatureSource from the ``[data]`` table; its samples are asked for after the recipe is
+    checked and the memory it takes is told. Errors: RecipeError for the recipe and its data, DrafterError for a shape
+    that no drafter can have.
     """
-    if unknown := sorted(set(recipe) - set(TABLES)):
-        raise RecipeError(f"the recipe has unknown tables {', '.join(unknown)}; allowed are {', '.join(TABLES)}")
-    shape = take_table(recipe, "drafter", DrafterShape)
-    loss = take_table(recipe, "loss", LossOptions)
-    check_unrolling(shape, loss)
-    data = take_table(recipe, "data", DataOptions)
-    options = take_table(recipe, "training", TrainingOptions)
-    source = source_factory(data, training_layers(shape.features))
+    tables = DrafterRecipe.read(recipe)
+    options = tables.training
+    source = source_factory(tables.data, training_layers(tables.shape.features))
+    vocab_size, hidden_size = source.embedding().shape
+    config = tables.config(vocab_size, hidden_size, source.fingerprint)
+    tell_memory(tables.memory(config, borrowed_bytes(source)))
     torch.manual_seed(options.seed)
-    network = DovetailNetwork(drafter_config(shape, source))
+    network = DovetailNetwork(config)
     if network.draft_ids is not None:
-        chosen = frequent_tokens(source.train_data, network.config.vocab_size, len(network.draft_ids))
+        chosen = frequent_tokens(source.train_data, vocab_size, len(network.draft_ids))
         network.draft_ids.copy_(chosen)
-    task = DrafterTask(network, source, loss)
+    task = DrafterTask(network, source, tables.loss)
     report = run(
         task,
         source.train_data,
@@ -257,5 +184,23 @@ def train_drafter(
         console=console,
     )
     folder = Path(options.output) / "drafter"
-    save_drafter(task.network, folder)
+    if is_first_process():
+        save_drafter(task.network, folder)
     return dataclasses.replace(report, checkpoint=str(folder))
+
+
+def borrowed_bytes(source: FeatureSource) -> int:
+    """Bytes of the target's embedding and LM head, once where they are tied."""
+    embedding, lm_head = source.embedding(), source.lm_head()
+    return embedding.nbytes + (0 if lm_head is embedding else lm_head.nbytes)
+
+
+def tell_memory(estimate: MemoryEstimate) -> None:
+    """Log what training will take, and a warning where the GPU has less."""
+    logger.info("training takes about %s", estimate)
+    if torch.cuda.is_available() and estimate.total > (free := torch.cuda.mem_get_info()[0]):
+        logger.warning(
+            "the GPU has %.2f GB free, less than that; fewer blocks, a shorter window, a smaller batch or fewer "
+            "unrolled steps take less",
+            free / 1e9,
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -114,17 +115,36 @@ class DraftingWindows(Dataset[dict[str, Tensor]]):
         return {"input_ids": token_ids, "loss_mask": torch.ones(len(token_ids))}
 
 
-def data_samples(options: DataOptions, tokenizer_folder: Path) -> tuple[Samples, Samples | None]:
-    """(training samples, held-out samples or None) of whatever the table names; conversations need the tokenizer."""
+def data_samples(
+    options: DataOptions, tokenizer_folder: Path, vocab_size: int
+) -> tuple[Samples, Samples | None]:
+    """(training samples, held-out samples or None) of whatever the table names; conversations need the tokenizer.
+
+    Errors: RecipeError and CorpusError for files that hold no samples, or tokens that the target does not have.
+    """
     if options.conversations is None:
-        return packed_windows(options)
+        return packed_windows(options, vocab_size)
     file = Path(options.conversations).expanduser()
-    return load_samples(
+    train, held_out = load_samples(
         file, options.format, tokenizer_folder, options.window_length, options.held_out_share, options.seed
     )
+    for samples in (train, held_out):
+        if samples is not None:
+            largest = max(int(ids.max()) for ids, _ in samples.samples)
+            check_vocabulary(f"the tokenizer in {tokenizer_folder}", largest, vocab_size)
+    return train, held_out
 
 
-def packed_windows(options: DataOptions) -> tuple[Samples, Samples | None]:
+def check_vocabulary(origin: str, largest_id: int, vocab_size: int) -> None:
+    """Refuse tokens that the target has no embedding for."""
+    if largest_id >= vocab_size:
+        raise RecipeError(
+            f"{origin} gives token {largest_id}, and the target's vocabulary has {vocab_size}; data and drafter must "
+            "have the target's own vocabulary"
+        )
+
+
+def packed_windows(options: DataOptions, vocab_size: int) -> tuple[Samples, Samples | None]:
     """(training samples, held-out samples or None) of the packed file, split as language-model training splits it."""
     assert options.tokens is not None
     file, length = Path(options.tokens).expanduser(), options.window_length
@@ -138,6 +158,7 @@ def packed_windows(options: DataOptions) -> tuple[Samples, Samples | None]:
         raise RecipeError(f"{file} is no array of token ids: {error}") from error
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise RecipeError(f"{file} holds {ids.dtype} of shape {ids.shape}; packed token ids are one row of integers")
+    check_vocabulary(str(file), int(ids.max(initial=0)), vocab_size)
     split = int(len(ids) * (1 - options.held_out_share)) // length * length
     train, held_out = PackedWindows(ids[:split], length), PackedWindows(ids[split:], length)
     if len(train) == 0:
@@ -147,18 +168,33 @@ def packed_windows(options: DataOptions) -> tuple[Samples, Samples | None]:
 
 @dataclass(frozen=True)
 class OnTheFlySource:
-    """A FeatureSource that asks the target anew for every batch: no disk, one target pass a step.
+    """A FeatureSource that asks the target anew for every batch whose samples carry no features.
 
     ``compute`` maps token ids [B, T] to features [B, T, W]; it runs without gradients and outside autocast, so the
-    target computes in its own type.
+    target computes in its own type. ``load`` gives training and held-out samples; it is called when they are first
+    asked for, since preparing them may take long.
     """
 
     compute: Callable[[Tensor], Tensor]
     target_embedding: Tensor
     target_lm_head: Tensor
     fingerprint: str
-    train_data: Samples
-    held_out_data: Samples | None = None
+    load: Callable[[], tuple[Samples, Samples | None]]
+
+    @cached_property
+    def samples(self) -> tuple[Samples, Samples | None]:
+        """(training samples, held-out samples or None), loaded once."""
+        return self.load()
+
+    @property
+    def train_data(self) -> Samples:
+        """Samples to learn from."""
+        return self.samples[0]
+
+    @property
+    def held_out_data(self) -> Samples | None:
+        """Samples to evaluate on, or None."""
+        return self.samples[1]
 
     def embedding(self) -> Tensor:
         """[V, H]."""

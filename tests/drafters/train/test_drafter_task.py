@@ -4,8 +4,9 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from drafters.dovetail import DovetailDrafter, load_drafter
 from drafters.drafter import DrafterError, DraftState, Observation
 from drafters.network import DovetailConfig, DovetailNetwork
 from drafters.proposal import Budget
-from drafters.train.drafter_task import DrafterTask, LossOptions, train_drafter
+from drafters.train.drafter_task import DrafterTask, train_drafter
 from drafters.train.feature_source import DataOptions, FeatureSource, OnTheFlySource, packed_windows
+from drafters.train.options import LossOptions
 from kernels.training import RecipeError
 
 VOCAB, HIDDEN = 24, 16
@@ -40,8 +42,8 @@ class TinyTarget:
 
 def create_source(data: DataOptions, layers: Sequence[str]) -> FeatureSource:
     target = TinyTarget()
-    train, held_out = packed_windows(data)
-    return OnTheFlySource(target.features, target.embedding, target.embedding, "tiny", train, held_out)
+    load = partial(packed_windows, data, VOCAB)
+    return OnTheFlySource(target.features, target.embedding, target.embedding, "tiny", load)
 
 
 @pytest.fixture
@@ -60,11 +62,14 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def no_samples() -> Any:
+    return [], None
+
+
 def create_task(loss: LossOptions) -> DrafterTask:
     torch.manual_seed(0)
     target = TinyTarget()
-    samples: Any = []
-    source = OnTheFlySource(target.features, target.embedding, target.embedding, "tiny", samples)
+    source = OnTheFlySource(target.features, target.embedding, target.embedding, "tiny", no_samples)
     return DrafterTask(DovetailNetwork(DovetailConfig(HIDDEN, VOCAB, 32, 2, 1, 8, num_blocks=2)), source, loss)
 
 
@@ -175,8 +180,8 @@ def test_choices_outside_a_trimmed_vocabulary_teach_nothing_and_count_as_missed(
     torch.manual_seed(0)
     network = DovetailNetwork(replace(whole.network.config, draft_vocab_size=VOCAB // 2))
     network.load_state_dict({**whole.network.state_dict(), "draft_ids": torch.arange(VOCAB // 2)})
-    target, samples = TinyTarget(), cast("Any", [])
-    source = OnTheFlySource(target.features, target.embedding, target.embedding, "tiny", samples)
+    target = TinyTarget()
+    source = OnTheFlySource(target.features, target.embedding, target.embedding, "tiny", no_samples)
     trimmed = DrafterTask(network, source, LossOptions())
     wanted, predicted = torch.randn(1, 40, HIDDEN), torch.randn(1, 40, HIDDEN)
     choices = (wanted[0] @ target.embedding.T).argmax(-1)
