@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -98,7 +100,8 @@ def capture(samples: Any, compute: Callable[[Tensor], Tensor], folder: Path, man
                 f"capturing into {folder} takes {wanted / 1e6:.1f} MB more and {free / 1e6:.1f} MB are free; free some "
                 "space, name another folder, or leave data.captured out to compute features on the fly"
             )
-    for shard in missing:
+    console = Console(stderr=True)
+    for shard in track(missing, "capturing features", console=console, disable=not console.is_terminal):
         first = shard * manifest.shard_samples
         indices = range(first, min(first + manifest.shard_samples, manifest.num_samples))
         write_shard(shard_file(folder, shard), [with_features(samples[index], compute) for index in indices])
@@ -114,6 +117,7 @@ def prepare(folder: Path, manifest: Manifest) -> list[int]:
             kept = json.loads(file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise CaptureError(f"{file} is not JSON: {error}; name another folder") from error
+        kept = {"layers": "last"} | kept  # the one layer of folders that do not say
         differing = [name for name, value in asdict(manifest).items() if kept.get(name) != value]
         if differing:
             raise CaptureError(
@@ -122,6 +126,11 @@ def prepare(folder: Path, manifest: Manifest) -> list[int]:
             )
     else:
         file.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    return missing_shards(folder, manifest)
+
+
+def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
+    """The shards that are still to be captured."""
     return [shard for shard in range(manifest.num_shards) if not shard_file(folder, shard).is_file()]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from drafters.train.conversations import load_samples
+from drafters.train.conversations import READERS, load_samples
 from drafters.train.language_model import PackedWindows
 from kernels.training import RecipeError
 
@@ -79,7 +79,9 @@ class DataOptions:
     ``text``); weights: the type the target's weights are held in while it computes features; window_length: tokens of
     one sample, at most; captured: a folder that features are written to before training begins, and read from (None:
     computed anew for every batch); held_out_share: what is kept for evaluation, the end of a packed file; seed: of the
-    shuffling of conversations.
+    shuffling of conversations, and of answers that are not greedy; answers: a JSONL file in which the target itself
+    answers the users' turns before training begins (None: the answers of the data), each with at most
+    ``answer_tokens``, greedy or at ``answer_temperature``.
     """
 
     target: str
@@ -91,6 +93,9 @@ class DataOptions:
     held_out_share: float = 0.01
     seed: int = 0
     captured: str | None = None
+    answers: str | None = None
+    answer_tokens: int = 512
+    answer_temperature: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.conversations is None):
@@ -99,6 +104,12 @@ class DataOptions:
             raise RecipeError(f"data.window_length is {self.window_length}; a sample needs at least 3 tokens")
         if not 0.0 <= self.held_out_share < 1.0:
             raise RecipeError(f"data.held_out_share is {self.held_out_share}; allowed are 0 up to, not including, 1")
+        if self.answers is not None and (self.conversations is None or self.format not in READERS):
+            raise RecipeError(f"data.answers needs data.conversations in a format with turns: {', '.join(READERS)}")
+        if self.answer_tokens < 1:
+            raise RecipeError(f"data.answer_tokens is {self.answer_tokens}; an answer takes at least 1")
+        if self.answer_temperature < 0:
+            raise RecipeError(f"data.answer_temperature is {self.answer_temperature}; 0 is greedy, more is sampled")
 
 
 class DraftingWindows(Dataset[dict[str, Tensor]]):
@@ -115,9 +126,7 @@ class DraftingWindows(Dataset[dict[str, Tensor]]):
         return {"input_ids": token_ids, "loss_mask": torch.ones(len(token_ids))}
 
 
-def data_samples(
-    options: DataOptions, tokenizer_folder: Path, vocab_size: int
-) -> tuple[Samples, Samples | None]:
+def data_samples(options: DataOptions, tokenizer_folder: Path, vocab_size: int) -> tuple[Samples, Samples | None]:
     """(training samples, held-out samples or None) of whatever the table names; conversations need the tokenizer.
 
     Errors: RecipeError and CorpusError for files that hold no samples, or tokens that the target does not have.

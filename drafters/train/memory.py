@@ -4,8 +4,8 @@ The target is no part of it: it computes its features in main memory, before or 
 embedding and LM head. Not counted are what the device's driver and allocator keep for themselves (on CUDA about half a
 gigabyte).
 
-Letters: T positions of a batch, H hidden size, I MLP size, V vocabulary, a bytes of an activation (2 under bf16 or fp16,
-else 4). The sums over T follow what autograd keeps of ``DrafterTask``; a test counts it.
+``a`` is the bytes of an activation: 2 under bf16 or fp16, else 4. The sums follow what autograd keeps of a
+``DrafterTask`` for each position; a test counts it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def activations(config: DovetailConfig, positions: int, length: int, a: int, ste
     regression = 2 * FP32 * hidden
     step = fusion + regression + sum(block_activations(config, index, a) for index in range(config.num_blocks))
     if steps > 1:
-        # Fused attention keeps no scores; unrolled steps keep them, a cast if there is one, and the mask, for each block.
+        # Fused attention keeps no scores; unrolled steps keep them, their cast if there is one, and the mask.
         cast = 0 if a == FP32 else a
         step += config.num_blocks * length * (config.num_heads * (FP32 + cast) + 1)
     return positions * (inputs + steps * step + 4 * a * inner)

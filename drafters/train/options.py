@@ -79,8 +79,8 @@ class DrafterRecipe:
     def __post_init__(self) -> None:
         if self.shape.features != "last" and self.loss.unrolled_steps == 1:
             raise RecipeError(
-                f'drafter.features = "{self.shape.features}" needs loss.unrolled_steps of at least 2 (EAGLE-3 takes 7): '
-                "a drafted position reads the drafter's own output, not the three layers, and only unrolled steps "
+                f'drafter.features = "{self.shape.features}" needs loss.unrolled_steps of at least 2 (EAGLE-3 takes '
+                "7): a drafted position reads the drafter's own output, not the three layers, and only unrolled steps "
                 "train that"
             )
 

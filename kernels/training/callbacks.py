@@ -23,18 +23,24 @@ logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "training.json"
 PLOT_FILE = "training.png"
+BAR_WIDTH = 16
+SCHEDULE_FIGURES = frozenset({"learning_rate", "grad_norm"})
 BOOKKEEPING = frozenset(
     {"step", "epoch", "total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
 )
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with loss and time left on a terminal; one log line per report elsewhere."""
+    """A bar with time left, loss and the task's figures on a terminal; one log line per report elsewhere.
+
+    The figures stand last, where a narrow terminal cuts them off, and without the schedule's, which the log keeps.
+    """
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+            TextColumn("training"), BarColumn(BAR_WIDTH), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=console,
+            disable=not console.is_terminal,
         )  # fmt: skip
         self.console = console
         self.bar: Any = None
@@ -64,7 +70,8 @@ class ProgressBar(TrainerCallback):
         if not figures:
             return
         text = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self.progress.update(self.bar, figures=text)
+        shown = " ".join(f"{name} {value:.4g}" for name, value in figures.items() if name not in SCHEDULE_FIGURES)
+        self.progress.update(self.bar, figures=shown)
         if not self.console.is_terminal and state.is_world_process_zero:
             logger.info("step %d of %d: %s", state.global_step, state.max_steps, text)
 
