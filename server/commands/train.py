@@ -13,6 +13,7 @@ app = typer.Typer(no_args_is_help=True, help="Train a model from a recipe.")
 
 Recipe = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe.", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what memory and disk the run takes; train nothing.")]
 
 
 @app.command("language-model")
@@ -25,9 +26,15 @@ def train_language_model(recipe: Recipe, resume: Resume = False) -> None:
 
 
 @app.command("drafter")
-def train_drafter(recipe: Recipe, resume: Resume = False) -> None:
+def train_drafter(recipe: Recipe, resume: Resume = False, dry_run: DryRun = False) -> None:
     """Train a drafter on a target's own features."""
     from kernels.training.options import load_recipe
+
+    if dry_run:
+        from server.training_plan import plan_drafter
+
+        typer.echo(json.dumps(plan_drafter(load_recipe(recipe))))
+        return
     from server.feature_source import train_drafter
 
     print_report(train_drafter(load_recipe(recipe), resume))
@@ -73,5 +80,8 @@ def train_distilled(recipe: Recipe, resume: Resume = False) -> None:
 
 
 def print_report(report: Any) -> None:
-    """One line of JSON from a training report (a dataclass)."""
-    typer.echo(json.dumps(dataclasses.asdict(report)))
+    """One line of JSON from a training report (a dataclass); of several processes the first prints it."""
+    from kernels.training.processes import is_first_process
+
+    if is_first_process():
+        typer.echo(json.dumps(dataclasses.asdict(report)))

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import drafters.recipes
-from drafters.train.drafter_task import DrafterShape, LossOptions
 from drafters.train.feature_source import DataOptions
+from drafters.train.options import DrafterShape, LossOptions
 from kernels.training import TrainingOptions, load_recipe, take_table
 from kernels.training.study import Cell, expand
 from server.bench.drafter_study import (
