@@ -92,13 +92,17 @@ def tree_segment(slot: int, prefix: int, row_parents: Sequence[int], device: tor
     """Rows of a tree; ``row_parents[i]`` is the row of i's parent, or -1 for a row that hangs below the prefix."""
     if len(row_parents) == 1 and row_parents[0] < 0:
         return causal_segment(slot, prefix, 1)
-    mask = torch.eye(len(row_parents), dtype=torch.bool)
+    width = len(row_parents)
+    mask = bytearray(width * width)  # filled as bytes: a torch call for each row costs more than a small verify pass
     for row, parent in enumerate(row_parents):
         if parent >= row:
             raise SlotError(f"row {row} has parent {parent}; a parent must come before its children")
+        start = row * width
         if parent >= 0:
-            mask[row] |= mask[parent]
-    return Segment(slot, prefix, len(row_parents), mask.to(device))
+            mask[start : start + width] = mask[parent * width : (parent + 1) * width]
+        mask[start + row] = True
+    seen = torch.frombuffer(mask, dtype=torch.bool).view(width, width)
+    return Segment(slot, prefix, width, seen.to(device))
 
 
 class KVSlots:
