@@ -41,6 +41,8 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "dovetail_normalise": ([_POINTER, _POINTER, ctypes.c_float, _INT64, _INT64, _POINTER], None),
     "dovetail_argmax": ([ctypes.POINTER(PackedDescriptor), _POINTER, _INT64, _POINTER, _POINTER], None),
     "dovetail_top_k": ([ctypes.POINTER(PackedDescriptor), _POINTER, _INT64, _INT64, _POINTER, _POINTER], None),
+    "dovetail_draft_observe": ([*[_POINTER] * 4, _INT64, _POINTER, _POINTER, _POINTER], None),
+    "dovetail_draft_trees": ([_POINTER, _POINTER, _INT64, *[_POINTER] * 5], None),
     "dovetail_stream": ([_POINTER, _INT64], ctypes.c_uint64),
     "dovetail_dots": ([_INT64], _INT64),
     "dovetail_linear": ([ctypes.POINTER(PackedDescriptor), _POINTER, _INT64, _POINTER], None),

@@ -37,7 +37,7 @@ class _PassDescriptor(ctypes.Structure):
     ]  # fmt: skip
 
 
-class _SlotsDescriptor(ctypes.Structure):
+class SlotsDescriptor(ctypes.Structure):
     """`struct Slots` of csrc/layer.h."""
 
     _fields_ = [("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("layer_bytes", ctypes.c_int64)]
@@ -125,7 +125,7 @@ def decoder_layers(
     slots = row_pass.slots
     layer_bytes = slots.keys.stride(0) * slots.keys.element_size()
     skipped_bytes = (first_slot_layer + layers.start) * layer_bytes
-    described = _SlotsDescriptor(
+    described = SlotsDescriptor(
         slots.keys.data_ptr() + skipped_bytes, slots.values.data_ptr() + skipped_bytes, layer_bytes
     )
     first = ctypes.byref(stack.descriptors, layers.start * ctypes.sizeof(LayerDescriptor))
