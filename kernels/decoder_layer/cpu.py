@@ -32,7 +32,7 @@ class _PassDescriptor(ctypes.Structure):
     _fields_ = [
         ("segments", ctypes.POINTER(_SegmentDescriptor)),
         ("num_segments", ctypes.c_int32), ("num_rows", ctypes.c_int32),
-        ("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p),
+        ("positions", ctypes.POINTER(ctypes.c_int32)), ("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p),
         ("capacity", ctypes.c_int64), ("bf16", ctypes.c_int32),
     ]  # fmt: skip
 
@@ -61,24 +61,35 @@ class LayerStack:
 class LayerPass:
     """What all layers of one forward pass share: where its rows live, what they see, how they are rotated.
 
-    The rows of `segments` lie behind one another. cosine and sine [rows, head_dim] are those of transformers' rotary
-    embedding at the rows' positions. Raises ValueError for shapes or types that native code could not read.
+    The rows of `segments` lie behind one another. cosine and sine [n, head_dim] are those of transformers' rotary
+    embedding; `positions` names the row of them that turns each row, None: they are given row by row. Raises ValueError
+    for shapes or types that native code could not read.
     """
 
-    def __init__(self, slots: KVSlots, segments: Sequence[Segment], cosine: Tensor, sine: Tensor) -> None:
+    def __init__(
+        self,
+        slots: KVSlots,
+        segments: Sequence[Segment],
+        cosine: Tensor,
+        sine: Tensor,
+        positions: Sequence[int] | None = None,
+    ) -> None:
         self.num_rows = sum(segment.num_rows for segment in segments)
         for segment in segments:
             slots.check(segment)
         if slots.keys.dtype not in (torch.float32, torch.bfloat16) or slots.keys.device.type != "cpu":
             raise ValueError(f"KV slots must be fp32 or bf16 on the CPU, got {slots.keys.dtype} on {slots.keys.device}")
+        positions = range(len(cosine)) if positions is None else positions
         head_dim = slots.keys.shape[-1]
-        if cosine.shape != (self.num_rows, head_dim) or sine.shape != cosine.shape:
+        if cosine.dim() != 2 or cosine.shape[1] != head_dim or sine.shape != cosine.shape:
             raise ValueError(
-                f"cosine and sine must be [{self.num_rows}, {head_dim}] for these rows, "
+                f"cosine and sine must be [n, {head_dim}] for these slots, "
                 f"got {list(cosine.shape)} and {list(sine.shape)}"
             )
+        if len(positions) != self.num_rows or not 0 <= min(positions) <= max(positions) < len(cosine):
+            raise ValueError(f"{self.num_rows} rows want as many positions below {len(cosine)}, got {list(positions)}")
         self.slots = slots
-        self._cosine, self._sine = (table.detach().float().contiguous() for table in (cosine, sine))
+        self._cosine, self._sine = cosine.float().contiguous(), sine.float().contiguous()
         pieces = [piece for segment in segments for piece in _pieces(segment)]
         self._masks = [_mask_bytes(piece) for piece in pieces]
         described = [
@@ -90,7 +101,8 @@ class LayerPass:
         ]  # fmt: skip
         self.descriptor = _PassDescriptor(
             (_SegmentDescriptor * len(described))(*described), len(described), self.num_rows,
-            self._cosine.data_ptr(), self._sine.data_ptr(), slots.capacity, int(slots.keys.dtype == torch.bfloat16),
+            (ctypes.c_int32 * self.num_rows)(*positions), self._cosine.data_ptr(), self._sine.data_ptr(),
+            slots.capacity, int(slots.keys.dtype == torch.bfloat16),
         )  # fmt: skip
 
 

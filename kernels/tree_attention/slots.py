@@ -126,6 +126,7 @@ class KVSlots:
         self.num_slots = num_slots
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.by_slot = list(zip(self.keys.unbind(1), self.values.unbind(1), strict=True))
         self.lengths = [0] * num_slots
 
     def check(self, segment: Segment) -> None:
@@ -157,10 +158,11 @@ class KVSlots:
         length = self.lengths[slot]
         if any(later <= earlier for earlier, later in itertools.pairwise(rows)):
             raise SlotError(f"rows {list(rows)} of slot {slot} are not in rising order, as rows of a path are")
-        if list(rows) != list(range(len(rows))):
-            source = torch.tensor(rows, device=self.keys.device) + length
-            for store in (self.keys, self.values):
-                store[:, slot, :, length : length + len(rows)] = store[:, slot].index_select(2, source)
+        moved = [(place, row) for place, row in enumerate(rows) if place != row]  # once one moves, all after it do
+        if moved:
+            source = torch.tensor([length + row for _, row in moved], device=self.keys.device)
+            for store in self.by_slot[slot]:
+                store.narrow(2, length + moved[0][0], len(moved)).copy_(store.index_select(2, source))
         self.lengths[slot] = length + len(rows)
 
     def fork(self, source: int, slot: int, length: int) -> None:

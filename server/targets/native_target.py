@@ -67,12 +67,11 @@ class RotaryAngles:
         if rotary_embedding.rope_type not in LENGTH_DEPENDENT_ROPES:
             self.table = self.compute(torch.arange(capacity))
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [rows] -> cosine and sine [rows, head size] fp32."""
+    def __call__(self, positions: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """Cosine and sine [n, head size] fp32 and, for each row, which of them turns it."""
         if self.table is None:
-            return self.compute(positions)
-        cosine, sine = self.table
-        return cosine[positions], sine[positions]
+            return *self.compute(torch.tensor(positions)), list(range(len(positions)))
+        return *self.table, positions
 
     @torch.inference_mode()
     def compute(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +121,7 @@ class NativeTarget(TorchTarget):
         for segment in segments:
             self.slots.check(segment)
         hidden = functional.embedding(torch.tensor(token_ids), self.embedding()).float()
-        row_pass = LayerPass(self.slots, segments, *self.angles(torch.tensor(positions)))
+        row_pass = LayerPass(self.slots, segments, *self.angles(positions))
         done = 0
         for index in sorted(self.tap.wanted):
             decoder_layers(hidden, self.stack, row_pass, range(done, index))

@@ -15,6 +15,13 @@ bool better(float logit, int64_t id, float best, int64_t best_id) {
   return logit > best || ((logit == best || std::isnan(logit)) && id < best_id);
 }
 
+// Whether all are at most `best`; NaN is not. Most panels end here, and the loop has no branch.
+bool none_above(const float* logits, int64_t count, float best) {
+  int above = 0;
+  for (int64_t i = 0; i < count; ++i) above |= !(logits[i] <= best);
+  return above == 0;
+}
+
 // Puts an id in its place among the best `k`, whose logits fall; called with rising ids, so equals stay behind.
 void insert(float logit, int64_t id, int64_t k, int64_t& count, int64_t* ids, float* logits) {
   int64_t at = count < k ? count++ : k - 1;
@@ -60,6 +67,7 @@ void Head::argmax(Pool& pool, const Packed& head, const float* x, int64_t rows, 
         multiply_panels(head, activations, block, panel, panel + 1, panel_logits, kPanel);
         const int64_t valid = std::min<int64_t>(kPanel, head.out - panel * kPanel);
         for (int row = 0; row < block; ++row) {
+          if (best_ids[row] != head.out && none_above(panel_logits + row * kPanel, valid, best[row])) continue;
           for (int64_t i = 0; i < valid; ++i) {
             const float logit = panel_logits[row * kPanel + i];
             if (!better(logit, panel * kPanel + i, best[row], best_ids[row])) continue;

@@ -73,13 +73,14 @@ void Runner::place_rows(Pool& pool, const Layer& layer, const Pass& pass, void* 
   const int width = layer.head_dim;
   for_rows(pool, pass.num_rows, layer.qkv.out, [&](int64_t r) {
     float* row = qkv_.data() + r * layer.qkv.out;
+    const int64_t angles = int64_t{pass.positions[r]} * layer.rotary_dim;
     if (layer.qkv_bias != nullptr) add(layer.qkv_bias, layer.qkv.out, row);
     for (int head = 0; head < layer.num_heads + layer.num_kv_heads; ++head) {
       float* x = row + head * width;
       const bool is_query = head < layer.num_heads;
       const float* norm = is_query ? layer.query_norm : layer.key_norm;
       if (norm != nullptr) math.normalise(x, norm, layer.epsilon, width, x);
-      math.rotate(x, pass.cosine + r * layer.rotary_dim, pass.sine + r * layer.rotary_dim, layer.rotary_dim);
+      math.rotate(x, pass.cosine + angles, pass.sine + angles, layer.rotary_dim);
       for (int i = 0; is_query && i < width; ++i) x[i] *= layer.scale;
     }
     for (int head = 0; head < layer.num_kv_heads; ++head) {

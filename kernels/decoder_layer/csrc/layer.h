@@ -42,7 +42,8 @@ struct Pass {
   const Segment* segments;
   int32_t num_segments;
   int32_t num_rows;
-  const float* cosine;  // [num_rows, rotary_dim]
+  const int32_t* positions;  // [num_rows]: the row of cosine and sine that turns each row
+  const float* cosine;       // [positions, rotary_dim]
   const float* sine;
   int64_t capacity;  // rows of a slot
   int32_t bf16;      // of the KV slots; else fp32

@@ -52,7 +52,7 @@ class Drafting {
  public:
   // Rows of a pass: outputs [rows, hidden] of features [rows, hidden] and the tokens that follow them.
   void forward(Pool& pool, const DraftModel& model, const std::vector<Segment>& segments, const std::vector<int64_t>& token_ids,
-               const std::vector<int64_t>& positions, const float* features, std::vector<float>& outputs);
+               const std::vector<int32_t>& positions, const float* features, std::vector<float>& outputs);
 
   void grow(Pool& pool, const DraftModel& model, std::vector<Tree>& trees, const Budget& budget);
 
@@ -66,9 +66,10 @@ class Drafting {
   int64_t num_children_ = 0;
   std::vector<int64_t> child_ids_;
   std::vector<float> child_log_probs_;
-  std::vector<float> embeddings_, cosine_, sine_, features_, outputs_;
+  std::vector<float> embeddings_, features_, outputs_;
   std::vector<Segment> segments_;
-  std::vector<int64_t> token_ids_, positions_;
+  std::vector<int64_t> token_ids_;
+  std::vector<int32_t> positions_;
   std::vector<const float*> parent_outputs_;
 };
 
@@ -82,22 +83,15 @@ void read_embedding(const DraftModel& model, int64_t token_id, int64_t width, fl
 }
 
 void Drafting::forward(Pool& pool, const DraftModel& model, const std::vector<Segment>& segments, const std::vector<int64_t>& token_ids,
-                       const std::vector<int64_t>& positions, const float* features, std::vector<float>& outputs) {
+                       const std::vector<int32_t>& positions, const float* features, std::vector<float>& outputs) {
   const size_t rows = token_ids.size();
   const int64_t width = model.head.in;
-  const int64_t turned = model.layers[0].head_dim;
   embeddings_.resize(rows * width);
-  cosine_.resize(rows * turned);
-  sine_.resize(rows * turned);
   outputs.resize(rows * width);
-  for (size_t r = 0; r < rows; ++r) {
-    read_embedding(model, token_ids[r], width, embeddings_.data() + r * width);
-    std::copy_n(model.cosine + positions[r] * turned, turned, cosine_.data() + r * turned);
-    std::copy_n(model.sine + positions[r] * turned, turned, sine_.data() + r * turned);
-  }
+  for (size_t r = 0; r < rows; ++r) read_embedding(model, token_ids[r], width, embeddings_.data() + r * width);
   fuser_.run(pool, model.fusion, features, embeddings_.data(), static_cast<int64_t>(rows), outputs.data());
-  const Pass pass{segments.data(), static_cast<int32_t>(segments.size()), static_cast<int32_t>(rows), cosine_.data(), sine_.data(),
-                  model.capacity, model.slots_bf16};
+  const Pass pass{segments.data(), static_cast<int32_t>(segments.size()), static_cast<int32_t>(rows), positions.data(),
+                  model.cosine, model.sine, model.capacity, model.slots_bf16};
   runner_.run(pool, model.layers, model.num_layers, pass, model.slots, outputs.data());
 }
 
@@ -203,7 +197,7 @@ void dovetail_draft_observe(const DraftModel* model, const int32_t* slots, const
   Pool& pool = Pool::instance();
   const std::lock_guard<std::mutex> lock(pool.caller());
   std::vector<Segment> segments;
-  std::vector<int64_t> positions;
+  std::vector<int32_t> positions;
   for (int64_t s = 0; s < num_segments; ++s) {
     for (int32_t first = 0; first < num_rows[s]; first += kBlock) {  // earlier rows count as prefix
       const int32_t rows = std::min<int32_t>(kBlock, num_rows[s] - first);
