@@ -83,7 +83,7 @@ void Head::argmax(Pool& pool, const Packed& head, const float* x, int64_t rows, 
         ids[first + row] = best_ids[row];
       }
     };
-    pool.run(head.panels(), panel_grain(head, pool.threads()), body);
+    pool.run(head.panels(), panel_grain(head, block, pool.threads()), body);
   }
 }
 

@@ -119,9 +119,13 @@ void multiply_panels(const Packed& w, const Activations& activations, int rows, 
   }
 }
 
-int64_t panel_grain(const Packed& w, int threads) {
-  const int64_t pieces_per_thread = 8;  // enough to even out threads of unequal speed, few enough to stream long runs
-  return std::max<int64_t>(1, w.panels() / (pieces_per_thread * threads));
+int64_t panel_grain(const Packed& w, int rows, int threads) {
+  const int64_t pieces_per_thread = 8;     // enough to even out threads of unequal speed, few enough to stream long runs
+  const int64_t worth_fetching = 1 << 18;  // multiply-adds, about a microsecond: below it fetching pieces is what takes time
+  const int64_t even = w.panels() / (pieces_per_thread * threads);
+  const int64_t worth = worth_fetching / (int64_t{kPanel} * w.in * rows);
+  const int64_t share = (w.panels() + threads - 1) / threads;
+  return std::max<int64_t>(1, std::min(std::max(even, worth), share));
 }
 
 void linear(Pool& pool, Workspace& workspace, const Packed& w, const float* x, int64_t stride, int64_t rows, float* y) {

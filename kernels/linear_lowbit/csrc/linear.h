@@ -35,7 +35,7 @@ void encode_rows(Pool& pool, const Packed& w, const float* x, int64_t stride, in
 void multiply_panels(const Packed& w, const Activations& activations, int rows, int64_t begin, int64_t end, float* y, int64_t stride);
 
 // How many panels a thread takes at a time.
-int64_t panel_grain(const Packed& w, int threads);
+int64_t panel_grain(const Packed& w, int rows, int threads);
 
 // y = W x for any number of rows, in blocks of kBlock; rows of y lie `stride` floats apart. x(row) makes a row's input and says
 // where it is: it is called once for each row, from any thread, `grain` rows at a time, and encoded while it is in cache.
@@ -51,7 +51,7 @@ void linear_of(Pool& pool, Workspace& workspace, const Packed& w, int64_t rows, 
     auto multiply = [&](int64_t begin, int64_t end) {
       multiply_panels(w, activations, block, begin, end, y + first * stride + begin * kPanel, stride);
     };
-    pool.run(w.panels(), panel_grain(w, pool.threads()), multiply);
+    pool.run(w.panels(), panel_grain(w, block, pool.threads()), multiply);
   }
 }
 
