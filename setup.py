@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 NATIVE = Extension(
     "kernels._native",
     sources=sorted(glob("kernels/*/csrc/*.cpp")),
-    include_dirs=["kernels/linear_lowbit/csrc"],
+    include_dirs=sorted(glob("kernels/*/csrc")),
     depends=sorted(glob("kernels/*/csrc/*.h")),
     # Contraction off: a product and a sum must not fuse in one number of rows and stay apart in another.
     extra_compile_args=[

@@ -146,6 +146,7 @@ def load_drafter_folder(
     """A folder of a trained drafter or of a causal language model; its config.json says which."""
     from drafters.checkpoint import NETWORKS, read_fields
     from drafters.dovetail import load_drafter as load_dovetail
+    from drafters.native import NotNative, load_native
     from drafters.small_lm import load_small_lm
     from server.placement.devices import drafter_placement
 
@@ -154,7 +155,13 @@ def load_drafter_folder(
         return load_small_lm(
             folder, target_folder, target.info.vocab_size, place.device, place.dtype, num_slots, capacity
         )
-    return load_dovetail(folder, target.embedding(), target.lm_head(), place.device, place.dtype, num_slots, capacity)
+    embedding, lm_head = target.embedding(), target.lm_head()
+    if place.native:
+        try:
+            return load_native(folder, embedding, lm_head, num_slots, capacity)
+        except NotNative as reason:
+            logger.info("%s drafts on torch's own kernels: %s", folder.name, reason)
+    return load_dovetail(folder, embedding, lm_head, place.device, place.dtype, num_slots, capacity)
 
 
 def load_engine(settings: Settings) -> Engine:

@@ -48,7 +48,7 @@ class PackedDecoderLayer:
     output: PackedWeight  # [hidden, num_heads * head_dim]
     gate_up: PackedWeight  # [2 * intermediate, hidden]
     down: PackedWeight  # [hidden, intermediate]
-    input_norm: Tensor  # fp32, as all vectors here
+    input_norm: Tensor | None  # fp32, as all vectors here; None: attention reads the residual stream as it is
     post_norm: Tensor
     query_norm: Tensor | None
     key_norm: Tensor | None
@@ -167,6 +167,7 @@ def packing_errors(layer: nn.Module, packed: PackedDecoderLayer) -> dict[str, Pa
 
 
 _TENSOR_TYPES = (PackedWeight, Tensor)
+_EVERY_LAYER_HAS = ("qkv", "output", "gate_up", "down", "input_norm", "post_norm")  # of transformers' layers
 
 
 def layer_tensors(layer: PackedDecoderLayer, prefix: str) -> dict[str, PackedWeight | Tensor]:
@@ -186,7 +187,7 @@ def layer_from_tensors(
     for field in dataclasses.fields(PackedDecoderLayer):
         if field.type in ("PackedWeight", "Tensor", "Tensor | None"):
             tensors[field.name] = weights.get(f"{prefix}.{field.name}")
-            if tensors[field.name] is None and field.type != "Tensor | None":
+            if tensors[field.name] is None and field.name in _EVERY_LAYER_HAS:
                 raise ValueError(f"the packed checkpoint holds no {prefix}.{field.name}")
     return PackedDecoderLayer(**tensors, **_numbers(attention, norm))
 

@@ -1,4 +1,4 @@
-"""Llama-like targets on the project's own CPU kernels: every decoder layer is one native call over packed weights.
+"""Llama-like targets on the project's own CPU kernels: all decoder layers are one native call over packed weights.
 
 transformers still gives the model (config, embedding, rotary angles, final norm); its decoder layers are packed one by
 one to bf16, int8 or int4 and dropped. Rows come out bit-equal whatever their number and whatever stands beside them,
@@ -19,11 +19,13 @@ from torch.nn import functional
 from kernels import native
 from kernels.decoder_layer import (
     LayerPass,
+    LayerStack,
     UnsupportedLayer,
     check_layer,
-    decoder_layer,
+    decoder_layers,
     head_argmax,
     pack_decoder_layer,
+    rms_norm,
 )
 from kernels.linear_lowbit import PackedWeight, linear, pack
 from kernels.tree_attention import Segment
@@ -33,6 +35,7 @@ from server.targets.torch_target import LogitsHead, TorchTarget, load_transforme
 logger = logging.getLogger(__name__)
 
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
+LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")  # their frequencies change with the longest position of a pass
 HEAD_BITS = 8  # an int4 head costs more accuracy than the bytes it saves (ours); it is read once a pass
 
 
@@ -55,6 +58,29 @@ class NativeHead(LogitsHead):
         return token_ids
 
 
+class RotaryAngles:
+    """Cosines and sines by position: read from a table, where the model's rotary embedding depends on nothing else."""
+
+    def __init__(self, rotary_embedding: Any, capacity: int) -> None:
+        self.rotary_embedding = rotary_embedding
+        self.table: tuple[Tensor, Tensor] | None = None
+        if rotary_embedding.rope_type not in LENGTH_DEPENDENT_ROPES:
+            self.table = self.compute(torch.arange(capacity))
+
+    def __call__(self, positions: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """Cosine and sine [n, head size] fp32 and, for each row, which of them turns it."""
+        if self.table is None:
+            return *self.compute(torch.tensor(positions)), list(range(len(positions)))
+        return *self.table, positions
+
+    @torch.inference_mode()
+    def compute(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """By the model's own code."""
+        like = torch.empty(1, 1, 1)  # tells the embedding type and device
+        cosine, sine = self.rotary_embedding(like, positions[None])
+        return cosine[0], sine[0]
+
+
 class NativeTarget(TorchTarget):
     """A ``TorchTarget`` whose decoder layers and head run natively. Hidden states are fp32 between the layers."""
 
@@ -62,11 +88,15 @@ class NativeTarget(TorchTarget):
         super().__init__(model, name, weights, num_slots, capacity)
         bits = BITS[weights]
         self.head = NativeHead(model, pack(self.lm_head(), max(bits, HEAD_BITS)))
-        self.layers = []
+        packed = []
         layers: nn.ModuleList = model.base_model.layers
         for index, layer in enumerate(layers):
-            self.layers.append(pack_decoder_layer(layer, bits))
+            packed.append(pack_decoder_layer(layer, bits))
             layers[index] = nn.Identity()
+        self.stack = LayerStack(packed)
+        norm = model.base_model.norm
+        self.norm_weight, self.norm_epsilon = norm.weight.detach().float().clone(), norm.variance_epsilon
+        self.angles = RotaryAngles(model.base_model.rotary_emb, capacity)
 
     @classmethod
     def load(cls, folder: Path, weights: str, num_slots: int, capacity: int) -> NativeTarget:
@@ -90,15 +120,15 @@ class NativeTarget(TorchTarget):
         """Features [rows, hidden] after the final norm, fp32."""
         for segment in segments:
             self.slots.check(segment)
-        base = self.model.base_model
         hidden = functional.embedding(torch.tensor(token_ids), self.embedding()).float()
-        cosine, sine = base.rotary_emb(hidden[None], torch.tensor([positions]))
-        row_pass = LayerPass(self.slots, segments, cosine[0], sine[0])
-        for index, layer in enumerate(self.layers):
+        row_pass = LayerPass(self.slots, segments, *self.angles(positions))
+        done = 0
+        for index in sorted(self.tap.wanted):
+            decoder_layers(hidden, self.stack, row_pass, range(done, index))
             self.tap.record(index, hidden)
-            decoder_layer(hidden, layer, index, row_pass)
-        features: Tensor = base.norm(hidden)
-        return features
+            done = index
+        decoder_layers(hidden, self.stack, row_pass, range(done, len(self.stack)))
+        return rms_norm(hidden, self.norm_weight, self.norm_epsilon)
 
 
 def load_target(folder: Path, weights: str, num_slots: int, capacity: int) -> TorchTarget:

@@ -62,7 +62,7 @@ namespace portable_loops {
 #undef DOVETAIL_VECTOR
 }  // namespace portable_loops
 
-#define DOVETAIL_LAYER_MATH(LOOPS) {LOOPS::normalise, LOOPS::rotate, LOOPS::swiglu, LOOPS::attend}
+#define DOVETAIL_LAYER_MATH(LOOPS) {LOOPS::normalise, LOOPS::rotate, LOOPS::swiglu, LOOPS::silu, LOOPS::blend, LOOPS::log_sum_exp, LOOPS::attend}
 
 #if defined(__x86_64__) || defined(_M_X64)
 const LayerMath kAvx512 = DOVETAIL_LAYER_MATH(avx512_loops);

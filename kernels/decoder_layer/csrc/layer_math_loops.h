@@ -48,6 +48,25 @@ void swiglu(const float* gate, const float* up, int width, float* out) {
   for (int i = 0; i < width; ++i) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
+void silu(float* x, int width) {
+  for (int i = 0; i < width; ++i) x[i] = x[i] / (1.0f + exponential(-x[i]));
+}
+
+void blend(const float* gate, const float* first, const float* second, int width, float* out) {
+  for (int i = 0; i < width; ++i) out[i] = second[i] + (first[i] - second[i]) / (1.0f + exponential(-gate[i]));
+}
+
+float log_sum_exp(const float* x, int64_t count) {
+  float largest = x[0];
+  for (int64_t i = 0; i < count; ++i) largest = x[i] > largest ? x[i] : largest;
+  float sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += exponential(x[i + lane] - largest);
+  for (int lane = 0; i + lane < count; ++lane) sums[lane] += exponential(x[i + lane] - largest);
+  return largest + std::log(add_lanes(sums));
+}
+
 inline void widen_rows(const void* from, bool bf16, int64_t first, int64_t count, float* out) {
   if (!bf16) {
     std::memcpy(out, static_cast<const float*>(from) + first, static_cast<size_t>(count) * sizeof(float));

@@ -11,10 +11,11 @@ from transformers.models.gemma2 import Gemma2Config, Gemma2Model
 from kernels import native
 from kernels.decoder_layer import (
     LayerPass,
+    LayerStack,
     PackedDecoderLayer,
     UnsupportedLayer,
     check_layer,
-    decoder_layer,
+    decoder_layers,
     head_argmax,
     layer_from_tensors,
     layer_tensors,
@@ -60,7 +61,8 @@ class Machine:
     def run(self, hidden: Tensor, segments: Sequence[Segment], positions: Sequence[int]) -> Tensor:
         cosine, sine = self.model.rotary_emb(hidden[None], torch.tensor([list(positions)]))
         out = hidden.clone()
-        decoder_layer(out, self.layer, 1, LayerPass(self.slots, segments, cosine[0], sine[0]))
+        row_pass = LayerPass(self.slots, segments, cosine[0], sine[0])
+        decoder_layers(out, LayerStack([self.layer]), row_pass, first_slot_layer=1)
         return out
 
     def prefill(self, slot: int, hidden: Tensor, chunk: int) -> Tensor:
@@ -186,16 +188,17 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     table = torch.zeros(2, 16)
     row_pass = LayerPass(machine.slots, [causal_segment(0, 0, 2)], table, table)
     with pytest.raises(ValueError, match=r"hidden must be fp32 \[2, 64\]"):
-        decoder_layer(torch.zeros(3, 64), machine.layer, 0, row_pass)
+        decoder_layers(torch.zeros(3, 64), LayerStack([machine.layer]), row_pass)
     with pytest.raises(ValueError, match="contiguous"):
-        decoder_layer(torch.zeros(64, 2).t(), machine.layer, 0, row_pass)
+        decoder_layers(torch.zeros(64, 2).t(), LayerStack([machine.layer]), row_pass)
     with pytest.raises(ValueError, match="cosine and sine must be"):
         LayerPass(machine.slots, [causal_segment(0, 0, 3)], table, table)
     with pytest.raises(SlotError, match="400 rows"):
         LayerPass(machine.slots, [causal_segment(0, 399, 2)], table, table)
     other = KVSlots(1, 8, 1, 1, 16, torch.float32, CPU)
     with pytest.raises(ValueError, match="2 key heads of 16, the slots hold 1"):
-        decoder_layer(torch.zeros(2, 64), machine.layer, 0, LayerPass(other, [causal_segment(0, 0, 2)], table, table))
+        other_pass = LayerPass(other, [causal_segment(0, 0, 2)], table, table)
+        decoder_layers(torch.zeros(2, 64), LayerStack([machine.layer]), other_pass)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
