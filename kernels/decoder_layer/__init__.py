@@ -14,6 +14,7 @@ from kernels.decoder_layer.packed import (
     layer_tensors,
     pack_decoder_layer,
     packing_errors,
+    unpack_decoder_layer,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "layer_tensors",
     "pack_decoder_layer",
     "packing_errors",
+    "unpack_decoder_layer",
 ]
