@@ -91,7 +91,8 @@ class Limits:
     """Streaming bandwidth and dot-product peak of all threads, measured whenever asked."""
 
     def __init__(self) -> None:
-        self._memory = torch.zeros(1 << 28, dtype=torch.uint8)  # beyond every cache
+        # Beyond every cache, and written: fresh zeros would all be read from one page of the system's.
+        self._memory = torch.full((1 << 28,), 1, dtype=torch.uint8)
         self.stream: list[float] = []
         self.dots: list[float] = []
 

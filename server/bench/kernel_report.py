@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from kernels.linear_lowbit.bench import OURS, BenchOptions, Entry, Limits, Say, bench_products, describe_machine
+from kernels.linear_lowbit.bench import OURS, SHAPES, BenchOptions, Entry, Limits, Say, bench_products, describe_machine
 from server.bench.whole_model import bench_models
 
 HONEST = 1.05  # T(1) may be so much above T(2) and T(4): a slow T(1) would flatter every ratio
@@ -53,27 +53,37 @@ def honest_checks(results: Sequence[Entry]) -> list[Entry]:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """Milliseconds and T(n) / T(1), one line for each engine; what could not take part is named."""
+    """Milliseconds and T(n) / T(1), one line for each engine; what could not take part is named.
+
+    ``read`` is the share of the streaming bandwidth at which one row of ours reads its weights.
+    """
     results = report["results"]
     rows = sorted({entry["rows"] for entry in results})
     limits = f"{report['stream_gb_per_s']} GB/s streamed, {report['dot_gmac_per_s']} G multiply-adds/s"
     view = Table(title=f"{report['hardware']}: {limits}")
-    for heading in ("shape", "scope", "weights", "context", "engine", *(f"{count} rows, ms" for count in rows), "read"):
-        view.add_column(heading, justify="right" if heading.endswith(("ms", "read")) else "left")
+    view.add_column("ms, T(n)/T(1)", no_wrap=True)
+    view.add_column("engine", no_wrap=True)
+    for count in rows:
+        view.add_column(f"{count} rows", justify="right", no_wrap=True)
+    view.add_column("read", justify="right")
     shares = stream_shares(report)
     for setting, curve in curves(results).items():
         named = dict(zip(CURVE, setting, strict=True))
         first = curve[min(curve)]
-        cells = [f"{curve[count]:.1f}  x{curve[count] / first:.2f}" if count in curve else "" for count in rows]
-        weights = named["weights"] if named["group"] is None else f"{named['weights']}, {named['group']}"
+        cells = [f"{curve[count]:.1f} x{curve[count] / first:.2f}" if count in curve else "" for count in rows]
         share = shares.get(setting)
-        view.add_row(
-            f"{named['shape']}, {named['layers']} layers", named["scope"], weights, str(named["context"]),
-            named["engine"], *cells, "" if share is None else f"{share:.0%}",
-        )  # fmt: skip
+        view.add_row(describe_setting(named), named["engine"], *cells, "" if share is None else f"{share:.0%}")
     for name, reason in report["skipped"].items():
-        view.add_row("", "", "", "", name, reason)
+        view.add_row(reason, name)
     return view
+
+
+def describe_setting(named: Entry) -> str:
+    """What was measured, short: ``1B model int4/32 at 1024``, with the number of layers where it is a share."""
+    layers = "" if named["layers"] == SHAPES[named["shape"]].num_layers else f" ({named['layers']} layers)"
+    group = "" if named["group"] is None else f"/{named['group']}"
+    context = f" at {named['context']}" if named["scope"] == "model" else ""
+    return f"{named['shape']}{layers} {named['scope']} {named['weights']}{group}{context}"
 
 
 def stream_shares(report: dict[str, Any]) -> dict[tuple[Any, ...], float]:
@@ -97,8 +107,8 @@ def remarks(report: dict[str, Any]) -> list[str]:
         lines.append(f"T(1) <= {HONEST} min(T(2), T(4)): {check['t1_over_min_t2_t4']:.3f} {verdict}, {setting}")
     for entry in report["outside_products"]:
         lines.append(
-            f"outside the products, {entry['shape']} {entry['weights']} context {entry['context']}, "
-            f"{entry['rows']} rows: {entry['ms_per_layer']:.3f} ms a layer"
+            f"{describe_setting(entry)}: {entry['ms_per_layer']:.3f} ms a layer outside the products at "
+            f"{entry['rows']} rows"
         )
     return lines
 

@@ -104,10 +104,9 @@ def measure_model(
         found.results += entries(fields | {"engine": OURS}, samples, OURS, packed.packed_bytes)
         found.results += entries(fields | {"engine": LLAMA_CPP}, samples, LLAMA_CPP)
         for rows in options.rows:
-            whole, products = (statistics.median(samples[pass_, rows]) for pass_ in (OURS, PRODUCTS))
-            found.outside.append(
-                fields | {"rows": rows, "ms_per_layer": round((whole - products) / num_layers, 4)}
-            )  # fmt: skip
+            pairs = zip(samples[OURS, rows], samples[PRODUCTS, rows], strict=True)  # of the same round
+            between = statistics.median(whole - products for whole, products in pairs)
+            found.outside.append(fields | {"rows": rows, "ms_per_layer": round(between / num_layers, 4)})
 
 
 def random_model(shape: ModelShape, weights: str, capacity: int) -> PackedModel:

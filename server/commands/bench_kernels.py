@@ -14,6 +14,9 @@ JsonFile = Annotated[
 ]
 
 
+WIDTH = 150  # a table in a file is as wide as on a wide screen
+
+
 def kernels(
     shapes: Annotated[str, typer.Option(help="LLaMA shapes, by commas: 1B, 3B, 7B.")] = "1B",
     scopes: Annotated[str, typer.Option(help="products, model (whole model of random weights), by commas.")] = (
@@ -47,10 +50,10 @@ def kernels(
         groups=[int(size) for size in groups.split(",") if size],
         peers=peers,
     )
-    console = Console(stderr=True, markup=False)
+    console = Console(stderr=True, markup=False, soft_wrap=True)
     lengths = [int(length) for length in contexts.split(",")]
     report = kernel_report.bench_kernels(options, scopes.split(","), lengths, console.print)
-    console.print(kernel_report.table(report))
+    console.print(kernel_report.table(report), width=WIDTH)
     for line in kernel_report.remarks(report):
         console.print(line)
     if plot is not None:

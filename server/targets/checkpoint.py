@@ -5,13 +5,16 @@ Then read from it tensor by tensor: ``ModelFiles`` fills one module of a model a
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from server.targets.target import TargetError
 
@@ -92,6 +95,16 @@ class ModelFiles:
                 f"{name} in {self.folder} holds {tensor.dtype}: these weights are quantised already; give the original"
             )
         return tensor
+
+
+def read_config(folder: Path) -> Any:
+    """The model's configuration, as transformers reads it. Errors: TargetError for a missing or contradictory one."""
+    if not (folder / "config.json").is_file():
+        raise TargetError(f"{folder} has no config.json; a target is a folder as transformers saves it")
+    try:
+        return copy.deepcopy(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise TargetError(f"{folder}/config.json does not describe a model: {error}") from error
 
 
 def check_plain(config: Any, folder: Path) -> None:

@@ -6,7 +6,6 @@ again. So the peak is the packed weights and two layers, whatever the size of th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from kernels.decoder_layer import (
     PackedDecoderLayer,
@@ -27,7 +26,7 @@ from kernels.decoder_layer import (
 )
 from kernels.linear_lowbit import PackedFormatError, PackedWeight, load_packed, pack, save_packed
 from kernels.tree_attention.transformers_plugin import ATTENTION_NAME
-from server.targets.checkpoint import ModelFiles, check_plain
+from server.targets.checkpoint import ModelFiles, check_plain, read_config
 from server.targets.target import TargetError
 
 PACKED_FILE = "packed.safetensors"
@@ -66,9 +65,7 @@ def empty_model(folder: Path) -> Any:
 
     Errors: TargetError for a config that is no causal language model or whose weights are quantised already.
     """
-    if not (folder / "config.json").is_file():
-        raise TargetError(f"{folder} has no config.json; a target is a folder as transformers saves it")
-    config = copy.deepcopy(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    config = read_config(folder)
     check_plain(config, folder)
     try:
         with init_empty_weights(include_buffers=False):

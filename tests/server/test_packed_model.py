@@ -136,9 +136,9 @@ def test_the_head_and_files_without_prefix(save_model: Callable[..., Path], tmp_
 
 
 def test_packed_files_of_another_version_or_shape_are_refused_by_name(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    save_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
+    folder, out = save_model(tiny("llama"), "version"), tmp_path / "out"
     monkeypatch.setattr(checkpoint, "FORMAT_VERSION", FORMAT_VERSION + 1)
     convert_target(folder, out, ConversionOptions("int4"))
     monkeypatch.undo()
@@ -147,6 +147,9 @@ def test_packed_files_of_another_version_or_shape_are_refused_by_name(
     shutil.rmtree(out)
     convert_target(folder, out, ConversionOptions("int4"))
     config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    with pytest.raises(TargetError, match=r"config.json does not describe a model"):
+        load_packed_model(out)
     for change, what in (
         ({"intermediate_size": 320}, "layer 0 has other shapes"),
         ({"num_hidden_layers": 9}, "layers.2.qkv"),
