@@ -48,22 +48,27 @@ def one_by_one(sizes: Sequence[Size], products: Sequence[Callable[[Tensor], Tens
 
 def torch_bf16(sizes: Sequence[Size], threads: int) -> Engine:  # noqa: ARG001 - torch's threads are set for all
     """torch's own bf16 product."""
+    made = {size: torch.randn(size).to(torch.bfloat16) for size in set(sizes)}
 
-    def product(size: Size) -> Callable[[Tensor], Tensor]:
-        weight = torch.randn(size).to(torch.bfloat16)
+    def product(weight: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: nn.functional.linear(x, weight)
 
-    return Engine("torch bf16", "bf16", None, one_by_one(sizes, [product(size) for size in sizes]), torch.bfloat16)
+    run = one_by_one(sizes, [product(made[size].clone()) for size in sizes])
+    return Engine("torch bf16", "bf16", None, run, torch.bfloat16)
 
 
 def torch_dynamic_int8(sizes: Sequence[Size], threads: int) -> Engine:  # noqa: ARG001
     """torch's dynamically quantised linear: int8 weights with one scale, activations quantised per tensor."""
     from torch.ao.nn.quantized.dynamic import Linear
 
+    made = {
+        size: torch.quantize_per_tensor(torch.randint(-127, 128, size).float() * 0.01, 0.01, 0, torch.qint8)
+        for size in set(sizes)
+    }
+
     def product(size: Size) -> Callable[[Tensor], Tensor]:
         layer: Any = Linear(size[1], size[0], bias_=False)  # type: ignore[no-untyped-call]
-        values = torch.randint(-127, 128, size, dtype=torch.int8).float() * 0.01
-        layer.set_weight_bias(torch.quantize_per_tensor(values, 0.01, 0, torch.qint8), None)
+        layer.set_weight_bias(made[size], None)  # packs a copy
         return lambda x: layer(x)  # type: ignore[no-any-return]
 
     run = one_by_one(sizes, [product(size) for size in sizes])
@@ -71,11 +76,12 @@ def torch_dynamic_int8(sizes: Sequence[Size], threads: int) -> Engine:  # noqa: 
 
 
 def torch_int4(sizes: Sequence[Size], threads: int) -> Engine:  # noqa: ARG001
-    """torch's int4 product for CPUs."""
+    """torch's int4 product for CPUs, groups of 32."""
+    pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+    made = {size: pack(torch.randint(0, 16, size, dtype=torch.int32), 1) for size in set(sizes)}
 
     def product(size: Size) -> Callable[[Tensor], Tensor]:
-        codes = torch.randint(0, 16, size, dtype=torch.int32)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        packed = made[size].clone()
         scales = torch.full((size[1] // 32, size[0], 2), 0.01, dtype=torch.bfloat16)
         return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 32, scales)  # type: ignore[no-any-return]
 
@@ -130,14 +136,14 @@ def openvino(weights: str) -> Callable[[Sequence[Size], int], Engine]:
         from openvino import opset13 as ops
 
         random, kind = np.random.default_rng(0), ov.Type.u4 if weights == "int4" else ov.Type.u8
-        middle = 8 if weights == "int4" else 128
+        middle, bits = (8, 4) if weights == "int4" else (128, 8)
+        made = {size: random.integers(0, 256, size[0] * size[1] * bits // 8, dtype=np.uint8) for size in set(sizes)}
         widths = sorted({width for _, width in sizes})
         inputs = {width: ops.parameter([-1, width], np.float32, name=f"x{width}") for width in widths}
         results = []
         for out, width in sizes:
             shape = [out, width // 32, 32]
-            stored = random.integers(0, 256, out * width // (2 if weights == "int4" else 1), dtype=np.uint8)
-            codes = ops.constant(ov.Tensor(stored, ov.Shape(shape), kind))
+            codes = ops.constant(ov.Tensor(made[out, width], ov.Shape(shape), kind))
             centred = ops.subtract(ops.convert(codes, "f16"), ops.constant(np.float16(middle)))
             scales = ops.constant(np.full([out, width // 32, 1], 0.01, dtype=np.float16))
             matrix = ops.reshape(ops.multiply(centred, scales), ops.constant([out, width]), special_zero=False)

@@ -28,8 +28,8 @@ class Windows:
     stride: int = 128
 
     def __post_init__(self) -> None:
-        if not 0 < self.stride <= self.length or self.length < 2:
-            raise ValueError(f"windows of {self.length} tokens every {self.stride}; 0 < stride <= length is allowed")
+        if not 0 < self.stride < self.length:  # the token before a window's first scored one must lie in it
+            raise ValueError(f"windows of {self.length} tokens every {self.stride}; 0 < stride < length is allowed")
 
     def spans(self, num_tokens: int) -> Iterator[tuple[int, int, int]]:
         """(begin, end, first token scored) of each window."""

@@ -109,11 +109,14 @@ def test_a_folder_that_is_quantised_already_is_refused(folder: Path, tmp_path: P
         load_target(copied, "int8", 1, 16)
 
 
+MISSING = "they lack|does not describe a model"  # a Qwen config lists its layers, and contradicts itself first
+
+
 def test_weights_that_do_not_fit_the_config_are_refused(folder: Path, tmp_path: Path) -> None:
     copied = tmp_path / "other"
     shutil.copytree(folder, copied)
     config = json.loads((copied / "config.json").read_text())
-    for change, message in (({"intermediate_size": 320}, "size mismatch"), ({"num_hidden_layers": 9}, "they lack")):
+    for change, message in (({"intermediate_size": 320}, "size mismatch"), ({"num_hidden_layers": 9}, MISSING)):
         (copied / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(TargetError, match=message):
             load_target(copied, "int8", 1, 16)

@@ -44,7 +44,7 @@ def test_other_groups_and_architectures_are_refused(save_model: Callable[..., Pa
     with pytest.raises(GGUFError, match="symmetric groups of 32"):
         write_packed_gguf(pack_model(folder, "int4", group_size=64), tmp_path / "x.gguf")
     qwen = tiny_qwen3()
-    qwen.config.intermediate_size = 160
+    qwen.config.intermediate_size, qwen.config.head_dim = 160, 32
     folder = save_model(type(qwen)(qwen.config), "qwen")
     with pytest.raises(GGUFError, match="Qwen3ForCausalLM"):
         write_packed_gguf(pack_model(folder, "int4"), tmp_path / "y.gguf")
