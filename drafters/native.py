@@ -107,11 +107,13 @@ def pack_block(module: Any, bits: int) -> PackedDecoderLayer:
     block: LlamaBlock = module
     norm = None if block.index == 0 else block.attention_norm.weight
     bias = block.qkv_proj.bias
+    projections = (block.qkv_proj, block.output_proj, block.gate_up_proj, block.down_proj)
+    qkv, output, gate_up, down = (pack(projection.weight.detach(), bits, GROUP_SIZE) for projection in projections)
     return PackedDecoderLayer(
-        *(
-            pack(projection.weight.detach(), bits, GROUP_SIZE)
-            for projection in (block.qkv_proj, block.output_proj, block.gate_up_proj, block.down_proj)
-        ),
+        qkv=qkv,
+        output=output,
+        gate_up=gate_up,
+        down=down,
         input_norm=None if norm is None else vector(norm),
         post_norm=vector(block.mlp_norm.weight),
         query_norm=None,

@@ -56,9 +56,8 @@ def library() -> ctypes.CDLL | None:
     path = next((file for suffix in EXTENSION_SUFFIXES if (file := folder / f"_native{suffix}").exists()), None)
     if path is None:
         logger.warning(
-            "native kernels are not built: low-bit products run on the plain torch reference, tens of times slower, "
-            "and targets in int8 or int4 cannot be served. "
-            "With a C++20 compiler at hand, `pip install --editable .` builds them in seconds."
+            "native kernels are not built: int8 and int4 targets run on torch's own products, about 1.5 times slower "
+            "at one row and 4 times at sixteen. With a C++20 compiler at hand, `pip install --editable .` builds them."
         )
         return None
     native = ctypes.CDLL(str(path))

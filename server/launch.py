@@ -88,7 +88,7 @@ def num_usable_cores() -> int:
     return cores
 
 
-def load_target(folder: Path, weights: str, num_slots: int, capacity: int, threads: int | None) -> TorchTarget:
+def load_target(folder: Path, weights: str | None, num_slots: int, capacity: int, threads: int | None) -> TorchTarget:
     """The target with ``capacity`` rows a slot; ``threads`` None takes every usable core."""
     import torch
 

@@ -37,9 +37,9 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 class Settings(BaseSettings):
     """Frozen. A field's description is its help on the command line.
 
-    target None is the bundled model; drafter None is the drafter bundled for the target, ``none`` switches drafting
-    off; threads None is every core this process may use; context None is what the target allows; rows, top_k and depth
-    None are the drafter's own.
+    target None is the bundled model; weights None is what a packed folder holds, else fp32; drafter None is the drafter
+    bundled for the target, ``none`` switches drafting off; threads None is every core this process may use; context
+    None is what the target allows; rows, top_k and depth None are the drafter's own.
     """
 
     model_config = SettingsConfigDict(env_prefix="DOVETAIL_", frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -50,7 +50,9 @@ class Settings(BaseSettings):
         description="Folder or hub id of a drafter or a small language model; 'ngram', 'hybrid' or 'hybrid:FOLDER' "
         "(n-grams in the drafter's trees), or 'none'.",
     )
-    weights: Literal["fp32", "bf16", "int8", "int4"] = Field("fp32", description="How the target's weights are held.")
+    weights: Literal["fp32", "bf16", "int8", "int4"] | None = Field(
+        None, description="How the target's weights are held; nothing: as a packed folder was made, else fp32."
+    )
     drafter_device: str = Field("auto", description="auto, cpu or cuda:N.")
     vram: Bytes | None = Field(None, gt=0, description="GPU memory that may be used, such as 3GiB.")
     host: str = Field("127.0.0.1", description="Address to listen on.")

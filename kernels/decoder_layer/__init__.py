@@ -14,6 +14,7 @@ from kernels.decoder_layer.packed import (
     layer_tensors,
     pack_decoder_layer,
     packing_errors,
+    unpack_decoder_layer,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "pack_decoder_layer",
     "packing_errors",
     "rms_norm",
+    "unpack_decoder_layer",
 ]

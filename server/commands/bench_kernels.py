@@ -14,27 +14,54 @@ JsonFile = Annotated[
 ]
 
 
+WIDTH = 150  # a table in a file is as wide as on a wide screen
+
+
 def kernels(
     shapes: Annotated[str, typer.Option(help="LLaMA shapes, by commas: 1B, 3B, 7B.")] = "1B",
+    scopes: Annotated[str, typer.Option(help="products, model (whole model of random weights), by commas.")] = (
+        "products,model"
+    ),
     weights: Annotated[str, typer.Option(help="Weight formats, by commas.")] = "int4,int8,bf16",
-    rows: Annotated[str, typer.Option(help="Rows of a pass, by commas.")] = "1,2,4,8,16,32",
+    rows: Annotated[str, typer.Option(help="Rows of a pass, by commas.")] = "1,2,4,8,16",
+    contexts: Annotated[str, typer.Option(help="Tokens before the rows of a whole model, by commas.")] = "64,1024",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="At most so many layers of a shape, where memory is short.")
+    ] = None,
+    groups: Annotated[str, typer.Option(help="Group sizes beside 32 for our products: 64, 128.")] = "64,128",
     rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 7,
-    peers: Annotated[bool, typer.Option(help="Measure torch's own products beside ours.")] = True,
+    peers: Annotated[bool, typer.Option(help="Measure other engines beside ours.")] = True,
     json_file: JsonFile = None,
     plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Draw T(n)/T(1) here.", show_default=False)] = None,
 ) -> None:
-    """Products of many rows against one, beside torch's, the memory's speed and the processor's peak."""
-    from kernels.linear_lowbit import bench
+    """Many rows against one: our products and whole models beside torch, ONNX Runtime, OpenVINO and llama.cpp.
 
-    counts = [int(count) for count in rows.split(",")]
-    result = bench.bench_kernels(shapes.split(","), weights.split(","), counts, rounds=rounds, peers=peers)
-    Console(stderr=True).print(bench.table(result))
+    Every round also measures the memory's speed and the processor's peak. The last line printed is JSON.
+    """
+    from kernels.linear_lowbit.bench import BenchOptions
+    from server.bench import kernel_report
+
+    options = BenchOptions(
+        shapes=shapes.split(","),
+        weights=weights.split(","),
+        rows=[int(count) for count in rows.split(",")],
+        rounds=rounds,
+        layers=layers,
+        groups=[int(size) for size in groups.split(",") if size],
+        peers=peers,
+    )
+    console = Console(stderr=True, markup=False, soft_wrap=True)
+    lengths = [int(length) for length in contexts.split(",")]
+    report = kernel_report.bench_kernels(options, scopes.split(","), lengths, console.print)
+    console.print(kernel_report.table(report), width=WIDTH)
+    for line in kernel_report.remarks(report):
+        console.print(line)
     if plot is not None:
-        bench.plot(result, plot)
-    line = json.dumps(result)
+        kernel_report.plot(report, plot)
+    text = json.dumps(report)
     if json_file is not None:
-        json_file.write_text(line + "\n", encoding="utf-8")
-    typer.echo(line)
+        json_file.write_text(text + "\n", encoding="utf-8")
+    typer.echo(text)
 
 
 def diagonalwise(

@@ -11,6 +11,7 @@ import typer
 
 from server.commands.evaluate_drafter import evaluate_drafter
 from server.commands.evaluate_drafter_study import evaluate_drafter_study
+from server.commands.options import Target, Threads
 
 app = typer.Typer(no_args_is_help=True, help="Measure a trained model.")
 
@@ -67,3 +68,40 @@ def evaluate_classifier_study(
     report = write_study(study_rows(cells), cells, measure_hardware().json(), json_file)
     typer.echo(markdown(report["rows"]), err=True)
     typer.echo(json.dumps(report))
+
+
+@app.command("perplexity")
+def evaluate_perplexity(
+    text: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Text file the model was not trained on.")],
+    target: Target = None,
+    weights: Annotated[
+        str, typer.Option(help="Formats, by commas; the first is what the others are compared with.")
+    ] = "bf16,int8,int4",
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
+    stride: Annotated[int, typer.Option(min=1, help="Tokens from one window to the next.")] = 128,
+    limit: Annotated[int | None, typer.Option(min=2, help="Tokens of the text to take.", show_default=False)] = None,
+    threads: Threads = None,
+) -> None:
+    """Perplexity of a text under a target, and its change with the weights' format.
+
+    A packed folder has one format: name it alone, as in --weights int4.
+    """
+    from tokenizers import Tokenizer
+
+    from server.bench.perplexity import Windows, compare_weights
+    from server.launch import load_target, resolve_model
+
+    folder = resolve_model(target, "target")
+    codec = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    token_ids = codec.encode(text.read_text(encoding="utf-8")).ids[:limit]
+    found = compare_weights(
+        folder,
+        token_ids,
+        weights.split(","),
+        Windows(window, stride),
+        lambda folder, weights, capacity: load_target(folder, weights, 1, capacity, threads),
+    )
+    results = [
+        dataclasses.asdict(each) | {"change": round(each.perplexity / found[0].perplexity - 1, 5)} for each in found
+    ]
+    typer.echo(json.dumps({"target": folder.name, "window": window, "stride": stride, "results": results}))

@@ -83,15 +83,18 @@ def test_a_study_is_not_a_training(tmp_path: Path) -> None:
 
 
 def test_kernel_benchmarks_are_reserved_words_of_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from kernels.linear_lowbit import bench
+    from server.bench import kernel_report
 
     seen = []
-    monkeypatch.setattr(bench, "bench_kernels", lambda *a, **k: seen.append((a, k)) or {"results": []})
-    monkeypatch.setattr(bench, "table", lambda result: "table")
+    monkeypatch.setattr(kernel_report, "bench_kernels", lambda *given: seen.append(given) or {"results": []})
+    monkeypatch.setattr(kernel_report, "table", lambda report: "table")
+    monkeypatch.setattr(kernel_report, "remarks", lambda report: ["remark"])
     file = tmp_path / "kernels.json"
-    result = RUNNER.invoke(app, ["bench", "kernels", "--rows", "1,8", "--weights", "int4", "--json", str(file)])
+    words = ["--rows", "1,8", "--weights", "int4", "--scopes", "model", "--contexts", "64", "--layers", "4"]
+    result = RUNNER.invoke(app, ["bench", "kernels", *words, "--json", str(file)])
     assert result.exit_code == 0, result.output
     assert json.loads(file.read_text()) == json.loads(result.stdout.splitlines()[-1]) == {"results": []}
-    assert seen[0][0] == (["1B"], ["int4"], [1, 8])
+    options, scopes, contexts, _ = seen[0]
+    assert (options.weights, options.rows, options.layers, scopes, contexts) == (["int4"], [1, 8], 4, ["model"], [64])
     assert "bench diagonalwise" in RUNNER.invoke(app, ["bench", "--help"]).output
     assert RUNNER.invoke(app, ["bench", "diagonalwise", "--help"]).exit_code == 0
