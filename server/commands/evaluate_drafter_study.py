@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from click.core import ParameterSource
 from rich.console import Console
 
 from server.commands.bench import check_texts
@@ -79,9 +78,11 @@ def evaluate_drafter_study(
 def command_line(ctx: typer.Context) -> str:
     """The command with what the user gave, options behind arguments."""
     words = ["dovetail", "eval", "drafter-study"]
-    given = [
-        one for one in ctx.command.params if ctx.get_parameter_source(one.name or "") is ParameterSource.COMMANDLINE
-    ]
+    given = []
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            given.append(parameter)
     for parameter in sorted(given, key=lambda one: one.param_type_name):
         option = [] if parameter.param_type_name == "argument" else [parameter.opts[-1]]
         words += [*option, str(ctx.params[parameter.name or ""])]

@@ -108,7 +108,8 @@ def test_study_measures_what_is_finished_and_marks_the_rest(target: Path, prompt
     ]  # fmt: skip
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "| dgf | dgf | 1 | - | NOT RUN |" in page and "1 of 2" in page
-    assert f"dovetail eval drafter-study {recipe} --grid 2x1x4" in page.replace("\n", " ") or "--grid 2x1x4" in page
+    command = f"dovetail eval drafter-study {recipe} --output {tmp_path / 'page'} --suite {prompts} --limit 1"
+    assert command in page and report["command"].endswith("--grid 2x1x4 --repeats 1 --threads 1")
     assert (tmp_path / "page.png").stat().st_size > 0
 
 
