@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from server.commands.bench import check_texts
-from server.commands.evaluate_drafter import Grid, Limit, MaxTokens, Suite, eval_options, run_evaluation, show
+from server.commands.evaluate_drafter import Grid, Limit, MaxTokens, Suite, eval_options, run_evaluation
 from server.commands.options import Config, DrafterDevice, Threads, Weights, check_folder, flag, settings_from
 
 
@@ -44,7 +45,8 @@ def evaluate_drafter_study(
     unless --target names another. The last line printed is the report as JSON.
     """
     check_folder(output, "--output")
-    from kernels.training.options import load_recipe
+    from drafters.train.feature_source import DataOptions
+    from kernels.training.options import load_recipe, take_table
     from kernels.training.study import choose, expand
     from server.bench.drafter_study import finished_folders, study_report
     from server.bench.drafter_study_page import markdown, plot_study
@@ -55,15 +57,15 @@ def evaluate_drafter_study(
     folders = finished_folders(cells)
     settings = settings_from(
         config,
-        target=target or study["data"]["target"],
+        target=target or take_table(study, "data", DataOptions).target,
         weights=weights,
         drafter_device=drafter_device,
         threads=threads,
     )
     evaluation = run_evaluation(settings, folders, options, limit)
-    show(evaluation, Console(stderr=True, markup=False))
     command = command_line(ctx)
     report = {"command": command, "recipe": study} | study_report(cells, evaluation)
+    show(report)
     line = json.dumps(report)
     output.with_name(f"{output.name}.json").write_text(line + "\n", encoding="utf-8")
     picture = output.with_name(f"{output.name}.png")
@@ -73,6 +75,17 @@ def evaluate_drafter_study(
     typer.echo(line)
     drafted = [figures for entry in evaluation["drafters"] for figures in entry["settings"]]
     check_texts(drafted, evaluation["target"]["weights"])
+
+
+def show(report: dict[str, Any]) -> None:
+    """The page's table, on stderr."""
+    from server.bench.drafter_study_page import HEADINGS, rows
+
+    table = Table(*HEADINGS)
+    for variant in report["variants"]:
+        for cells in rows(variant):
+            table.add_row(*cells)
+    Console(stderr=True, markup=False).print(table)
 
 
 def command_line(ctx: typer.Context) -> str:
