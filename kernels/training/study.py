@@ -139,8 +139,8 @@ def run_study(cells: Sequence[Cell], train: Train, folder: Path, variants: Colle
     """Train the cells of ``variants`` (all by default) that have no report yet, and return where every cell stands.
 
     A cell with a checkpoint is resumed. A training that diverges is noted as failed and the study goes on (remove its
-    folder to try it again); an interrupted one ends it. ``folder/study.json`` is renewed after each cell. Errors: those of ``train``; RecipeError for a finished
-    cell whose recipe has changed since.
+    folder to try it again); an interrupted one ends it. ``folder/study.json`` is renewed after each cell. Errors: those
+    of ``train``; RecipeError for a cell that another recipe trained.
     """
     chosen = choose(cells, variants)
     outcomes = write_outcomes(cells, folder)

@@ -1,4 +1,4 @@
-"""``dovetail study``: train every variant and seed of a study; the last line printed is where each stands, as JSON."""
+"""``dovetail study``: train every variant and seed of a recipe; the last line printed is where each stands, as JSON."""
 
 from __future__ import annotations
 
