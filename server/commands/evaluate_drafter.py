@@ -131,7 +131,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         f"plain {plain['tokens_per_s']:.1f} tokens/s; repeated 4-grams {report['repeated_4gram_share']:.0%}; "
         f"{conditions['texts']} texts of at most {conditions['max_tokens']} tokens, {conditions['repeats']} repeats; "
         f"{report['hardware']['cpu']}, {report['hardware']['threads']} threads, weights {report['target']['weights']}; "
-        f"acceptance length: tokens per verify pass, trees: top-k x depth x rows, ECE: of {conditions['calibration_bins']} bins"
+        f"acceptance length: tokens per verify pass; trees: top-k x depth x rows; ECE: "
+        f"{conditions['calibration_bins']} bins"
     )
 
 

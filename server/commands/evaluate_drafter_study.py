@@ -21,10 +21,11 @@ def evaluate_drafter_study(
     recipe: Annotated[
         Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe with [study].", show_default=False)
     ],
-    output: Annotated[
-        Path, typer.Option(help="Report without its ending: .json, .md and .png are written.", show_default=False)
+    json_file: Annotated[
+        Path,
+        typer.Option("--json", dir_okay=False, help="Report; page and plot lie beside it.", show_default=False),
     ],
-    runs: Annotated[
+    output: Annotated[
         Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)
     ] = None,
     only: Annotated[str, typer.Option(help="Variants to measure, by commas; empty: all.", show_default=False)] = "",
@@ -44,7 +45,7 @@ def evaluate_drafter_study(
     Figures are means and deviations over the seeds; what was not trained is marked NOT RUN. The target is the recipe's
     unless --target names another. The last line printed is the report as JSON.
     """
-    check_folder(output, "--output")
+    check_folder(json_file, "--json")
     from drafters.train.feature_source import DataOptions
     from kernels.training.options import load_recipe, take_table
     from kernels.training.study import choose, expand
@@ -53,7 +54,7 @@ def evaluate_drafter_study(
 
     options = eval_options(grid, suite=suite, max_tokens=max_tokens, repeats=repeats)
     study = load_recipe(recipe)
-    cells = choose(expand(study, runs), [name for name in only.split(",") if name])
+    cells = choose(expand(study, output), [name for name in only.split(",") if name])
     folders = finished_folders(cells)
     settings = settings_from(
         config,
@@ -67,10 +68,9 @@ def evaluate_drafter_study(
     report = {"command": command, "recipe": study} | study_report(cells, evaluation)
     show(report)
     line = json.dumps(report)
-    output.with_name(f"{output.name}.json").write_text(line + "\n", encoding="utf-8")
-    picture = output.with_name(f"{output.name}.png")
-    page = markdown(report, command, picture.name)
-    output.with_name(f"{output.name}.md").write_text(page, encoding="utf-8")
+    json_file.write_text(line + "\n", encoding="utf-8")
+    picture = json_file.with_suffix(".png")
+    json_file.with_suffix(".md").write_text(markdown(report, command, picture.name), encoding="utf-8")
     plot_study(report, picture)
     typer.echo(line)
     drafted = [figures for entry in evaluation["drafters"] for figures in entry["settings"]]
