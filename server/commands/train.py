@@ -27,27 +27,22 @@ def train_language_model(recipe: Recipe, resume: Resume = False) -> None:
 @app.command("drafter")
 def train_drafter(recipe: Recipe, resume: Resume = False) -> None:
     """Train a drafter on a target's own features."""
+    from kernels.training.options import load_recipe
     from server.feature_source import train_drafter
 
-    print_report(train_drafter(load_single(recipe, "drafter"), resume))
+    print_report(train_drafter(load_recipe(recipe), resume))
 
 
 @app.command("classifier")
 def train_classifier(recipe: Recipe, resume: Resume = False) -> None:
     """Train an image classifier on one of the compact backbones."""
-    from vision.tasks.classification import train_classifier
-
-    print_report(train_classifier(load_single(recipe, "classifier"), resume=resume))
-
-
-def load_single(recipe: Path, kind: str) -> dict[str, Any]:
-    """A recipe of one training. Errors: RecipeError, for a study with the command that trains it."""
     from kernels.training.options import RecipeError, load_recipe
+    from vision.tasks.classification import train_classifier
 
     tables = load_recipe(recipe)
     if "study" in tables:
-        raise RecipeError(f"{recipe} is a study: dovetail study {kind} {recipe}")
-    return tables
+        raise RecipeError(f"{recipe} is a study: dovetail study classifier {recipe}")
+    print_report(train_classifier(tables, resume=resume))
 
 
 def print_report(report: Any) -> None:

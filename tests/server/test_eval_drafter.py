@@ -113,13 +113,6 @@ def test_study_measures_what_is_finished_and_marks_the_rest(target: Path, prompt
     assert (tmp_path / "page.png").stat().st_size > 0
 
 
-def test_a_study_is_no_single_training(tmp_path: Path) -> None:
-    recipe = tmp_path / "study.toml"
-    recipe.write_text(STUDY)
-    result = RUNNER.invoke(app, ["train", "drafter", str(recipe)])
-    assert f"dovetail study drafter {recipe}" in str(result.exception)
-
-
 def test_studies_of_drafters_train_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import server.feature_source
     from kernels.training import TrainingReport
