@@ -10,6 +10,7 @@ from kernels.training.study import NOT_RUN
 
 HEADINGS = ("variant", "fusion", "blocks", "unrolled steps", "seeds", "tree", "acceptance length", "ms/step",
             "tokens/s", "x plain", "ECE")  # fmt: skip
+FIGURES = {"acceptance_length": "acceptance length", "tokens_per_s": "tokens/s"}
 
 
 def markdown(report: Mapping[str, Any], command: str, picture: str) -> str:
@@ -45,7 +46,7 @@ def conditions(report: Mapping[str, Any]) -> list[str]:
     target, plain = report["target"], report["plain"]
     lines = [
         f"A target of {target['num_parameters'] / 1e6:.1f} M parameters ({target['weights']}); {told['suite']}, "
-        f"{told['texts']} texts of {told['max_tokens']} tokens, {sampling}, {told['repeats']} repeats; "
+        f"{told['texts']} texts of {told['max_tokens']} tokens, {sampling}, measured {told['repeats']} times; "
         f"{hardware['cpu']}, {hardware['threads']} threads. Every drafter was trained on "
         f"{', '.join(f'{count / 1e6:.2f}' for count in tokens)} M tokens and takes turns with plain decoding, "
         f"{plain['tokens_per_s']:.1f} tokens/s, in one run. The n-gram drafter reaches an acceptance length of "
@@ -97,7 +98,7 @@ def claims(report: Mapping[str, Any]) -> list[str]:
         "| statement | compared | difference here | verdict |",
         "|---|---|---|---|",
         *(
-            f"| {claim['text']} | {claim['figure'].replace('_', ' ')}, {claim['second']} - {claim['first']} | "
+            f"| {claim['text']} | {FIGURES[claim['figure']]}, {claim['second']} - {claim['first']} | "
             f"{claim['difference']:+.2f} | {claim['verdict']} |"
             for claim in report["claims"]
         ),
@@ -117,7 +118,7 @@ def plot_study(report: Mapping[str, Any], file: Path) -> None:
     length, speed, by_depth = figure.subplots(1, 3)
     names = [variant["variant"] for variant in report["variants"]]
     for place, variant in enumerate(report["variants"]):
-        for axes, name in ((length, "acceptance_length"), (speed, "tokens_per_s")):
+        for axes, name in zip((length, speed), FIGURES, strict=True):
             if not variant["settings"]:
                 axes.text(
                     place, 0, f" {NOT_RUN}", rotation=90, ha="center", va="bottom", fontsize="small", color="grey"
@@ -131,8 +132,9 @@ def plot_study(report: Mapping[str, Any], file: Path) -> None:
             by_depth.plot(range(1, len(shares) + 1), shares, marker="o", label=variant["variant"])
     length.axhline(report["ngram"]["acceptance_length"], color="grey", linestyle="--", label="n-gram")
     speed.axhline(report["plain"]["tokens_per_s"], color="black", linestyle=":", label="plain")
-    for axes, title in ((length, "acceptance length"), (speed, "tokens/s")):
+    for axes, title in zip((length, speed), FIGURES.values(), strict=True):
         axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
+        axes.set_xlim(-0.6, len(names) - 0.4)
         axes.set_ylabel(title)
         axes.legend(fontsize="small")
         axes.grid(axis="y", alpha=0.3)

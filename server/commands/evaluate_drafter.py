@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from server.commands.bench import check_texts
 from server.commands.options import Config, Context, DrafterDevice, Threads, Weights, check_folder, flag, settings_from
@@ -122,7 +122,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     conditions, plain = report["conditions"], report["plain"]
     console.print(figures_table(report))
     depths = max((len(figures["acceptance_per_depth"]) for _, figures in settings_of(report)), default=0)
-    table = Table("drafter", "tree", *map(str, range(1, depths + 1)), title="share accepted at each depth")
+    table = Table(*named("tree", *map(str, range(1, depths + 1))), title="share accepted at each depth")
     for label, figures in settings_of(report):
         shares = [f"{row['share']:.2f}" for row in figures["acceptance_per_depth"]]
         table.add_row(label, tree_name(figures), *shares, *[""] * (depths - len(shares)))
@@ -131,13 +131,14 @@ def show(report: dict[str, Any], console: Console) -> None:
         f"plain {plain['tokens_per_s']:.1f} tokens/s; repeated 4-grams {report['repeated_4gram_share']:.0%}; "
         f"{conditions['texts']} texts of at most {conditions['max_tokens']} tokens, {conditions['repeats']} repeats; "
         f"{report['hardware']['cpu']}, {report['hardware']['threads']} threads, weights {report['target']['weights']}; "
-        f"trees are top-k x depth x rows, ECE has {conditions['calibration_bins']} bins"
+        f"acceptance length: tokens per verify pass; trees: top-k x depth x rows; ECE: "
+        f"{conditions['calibration_bins']} bins"
     )
 
 
 def figures_table(report: dict[str, Any]) -> Table:
     """One line for each drafter and tree size."""
-    columns = ("drafter", "tree", "acceptance length", "tokens/s", "x plain", "ms/step", "ms/round", "ECE", "equal")
+    columns = named("tree", "acceptance\nlength", "tokens/s", "x plain", "ms/step", "ms/round", "ECE", "equal")
     table = Table(*columns, title=f"{report['target']['name']}, {report['conditions']['suite']}")
     for label, figures in settings_of(report):
         step, calibrated = figures["draft_ms_per_step"], figures["calibration"]
@@ -153,6 +154,11 @@ def figures_table(report: dict[str, Any]) -> Table:
             f"{figures['equal_texts']}/{figures['texts']}",
         )
     return table
+
+
+def named(*columns: str) -> list[Column]:
+    """The columns of a table behind that of the drafters, whose folders are folded and never cut off."""
+    return [Column("drafter", overflow="fold"), *(Column(column, no_wrap=True) for column in columns)]
 
 
 def tree_name(figures: dict[str, Any]) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from server.commands.bench import check_texts
-from server.commands.evaluate_drafter import Grid, Limit, MaxTokens, Suite, eval_options, run_evaluation, show
+from server.commands.evaluate_drafter import Grid, Limit, MaxTokens, Suite, eval_options, run_evaluation
 from server.commands.options import Config, DrafterDevice, Threads, Weights, check_folder, flag, settings_from
 
 
@@ -20,10 +21,11 @@ def evaluate_drafter_study(
     recipe: Annotated[
         Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe with [study].", show_default=False)
     ],
-    output: Annotated[
-        Path, typer.Option(help="Report without its ending: .json, .md and .png are written.", show_default=False)
+    json_file: Annotated[
+        Path,
+        typer.Option("--json", dir_okay=False, help="Report; page and plot lie beside it.", show_default=False),
     ],
-    runs: Annotated[
+    output: Annotated[
         Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)
     ] = None,
     only: Annotated[str, typer.Option(help="Variants to measure, by commas; empty: all.", show_default=False)] = "",
@@ -43,43 +45,57 @@ def evaluate_drafter_study(
     Figures are means and deviations over the seeds; what was not trained is marked NOT RUN. The target is the recipe's
     unless --target names another. The last line printed is the report as JSON.
     """
-    check_folder(output, "--output")
-    from kernels.training.options import load_recipe
+    check_folder(json_file, "--json")
+    from drafters.train.feature_source import DataOptions
+    from kernels.training.options import load_recipe, take_table
     from kernels.training.study import choose, expand
     from server.bench.drafter_study import finished_folders, study_report
     from server.bench.drafter_study_page import markdown, plot_study
 
     options = eval_options(grid, suite=suite, max_tokens=max_tokens, repeats=repeats)
     study = load_recipe(recipe)
-    cells = choose(expand(study, runs), [name for name in only.split(",") if name])
+    cells = choose(expand(study, output), [name for name in only.split(",") if name])
     folders = finished_folders(cells)
     settings = settings_from(
         config,
-        target=target or study["data"]["target"],
+        target=target or take_table(study, "data", DataOptions).target,
         weights=weights,
         drafter_device=drafter_device,
         threads=threads,
     )
     evaluation = run_evaluation(settings, folders, options, limit)
-    show(evaluation, Console(stderr=True, markup=False))
     command = command_line(ctx)
     report = {"command": command, "recipe": study} | study_report(cells, evaluation)
+    show(report)
     line = json.dumps(report)
-    output.with_name(f"{output.name}.json").write_text(line + "\n", encoding="utf-8")
-    picture = output.with_name(f"{output.name}.png")
-    page = markdown(report, command, picture.name)
-    output.with_name(f"{output.name}.md").write_text(page, encoding="utf-8")
+    json_file.write_text(line + "\n", encoding="utf-8")
+    picture = json_file.with_suffix(".png")
+    json_file.with_suffix(".md").write_text(markdown(report, command, picture.name), encoding="utf-8")
     plot_study(report, picture)
     typer.echo(line)
     drafted = [figures for entry in evaluation["drafters"] for figures in entry["settings"]]
     check_texts(drafted, evaluation["target"]["weights"])
 
 
+def show(report: dict[str, Any]) -> None:
+    """The page's table, on stderr."""
+    from server.bench.drafter_study_page import HEADINGS, rows
+
+    table = Table(*HEADINGS)
+    for variant in report["variants"]:
+        for cells in rows(variant):
+            table.add_row(*cells)
+    Console(stderr=True, markup=False).print(table)
+
+
 def command_line(ctx: typer.Context) -> str:
     """The command with what the user gave, options behind arguments."""
     words = ["dovetail", "eval", "drafter-study"]
-    sources = {one: ctx.get_parameter_source(one.name or "") for one in ctx.command.params}
-    given = [one for one, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    given = []
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            given.append(parameter)
     for parameter in sorted(given, key=lambda one: one.param_type_name):
         option = [] if parameter.param_type_name == "argument" else [parameter.opts[-1]]
         words += [*option, str(ctx.params[parameter.name or ""])]

@@ -94,7 +94,7 @@ def test_what_cannot_be_measured_is_refused(target: Path, prompts: Path, tmp_pat
 def test_study_measures_what_is_finished_and_marks_the_rest(target: Path, prompts: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "study.toml"
     recipe.write_text(STUDY.replace("TARGET", str(target)).replace("OUTPUT", str(tmp_path / "runs")))
-    given = ("drafter-study", recipe, "--output", tmp_path / "page", "--suite", prompts, "--grid", "2x1x4", *SHORT)
+    given = ("drafter-study", recipe, "--json", tmp_path / "page.json", "--suite", prompts, "--grid", "2x1x4", *SHORT)
     result = invoke(*given)
     assert "no cell of the study is finished" in str(result.exception)
     cell = tmp_path / "runs" / "linear" / "seed_1"
@@ -108,7 +108,8 @@ def test_study_measures_what_is_finished_and_marks_the_rest(target: Path, prompt
     ]  # fmt: skip
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "| dgf | dgf | 1 | - | NOT RUN |" in page and "1 of 2" in page
-    assert f"dovetail eval drafter-study {recipe} --grid 2x1x4" in page.replace("\n", " ") or "--grid 2x1x4" in page
+    command = f"dovetail eval drafter-study {recipe} --json {tmp_path / 'page.json'} --suite {prompts} --limit 1"
+    assert command in page and report["command"].endswith("--grid 2x1x4 --repeats 1 --threads 1")
     assert (tmp_path / "page.png").stat().st_size > 0
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 import drafters.recipes
+from drafters.network import DovetailConfig
 from drafters.train.feature_source import DataOptions
-from drafters.train.options import DrafterShape, LossOptions
+from drafters.train.options import LossOptions
 from kernels.training import TrainingOptions, load_recipe, take_table
 from kernels.training.study import Cell, expand
 from server.bench.drafter_study import (
@@ -180,7 +181,7 @@ def test_claims_are_judged_by_the_seeds_ranges(
 def test_the_committed_matrix_is_the_whole_ablation() -> None:
     cells = expand(load_recipe(RECIPES / "ablation.toml"))
     assert len(cells) == 6 * 2 * 3
-    shapes = {cell.variant: take_table(cell.recipe, "drafter", DrafterShape) for cell in cells}
+    shapes = {cell.variant: DovetailConfig(192, 4096, head_dim=64, **cell.recipe["drafter"]) for cell in cells}
     losses = {cell.variant: take_table(cell.recipe, "loss", LossOptions) for cell in cells}
     assert {name: shape.num_blocks for name, shape in shapes.items() if not name.endswith("ttt")} == {
         "linear": 1, "dgf": 1, "dgf_1": 2, "dgf_2": 3, "dgf_3": 4, "dgf_4": 5,

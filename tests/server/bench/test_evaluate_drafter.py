@@ -162,7 +162,7 @@ def test_tables_and_plot_name_every_drafter(report: dict[str, Any], tmp_path: Pa
     console = Console(record=True, width=140, markup=False)
     show(report, console)
     text = console.export_text()
-    for word in ("knows", "wrong", "random", "n-gram", "2x3x6", "acceptance length", report["hardware"]["cpu"]):
+    for word in ("knows", "wrong", "random", "n-gram", "2x3x6", "acceptance length:", report["hardware"]["cpu"]):
         assert word in text
     plot_evaluation(report, tmp_path / "drafter.png")
     assert (tmp_path / "drafter.png").read_bytes()[:4] == b"\x89PNG"
