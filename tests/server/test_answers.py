@@ -84,7 +84,9 @@ def test_answers_are_the_targets_own(engine: Engine, codec: TextCodec, tmp_path:
     for record in records[:3]:
         for i, message in enumerate(record["messages"]):
             if message["role"] == "assistant":
-                request = Request("r", codec.chat(record["messages"][:i]), 6, SamplingParams(temperature=0), codec.stop_ids)
+                request = Request(
+                    "r", codec.chat(record["messages"][:i]), 6, SamplingParams(temperature=0), codec.stop_ids
+                )
                 said = generate(Engine(engine.target, None, EngineOptions(3, LENGTH)), [request])["r"]
                 assert message["content"] == codec.decode(said.token_ids)
     assert records[3]["messages"] == []
