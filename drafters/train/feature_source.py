@@ -15,9 +15,9 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
-from drafters.train.conversations import READERS, load_samples
+from drafters.train.conversations import READERS, TokenSamples, load_samples
 from drafters.train.language_model import PackedWindows
 from kernels.training import RecipeError
 
@@ -78,10 +78,11 @@ class DataOptions:
     and conversations, a file in the given format (``messages``: JSONL as OpenAI's clients write it, ``sharegpt``,
     ``text``); weights: the type the target's weights are held in while it computes features; window_length: tokens of
     one sample, at most; captured: a folder that features are written to before training begins, and read from (None:
-    computed anew for every batch); held_out_share: what is kept for evaluation, the end of a packed file; seed: of the
-    shuffling of conversations, and of answers that are not greedy; answers: a JSONL file in which the target itself
-    answers the users' turns before training begins (None: the answers of the data), each with at most
-    ``answer_tokens``, greedy or at ``answer_temperature``.
+    computed anew for every batch); held_out_share: what is kept for evaluation, the end of a packed file; max_samples:
+    train on a random choice of that many samples (None: on all); seed: of the shuffling of conversations, that choice
+    and answers that are not greedy; answers: a JSONL file in which the target itself answers the users' turns before
+    training begins (None: the answers of the data), each with at most ``answer_tokens``, greedy or at
+    ``answer_temperature``.
     """
 
     target: str
@@ -91,6 +92,7 @@ class DataOptions:
     weights: str = "fp32"
     window_length: int = 256
     held_out_share: float = 0.01
+    max_samples: int | None = None
     seed: int = 0
     captured: str | None = None
     answers: str | None = None
@@ -104,6 +106,8 @@ class DataOptions:
             raise RecipeError(f"data.window_length is {self.window_length}; a sample needs at least 3 tokens")
         if not 0.0 <= self.held_out_share < 1.0:
             raise RecipeError(f"data.held_out_share is {self.held_out_share}; allowed are 0 up to, not including, 1")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise RecipeError(f"data.max_samples is {self.max_samples}; give at least 1, or leave it out to use all")
         if self.answers is not None and (self.conversations is None or self.format not in READERS):
             raise RecipeError(f"data.answers needs data.conversations in a format with turns: {', '.join(READERS)}")
         if self.answer_tokens < 1:
@@ -132,7 +136,17 @@ def data_samples(options: DataOptions, tokenizer_folder: Path, vocab_size: int) 
     Errors: RecipeError and CorpusError for files that hold no samples, or tokens that the target does not have.
     """
     if options.conversations is None:
-        return packed_windows(options, vocab_size)
+        train, held_out = packed_windows(options, vocab_size)
+    else:
+        train, held_out = conversation_samples(options, tokenizer_folder, vocab_size)
+    return random_choice(train, options.max_samples, options.seed), held_out
+
+
+def conversation_samples(
+    options: DataOptions, tokenizer_folder: Path, vocab_size: int
+) -> tuple[TokenSamples, TokenSamples | None]:
+    """(training samples, held-out samples or None) of the data file."""
+    assert options.conversations is not None
     file = Path(options.conversations).expanduser()
     train, held_out = load_samples(
         file, options.format, tokenizer_folder, options.window_length, options.held_out_share, options.seed
@@ -142,6 +156,15 @@ def data_samples(options: DataOptions, tokenizer_folder: Path, vocab_size: int) 
             largest = max(int(ids.max()) for ids, _ in samples.samples)
             check_vocabulary(f"the tokenizer in {tokenizer_folder}", largest, vocab_size)
     return train, held_out
+
+
+def random_choice(samples: Samples, count: int | None, seed: int) -> Samples:
+    """``count`` of the samples, drawn with ``seed`` and kept in their order; all of them for None or too few."""
+    available = len(samples)  # type: ignore[arg-type]
+    if count is None or count >= available:
+        return samples
+    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+    return Subset(samples, chosen.sort().values.tolist())
 
 
 def check_vocabulary(origin: str, largest_id: int, vocab_size: int) -> None:
