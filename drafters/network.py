@@ -72,8 +72,8 @@ class BlockConfig:
 class DovetailConfig(BlockConfig):
     """Shape of a Dovetail drafter.
 
-    fusion: ``dgf``, the paper's, or ``linear``, EAGLE's; features: ``last``, the paper's, or ``low+mid+high``,
-    EAGLE-3's, which a projection makes one vector.
+    fusion: ``dgf``, the paper's, or ``linear``, EAGLE's; features: ``last``, the paper's, or ``low+mid+high``, three
+    layers that a projection makes one vector (EAGLE-3).
     """
 
     fusion: str = "dgf"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from drafters.train.conversations import READERS, load_samples
+from drafters.train.conversations import READERS, TokenSamples, load_samples
 from drafters.train.language_model import PackedWindows
 from kernels.training import RecipeError
 
@@ -79,9 +79,9 @@ class DataOptions:
     ``text``); weights: the type the target's weights are held in while it computes features; window_length: tokens of
     one sample, at most; captured: a folder that features are written to before training begins, and read from (None:
     computed anew for every batch); held_out_share: what is kept for evaluation, the end of a packed file; max_samples:
-    train on a random choice of that many samples (None: on all); seed: of the shuffling of conversations, of that
-    choice, and of answers that are not greedy; answers: a JSONL file in which the target itself answers the users'
-    turns before training begins (None: the answers of the data), each with at most ``answer_tokens``, greedy or at
+    train on a random choice of that many samples (None: on all); seed: of the shuffling of conversations, that choice
+    and answers that are not greedy; answers: a JSONL file in which the target itself answers the users' turns before
+    training begins (None: the answers of the data), each with at most ``answer_tokens``, greedy or at
     ``answer_temperature``.
     """
 
@@ -144,8 +144,8 @@ def data_samples(options: DataOptions, tokenizer_folder: Path, vocab_size: int) 
 
 def conversation_samples(
     options: DataOptions, tokenizer_folder: Path, vocab_size: int
-) -> tuple[Samples, Samples | None]:
-    """(training samples, held-out samples or None) of the conversations' file."""
+) -> tuple[TokenSamples, TokenSamples | None]:
+    """(training samples, held-out samples or None) of the data file."""
     assert options.conversations is not None
     file = Path(options.conversations).expanduser()
     train, held_out = load_samples(

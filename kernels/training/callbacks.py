@@ -18,6 +18,7 @@ import torch
 import torch.distributed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -34,14 +35,14 @@ BOOKKEEPING = frozenset(
 class ProgressBar(TrainerCallback):
     """A bar with time left, loss and the task's figures on a terminal; one log line per report elsewhere.
 
-    The figures stand last, where a narrow terminal cuts them off, and without the schedule's, which the log keeps.
+    The figures stand last, where a narrow terminal wraps them, and without the schedule's, which the log keeps.
     """
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
             TextColumn("training"), BarColumn(BAR_WIDTH), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=console,
-            disable=not console.is_terminal,
+            TimeRemainingColumn(), TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=False)),
+            console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self.console = console
         self.bar: Any = None
@@ -72,7 +73,7 @@ class ProgressBar(TrainerCallback):
             return
         text = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
         shown = " ".join(f"{name} {value:.4g}" for name, value in figures.items() if name not in SCHEDULE_FIGURES)
-        self.progress.update(self.bar, figures=shown)
+        self.progress.update(self.bar, completed=state.global_step, figures=shown, refresh=True)
         if not self.console.is_terminal and state.is_world_process_zero:
             logger.info("step %d of %d: %s", state.global_step, state.max_steps, text)
 
