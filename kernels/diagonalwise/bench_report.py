@@ -101,9 +101,36 @@ def write_report(
         "cells": [asdict(cell) for cell in cells],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    file.write_text(lines_of(report), encoding="utf-8")
     plot(summary, file.with_suffix(".png"))
     return report
+
+
+def markdown(summary: Sequence[Mapping[str, Any]]) -> str:
+    """Geometric means of the ratios to native in Markdown: a row for each pass, type and layout."""
+    names = list(dict.fromkeys(row["contender"] for row in summary))
+    lines = [f"| pass | type | layout | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]
+    for work, dtype, layout in dict.fromkeys((row["pass"], row["dtype"], row["layout"]) for row in summary):
+        ratios = {
+            row["contender"]: f"{row['geometric_mean_ratio']:.2f}"
+            for row in summary
+            if (row["pass"], row["dtype"], row["layout"]) == (work, dtype, layout)
+        }
+        figures = " | ".join(ratios.get(name, "-") for name in names)
+        lines.append(f"| {work.replace('_', ' ')} | {dtype} | {layout} | {figures} |")
+    return "\n".join(lines)
+
+
+def lines_of(report: Mapping[str, Any]) -> str:
+    """JSON with one line for each item of the report's lists and tables."""
+    parts = []
+    for name, value in report.items():
+        if isinstance(value, list):
+            text = "[\n  " + ",\n  ".join(json.dumps(item) for item in value) + "\n ]"
+        else:
+            text = json.dumps(value)
+        parts.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def plot(summary: list[dict[str, Any]], file: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,12 @@ def compare(
             milliseconds = time_once(step, device)
             if turn >= warmups:
                 samples[name].append(milliseconds)
-    return {name: Timing(*(float(q) for q in np.percentile(times, (25, 50, 75)))) for name, times in samples.items()}
+    return {name: quartiles(times) for name, times in samples.items()}
+
+
+def quartiles(milliseconds: Sequence[float]) -> Timing:
+    """The quartiles, to a tenth of a microsecond."""
+    return Timing(*(round(float(quartile), 4) for quartile in np.percentile(milliseconds, (25, 50, 75))))
 
 
 def time_once(step: Step, device: torch.device) -> float:

@@ -55,7 +55,7 @@ def diagonalwise(
 ) -> None:
     """Depthwise convolutions: native, refactored diagonalwise, Triton, torch.compile; layers and whole nets."""
     from kernels.diagonalwise import bench
-    from kernels.diagonalwise.bench_report import write_report
+    from kernels.diagonalwise.bench_report import markdown, write_report
     from server.bench.hardware import measure_hardware
     from vision.backbones import create_backbone
     from vision.evaluate import default_device
@@ -72,5 +72,5 @@ def diagonalwise(
     nets = bench.bench_nets(makers, device, batch=net_batch, repeats=repeats, limit_s=10 * limit)
     left_out = bench.not_run(options, device) | ({} if nets else {"whole networks": "not asked for"})
     report = write_report(cells, nets, left_out, measure_hardware().json(), json_file)
-    Console(stderr=True, markup=False).print(report["verdict"])
+    typer.echo(f"{markdown(report['summary'])}\n\n{report['verdict']}", err=True)
     typer.echo(json.dumps({key: value for key, value in report.items() if key != "cells"}))

@@ -22,7 +22,7 @@ from kernels.diagonalwise.bench import (
     layer_step,
     not_run,
 )
-from kernels.diagonalwise.bench_report import summarise, verdict, write_report
+from kernels.diagonalwise.bench_report import markdown, summarise, verdict, write_report
 from kernels.diagonalwise.timing import Timing, compare
 
 CPU = torch.device("cpu")
@@ -109,6 +109,9 @@ def test_summary_and_verdict() -> None:
     assert (rows["step", "diagonalwise_m8"]["best"], rows["step", "diagonalwise_m8"]["worst"]) == (0.5, 2.0)
     assert rows["step", "masked"]["geometric_mean_ratio"] == pytest.approx(4.0)
     assert rows["forward", "diagonalwise_m8"]["cells"] == 1
+    table = markdown(summarise(cells)).splitlines()
+    assert table[0] == "| pass | type | layout | diagonalwise_m8 | masked |"
+    assert table[2:] == ["| step | fp32 | nchw | 1.00 | 4.00 |", "| forward | fp32 | nchw | 3.00 | - |"]
     said = verdict(cells, {})
     assert "in 1 of 2 training steps of a layer (fp32 nchw stride 1: 1 of 2); its time is 1.00 of native's" in said
     assert "Whole networks were not measured" in said
