@@ -37,7 +37,7 @@ def write_packed_gguf(packed: PackedModel, file: Path) -> Path:
     config = packed.model.config
     if config.architectures not in (None, ["LlamaForCausalLM"]):
         raise GGUFError(f"{', '.join(config.architectures)} cannot be written as GGUF; only LlamaForCausalLM can")
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, "llama", use_temp_file=True)  # tensors wait on the disk, not in memory
     writer.add_file_type(FILE_TYPES[packed.weights])
     add_shape(writer, config)
     writer.add_tokenizer_model("no_vocab")
