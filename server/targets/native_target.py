@@ -64,6 +64,7 @@ class NativeTarget(TorchTarget):
     def __init__(self, packed: PackedModel, name: str, num_slots: int, capacity: int) -> None:
         super().__init__(packed.model, name, packed.weights, num_slots, capacity)
         self.head = NativeHead(packed.model, packed.head)
+        self.packed_head = packed.head
         self.layers = packed.layers
         layers: nn.ModuleList = packed.model.base_model.layers
         for index in range(len(layers)):
@@ -80,7 +81,7 @@ class NativeTarget(TorchTarget):
 
     @functools.cached_property
     def _untied_head(self) -> Tensor:
-        return dequantise(self.head.packed).to(self.embedding().dtype)
+        return dequantise(self.packed_head).to(self.embedding().dtype)
 
     def lm_head(self) -> Tensor:
         """[vocabulary, hidden]; where it is not the embedding, what the packed head stands for, made when asked."""
