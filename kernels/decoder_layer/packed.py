@@ -214,10 +214,10 @@ def unpack_decoder_layer(packed: PackedDecoderLayer, module: nn.Module, dtype: t
         ((mlp.down_proj,), packed.down, packed.down_bias),
     ):
         sizes = [projection.out_features for projection in projections]
-        for projection, part in zip(projections, dequantise(weight).split(sizes), strict=True):
+        for projection, part in zip(projections, torch.split(dequantise(weight), sizes), strict=True):
             projection.weight = nn.Parameter(part.to(dtype), requires_grad=False)
         if bias is not None:
-            for projection, vector in zip(projections, bias.split(sizes), strict=True):
+            for projection, vector in zip(projections, torch.split(bias, sizes), strict=True):
                 if projection.bias is not None:
                     projection.bias = nn.Parameter(vector.to(dtype), requires_grad=False)
     for norm, vector in zip(norms, (packed.input_norm, packed.post_norm), strict=True):

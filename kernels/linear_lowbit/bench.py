@@ -177,24 +177,24 @@ def bench_products(options: BenchOptions, limits: Limits, say: Say) -> tuple[lis
     skipped: dict[str, str] = {}
     with torch.inference_mode(), torch_threads(num_threads()):
         for name in options.shapes:
-            shape = options.shape(name)
-            sizes = shape.matrices()
             for weights in options.weights:
                 say(f"{name} {weights}: products")
-                engines, missing = _engines(sizes, weights, options)
-                skipped |= missing
-                passes = {_key(engine): _timed(engine, {width for _, width in sizes}) for engine in engines}
-                samples = measure_in_turns(passes, options.rows, options.rounds, limits)
-                for engine in engines:
-                    fields = {
-                        "shape": name,
-                        "scope": "products",
-                        "weights": weights,
-                        "group": engine.group,
-                        "context": 0,
-                    }
-                    fields |= {"engine": engine.name, "layers": shape.num_layers}
-                    results += entries(fields, samples, _key(engine), engine.num_bytes)
+                found, missing = _bench_format(name, weights, options, limits)
+                results, skipped = results + found, skipped | missing
+    return results, skipped
+
+
+def _bench_format(name: str, weights: str, options: BenchOptions, limits: Limits) -> tuple[list[Entry], dict[str, str]]:
+    shape = options.shape(name)
+    sizes = shape.matrices()
+    engines, skipped = _engines(sizes, weights, options)
+    passes = {_key(engine): _timed(engine, {width for _, width in sizes}) for engine in engines}
+    samples = measure_in_turns(passes, options.rows, options.rounds, limits)
+    results: list[Entry] = []
+    for engine in engines:
+        fields = {"shape": name, "scope": "products", "weights": weights, "group": engine.group, "context": 0}
+        fields |= {"engine": engine.name, "layers": shape.num_layers}
+        results += entries(fields, samples, _key(engine), engine.num_bytes)
     return results, skipped
 
 

@@ -45,6 +45,7 @@ class StockLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x times the weight, plus the bias."""
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
+        out: Tensor
         if self.bits == 4:
             out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.group_size, self.scales)
         else:

@@ -18,6 +18,7 @@ from server.bench.hardware import compute_threads
 from server.engine.engine import Engine
 from server.engine.generate import generate
 from server.engine.request import EngineError, FinishReason, Request, SamplingParams
+from server.targets.packed_model import is_packed
 from server.targets.torch_target import WEIGHTS
 
 GREEDY = SamplingParams(temperature=0)
@@ -179,6 +180,8 @@ def create_peers(
     skipped: dict[str, str] = {}
     for name in names:
         try:
+            if is_packed(folder):
+                raise PeerUnavailable("a packed folder is this project's own format; name the original folder")
             if name == TransformersPeer.name:
                 peers.append(TransformersPeer(folder, weights))
             else:

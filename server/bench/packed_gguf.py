@@ -37,7 +37,10 @@ def write_packed_gguf(packed: PackedModel, file: Path) -> Path:
     config = packed.model.config
     if config.architectures not in (None, ["LlamaForCausalLM"]):
         raise GGUFError(f"{', '.join(config.architectures)} cannot be written as GGUF; only LlamaForCausalLM can")
-    writer = gguf.GGUFWriter(file, "llama")
+    for weight in (packed.head, *(weight for layer in packed.layers for weight in (layer.qkv, layer.down))):
+        if weight.bits <= 8 and (weight.group_size != BLOCK or weight.zero_point):
+            raise GGUFError(f"GGUF's blocks are symmetric groups of {BLOCK}; these weights are packed otherwise")
+    writer = gguf.GGUFWriter(file, "llama", use_temp_file=True)  # tensors wait on the disk, not in memory
     writer.add_file_type(FILE_TYPES[packed.weights])
     add_shape(writer, config)
     writer.add_tokenizer_model("no_vocab")
@@ -84,8 +87,6 @@ def unpack_rows(weight: PackedWeight) -> Rows:
     kept = unpack(weight)
     if not isinstance(kept, QuantisedWeight):
         return kept.to(torch.bfloat16), None
-    if kept.group_size != BLOCK or kept.minimum is not None:
-        raise GGUFError(f"GGUF's blocks are symmetric groups of {BLOCK}; these weights are packed otherwise")
     return kept.codes, kept.scale
 
 

@@ -64,19 +64,27 @@ def bench_models(options: BenchOptions, contexts: Sequence[int], limits: Limits,
     if library() is None:
         found.skipped["ours, whole model"] = "NOT BUILT: the native kernels; a C++20 compiler at install builds them"
         return found
-    capacity = max(contexts) + max(options.rows)
     with torch.inference_mode(), torch_threads(1):
         for name in options.shapes:
             for weights in options.weights:
-                say(f"{name} {weights}: whole model, weights")
-                packed = random_model(options.shape(name), weights, capacity)
-                peer = None
-                try:
-                    peer = LlamaCppModel(packed, capacity) if options.peers else None
-                except EngineMissing as error:
-                    found.skipped[LLAMA_CPP] = str(error)
-                measure_model(name, packed, peer, options, contexts, limits, say, found)
+                measure_format(name, weights, options, contexts, limits, say, found)
     return found
+
+
+def measure_format(
+    name: str, weights: str, options: BenchOptions, contexts: Sequence[int], limits: Limits, say: Say,
+    found: ModelResults,
+) -> None:  # fmt: skip
+    """One shape in one format: both models are made, measured and dropped here, so that only one pair lives."""
+    say(f"{name} {weights}: whole model, weights")
+    capacity = max(contexts) + max(options.rows)
+    packed = random_model(options.shape(name), weights, capacity)
+    peer = None
+    try:
+        peer = LlamaCppModel(packed, capacity) if options.peers else None
+    except EngineMissing as error:
+        found.skipped[LLAMA_CPP] = str(error)
+    measure_model(name, packed, peer, options, contexts, limits, say, found)
 
 
 def measure_model(

@@ -69,8 +69,8 @@ class ModelFiles:
     def __init__(self, folder: Path, base_prefix: str) -> None:
         check_files(folder)
         self.folder = folder
-        self.files = [safe_open(folder / file, framework="pt") for file in weight_files(folder)]
-        self.places = {name: file for file in self.files for name in file.keys()}  # noqa: SIM118 - not a mapping
+        files: list[Any] = [safe_open(folder / file, framework="pt") for file in weight_files(folder)]
+        self.places = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
         self.absent_prefix = (
             "" if any(name.startswith(f"{base_prefix}.") for name in self.places) else f"{base_prefix}."
         )

@@ -160,15 +160,27 @@ def load_packed_model(folder: Path) -> PackedModel:
     return PackedModel(model, layers, head, names[layers[0].qkv.bits])
 
 
-def _shapes(packed: PackedDecoderLayer) -> list[tuple[int, ...]]:
+Shapes = list[tuple[int, ...] | None]  # matrices [out, in], then vectors, None where there is none
+
+
+def _shapes(packed: PackedDecoderLayer) -> Shapes:
     weights = (packed.qkv, packed.output, packed.gate_up, packed.down)
-    norms = [norm for norm in (packed.input_norm, packed.post_norm) if norm is not None]
-    return [(weight.out_features, weight.in_features) for weight in weights] + [tuple(norm.shape) for norm in norms]
+    vectors = (
+        packed.qkv_bias, packed.output_bias, packed.gate_up_bias, packed.down_bias,
+        packed.input_norm, packed.post_norm, packed.query_norm, packed.key_norm,
+    )  # fmt: skip
+    matrices: Shapes = [(weight.out_features, weight.in_features) for weight in weights]
+    return matrices + [None if vector is None else tuple(vector.shape) for vector in vectors]
 
 
-def _wanted_shapes(layer: Any) -> list[tuple[int, ...]]:
+def _wanted_shapes(layer: Any) -> Shapes:
     attention, mlp = layer.self_attn, layer.mlp
-    joined = ((attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,))
-    joined += ((mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))
-    shapes = [(sum(part.out_features for part in parts), parts[0].in_features) for parts in joined]
-    return [*shapes, *(tuple(norm.weight.shape) for norm in (layer.input_layernorm, layer.post_attention_layernorm))]
+    qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+    joined: list[tuple[Any, ...]] = [qkv, (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)]
+    outputs = [sum(part.out_features for part in parts) for parts in joined]
+    matrices: Shapes = [(out, parts[0].in_features) for out, parts in zip(outputs, joined, strict=True)]
+    has_bias = [any(part.bias is not None for part in parts) for parts in joined]
+    biases: Shapes = [(out,) if given else None for out, given in zip(outputs, has_bias, strict=True)]
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    return matrices + biases + [None if norm is None else tuple(norm.weight.shape) for norm in norms]

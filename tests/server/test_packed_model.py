@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from doubles import tiny_llama, tiny_qwen3
 from kernels import native
 from kernels.linear_lowbit import FORMAT_VERSION, PackedFormatError, checkpoint
+from server.bench.contestants import create_peers
 from server.cli import app
 from server.engine.engine import Engine, EngineOptions
 from server.engine.generate import generate
@@ -201,3 +203,34 @@ def test_the_convert_command_packs_and_says_what_it_needs(folder: Path, tmp_path
         assert result.exit_code == 2 and message in " ".join(result.output.split())
     with pytest.raises(TargetError, match="int3"):
         convert_target(folder, tmp_path / "c", ConversionOptions("int3"))
+
+
+def test_calibration_scales_every_layer_by_a_text(folder: Path, tmp_path: Path) -> None:
+    source, text = tmp_path / "source", tmp_path / "text.txt"
+    shutil.copytree(folder, source)
+    options = ConversionOptions("int4", calibration=text, calibration_tokens=600)
+    text.write_text(" ".join(f"w{(7 * i * i) % 60}" for i in range(700)))
+    with pytest.raises(TargetError, match=r"no tokenizer\.json"):
+        convert_target(source, tmp_path / "out", options)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(60)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(source / "tokenizer.json"))
+    report = convert_target(source, tmp_path / "out", options)
+    assert (tmp_path / "out" / "tokenizer.json").is_file() and len(report.scaling) == report_layers(folder)
+    found = [entry for layer in report.scaling for entry in layer]
+    assert all(entry["error"] <= entry["plain_error"] for entry in found)
+    assert any(entry["power"] > 0 for entry in found)
+    exact = TorchTarget.load(folder, "fp32", 1, 64).prefill(PrefillChunk(0, PROMPT)).logits
+    served = TorchTarget(unpacked_model(load_packed_model(tmp_path / "out")), "calibrated", "bf16", 1, 64)
+    logits = served.prefill(PrefillChunk(0, PROMPT)).logits
+    assert (logits - exact).norm() < 0.6 * exact.norm()
+    text.write_text("w1")
+    with pytest.raises(TargetError, match="gives 1 tokens"):
+        convert_target(source, tmp_path / "other", options)
+
+
+def test_peers_do_not_read_packed_folders(folder: Path, tmp_path: Path) -> None:
+    convert_target(folder, tmp_path / "out", ConversionOptions("bf16"))
+    peers, skipped = create_peers(["transformers", "llama.cpp"], tmp_path / "out", "bf16", 64)
+    assert peers == [] and set(skipped) == {"transformers", "llama.cpp"}
+    assert "name the original folder" in skipped["transformers"]
