@@ -164,6 +164,17 @@ def load_drafter_folder(
     return load_dovetail(folder, embedding, lm_head, place.device, place.dtype, num_slots, capacity)
 
 
+def default_budget(weights: str) -> Budget:
+    """Trees where nobody asked for a size; measured on the bundled pair.
+
+    Weights of 16 bits and fewer run on the native kernels: up to 8 rows share every load of a weight, and a draft level
+    costs little, so trees are small, narrow and deep. With fp32 a pass in torch costs its calls, whatever the rows.
+    """
+    from drafters.proposal import Budget
+
+    return Budget() if weights == "fp32" else Budget(rows=8, top_k=2, depth=6)
+
+
 def load_engine(settings: Settings) -> Engine:
     """Target, drafter and engine, as the settings say. Errors: TargetError, DrafterError, LaunchError."""
     from drafters.proposal import Budget
@@ -171,7 +182,7 @@ def load_engine(settings: Settings) -> Engine:
 
     folder = resolve_model(settings.target, "target")
     context = context_length(folder, settings.context)
-    default = Budget()
+    default = default_budget(settings.weights)
     budget = Budget(
         settings.rows or default.rows,
         settings.top_k or default.top_k,

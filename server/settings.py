@@ -39,7 +39,7 @@ class Settings(BaseSettings):
 
     target None is the bundled model; weights None is what a packed folder holds, else fp32; drafter None is the drafter
     bundled for the target, ``none`` switches drafting off; threads None is every core this process may use; context
-    None is what the target allows; rows, top_k and depth None are the drafter's own.
+    None is what the target allows; rows, top_k and depth None are those that suit the weights.
     """
 
     model_config = SettingsConfigDict(env_prefix="DOVETAIL_", frozen=True, extra="forbid", hide_input_in_errors=True)

@@ -86,7 +86,7 @@ class LayerPass:
                 f"cosine and sine must be [n, {head_dim}] for these slots, "
                 f"got {list(cosine.shape)} and {list(sine.shape)}"
             )
-        if len(positions) != self.num_rows or not 0 <= min(positions) <= max(positions) < len(cosine):
+        if len(positions) != self.num_rows or not all(0 <= position < len(cosine) for position in positions):
             raise ValueError(f"{self.num_rows} rows want as many positions below {len(cosine)}, got {list(positions)}")
         self.slots = slots
         self._cosine, self._sine = cosine.float().contiguous(), sine.float().contiguous()

@@ -220,8 +220,9 @@ def unpack_decoder_layer(packed: PackedDecoderLayer, module: nn.Module, dtype: t
             for projection, vector in zip(projections, torch.split(bias, sizes), strict=True):
                 if projection.bias is not None:
                     projection.bias = nn.Parameter(vector.to(dtype), requires_grad=False)
-    for norm, vector in zip(norms, (packed.input_norm, packed.post_norm), strict=True):
-        norm.weight = nn.Parameter(vector.to(dtype), requires_grad=False)
+    assert packed.input_norm is not None, "every layer of transformers has one"
+    for norm, values in zip(norms, (packed.input_norm, packed.post_norm), strict=True):
+        norm.weight = nn.Parameter(values.to(dtype), requires_grad=False)
     if packed.query_norm is not None and packed.key_norm is not None:
         attention.q_norm.weight = nn.Parameter(packed.query_norm.to(dtype), requires_grad=False)
         attention.k_norm.weight = nn.Parameter(packed.key_norm.to(dtype), requires_grad=False)

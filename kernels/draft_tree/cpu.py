@@ -141,7 +141,7 @@ class DraftModel:
         self._check_outputs(outputs)
         if rows < 1 or top_k < 1 or depth < 0:
             raise ValueError(f"rows {rows} and top_k {top_k} must be at least 1, depth {depth} at least 0")
-        roots = (_Root * len(slots))(*((_row(outputs, slot), slot, self.slots.lengths[slot]) for slot in slots))
+        roots = (_Root * len(slots))(*(_Root(_row(outputs, slot), slot, self.slots.lengths[slot]) for slot in slots))
         room = len(slots) * (rows - 1)
         token_ids, parents = (ctypes.c_int64 * room)(), (ctypes.c_int32 * room)()
         log_probs, counts = (ctypes.c_float * room)(), (ctypes.c_int32 * len(slots))()

@@ -75,6 +75,7 @@ def stored_tensors(packed: PackedModel) -> Iterator[Stored]:
         }  # fmt: skip
         for name, matrix in matrices.items():
             yield f"blk.{index}.{name}.weight", TYPES[layer.qkv.bits], blocks(matrix, layer.qkv.bits)
+        assert layer.input_norm is not None, "every layer of transformers has one"
         for name, norm in (("attn_norm", layer.input_norm), ("ffn_norm", layer.post_norm)):
             yield f"blk.{index}.{name}.weight", gguf.GGMLQuantizationType.F32, norm.numpy()
 

@@ -10,6 +10,8 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from doubles import OracleDrafter, tiny_llama, tiny_qwen3
+from drafters.native import NativeDrafter
+from drafters.network import DovetailConfig, DovetailNetwork
 from drafters.proposal import Budget, Proposal
 from kernels import native
 from server.engine.engine import Engine, EngineOptions
@@ -75,6 +77,20 @@ def test_drafted_text_equals_plain_text(folder: Path, weights: str, sampling: Sa
         drafter = OracleDrafter(texts, 67, wrong=wrong)
         drafted = generate(Engine(target, drafter, EngineOptions(2, 100, Budget(16, 4, 3), guard=False)), requests)
         assert {k: v.token_ids for k, v in drafted.items()} == {k: v.token_ids for k, v in plain.items()}
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0, seed=3)], ids=["greedy", "sampled"])
+def test_text_drafted_natively_equals_plain_text(folder: Path, weights: str, sampling: SamplingParams) -> None:
+    target = NativeTarget.load(folder, weights, 2, 120)
+    requests = [Request("a", PROMPT, 30, sampling), Request("b", [4, 4], 30, sampling)]
+    plain = generate(Engine(target, None, EngineOptions(1, 100)), requests)
+    torch.manual_seed(0)
+    network = DovetailNetwork(DovetailConfig(64, 67, 96, 4, 2, 16, num_blocks=2)).eval().requires_grad_(False)
+    drafter = NativeDrafter(network, target.embedding(), target.lm_head(), 8, 2, 120)
+    drafted = generate(Engine(target, drafter, EngineOptions(2, 100, Budget(12, 4, 3), guard=False)), requests)
+    assert {k: v.token_ids for k, v in drafted.items()} == {k: v.token_ids for k, v in plain.items()}
+    assert all(result.finished.stats.drafted > 0 for result in drafted.values())
 
 
 def windowed(save_model: Callable[..., Path]) -> Path:

@@ -112,9 +112,14 @@ void multiply_panels(const Packed& w, const Activations& activations, int rows, 
     std::copy(start, start + num_tiles, tiles);
     std::memset(sums, 0, static_cast<size_t>(rows) * kPanel * sizeof(float));
     multiply_panel(w, w.data + panel * w.panel_bytes(), tiles, num_tiles);
-    const int64_t valid = std::min<int64_t>(kPanel, w.out - panel * kPanel);
+    const int64_t valid = w.out - panel * kPanel;
     for (int row = 0; row < rows; ++row) {
-      std::memcpy(y + row * stride + (panel - begin) * kPanel, sums + row * kPanel, static_cast<size_t>(valid) * sizeof(float));
+      float* out = y + row * stride + (panel - begin) * kPanel;
+      if (valid >= kPanel) {
+        std::memcpy(out, sums + row * kPanel, kPanel * sizeof(float));  // of known size: a call would cost as much as a row
+      } else {
+        std::memcpy(out, sums + row * kPanel, static_cast<size_t>(valid) * sizeof(float));
+      }
     }
   }
 }
