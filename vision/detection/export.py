@@ -6,6 +6,7 @@ the proposals' suppression is the standard NonMaxSuppression, made to answer a f
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from vision.detection.detector import LoadedDetector
 from vision.detection.rpn import ProposalBudget
 from vision.detection.thundernet import REGION_STDS, DenseMaps, ThunderNet
 from vision.export import OPSET, ExportError, require_packages
+from vision.predict import ONNX_FILE
 
-ONNX_FILE = "model.onnx"
 CHECKED_BATCHES = (1, 3)
 # A row of the file that no row of torch comes this near to is unmatched (reference: half a pixel, a thousandth).
 BOX_TOLERANCE_PX = 0.5
@@ -73,7 +74,7 @@ class FixedRegions(nn.Module):
         regions = proposals.flatten(0, 1)
         logits, deltas = self.model.classify_boxes(maps, regions, image_ids)
         boxes = clip_boxes(decode_boxes(deltas, regions, REGION_STDS), *maps.image_size)
-        probabilities = logits.softmax(dim=-1)[:, 1:].unflatten(0, (num_images, num_proposals))
+        probabilities = logits.softmax(dim=-1)[:, 1:].reshape(num_images, num_proposals, -1)
         return boxes.view(proposals.shape), probabilities * is_real
 
 
@@ -162,8 +163,7 @@ def write(regions: FixedRegions, loaded: LoadedDetector, output: Path, digest: s
     )  # fmt: skip
     if program is None:
         raise ExportError("torch returned no ONNX program")
-    program.model.metadata_props["class_names"] = json.dumps(loaded.config.class_names)
-    program.model.metadata_props["licence"] = loaded.config.licence
+    program.model.metadata_props["detector"] = json.dumps(dataclasses.asdict(loaded.config))
     program.model.metadata_props["weights_sha256"] = digest
     program.save(output, external_data=False)
 
@@ -204,7 +204,10 @@ def compare(loaded: LoadedDetector, file: Path) -> tuple[float, float, float]:
 def nearest_rows(
     expected: NDArray[np.float32], found: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """For each expected box [N, 4] the largest coordinate difference to the nearest of ``found`` [M, 4], and its row."""
+    """For each ``expected`` box [N, 4] its largest coordinate difference to the nearest of ``found`` [M, 4], and where
+
+    that lies.
+    """
     distances = np.abs(expected[:, None] - found[None]).max(axis=2)
     nearest = distances.argmin(axis=1)
     return distances[np.arange(len(expected)), nearest], nearest
