@@ -16,6 +16,7 @@ from vision.detect import Candidates, Detector, DetectorDescription, Floats, Pix
 from vision.predict import ModelError
 
 MIN_SOFT_NMS_SCORE = 1e-3
+TAKEN = -1.0
 
 
 class OnnxRuntime:
@@ -65,8 +66,8 @@ def soft_nms(
         shared = np.maximum(width, 0) * np.maximum(height, 0)
         overlap = shared / np.maximum(areas + areas[best] - shared, np.finfo(np.float32).tiny)
         decays = (overlap >= threshold) & (class_ids == class_ids[best])
-        remaining = np.where(decays, remaining * (1 - overlap), remaining)
-        remaining[best] = -np.inf
+        remaining *= np.where(decays, 1 - overlap, 1)
+        remaining[best] = TAKEN
     return np.array(kept, dtype=np.int64), np.array(kept_scores, dtype=np.float32)
 
 
