@@ -186,6 +186,13 @@ def context_length(folder: Path, wanted: int | None) -> int:
     return wanted or min(allowed, DEFAULT_CONTEXT)
 
 
+def resolve_detector(path: Path | None) -> Path:
+    """A detector's folder or .onnx file; None is the bundled one. Errors: LaunchError."""
+    if path is None and not (ASSETS / DETECTOR).is_dir():
+        raise LaunchError("there is no bundled detector; name one with --model PATH")
+    return path if path is not None else ASSETS / DETECTOR
+
+
 def vision_worker(settings: Settings) -> VisionWorker | None:
     """The vision models' worker, not started: those named, else the bundled detector; None where there are none.
 

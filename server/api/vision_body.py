@@ -13,7 +13,7 @@ from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from pydantic import Field, ValidationError, model_validator
 from python_multipart.exceptions import MultipartParseError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from server.api.detection_formats import OBJECT_FORMATS, Format
@@ -29,7 +29,7 @@ MAX_CLASSES = 256
 MAX_FORM_FIELDS = 32 + MAX_CLASSES
 DATA_URI = re.compile(r"data:[\w/+.-]*(;[\w=.-]+)*;base64,")
 URL = re.compile(r"https?://", re.IGNORECASE)
-LISTS = frozenset({"image", "images", "classes"})
+LISTS = frozenset({"classes"})
 
 
 class ImageBody(Body):
@@ -169,6 +169,14 @@ async def read_form(request: HttpRequest) -> tuple[dict[str, Any], dict[str, lis
     except (MultiPartException, MultipartParseError, KeyError) as error:
         message = getattr(error, "message", "") or "its boundary or its parts are damaged"
         raise ApiError(400, f"The multipart body cannot be read: {message}", code="invalid_multipart") from error
+    try:
+        return await sorted_form(form)
+    finally:
+        await form.close()
+
+
+async def sorted_form(form: FormData) -> tuple[dict[str, Any], dict[str, list[Source]]]:
+    """A form's text fields, and its images by field. Errors: InvalidValue for a field sent twice or misplaced."""
     fields: dict[str, Any] = {}
     files: dict[str, list[Source]] = {"image": [], "images": []}
     for name, value in form.multi_items():
@@ -176,7 +184,6 @@ async def read_form(request: HttpRequest) -> tuple[dict[str, Any], dict[str, lis
             if name not in files:
                 raise InvalidValue(name, f"A file was sent as {shown(name)}; send images as image or images.")
             files[name].append(FileSource(await value.read()))
-            await value.close()
         elif name in files:
             files[name].append(text_source(value))
         elif name in LISTS:
