@@ -129,18 +129,18 @@ class ThunderNet(nn.Module):
     def classify(self, maps: DenseMaps, regions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Class logits [R, num_classes + 1], background first, and box deltas [R, 4] of all images' regions."""
         image_ids = torch.cat([boxes.new_full((len(boxes),), i, dtype=torch.long) for i, boxes in enumerate(regions)])
-        return self.classify_boxes(maps, torch.cat(list(regions)), image_ids)
-
-    def classify_boxes(self, maps: DenseMaps, boxes: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """``classify`` for ``boxes`` [R, 4] in one tensor, ``image_ids`` [R] saying on which image each lies."""
         pooled = psroi_align(
             maps.f_sam,
-            boxes,
+            torch.cat(list(regions)),
             image_ids,
             self.config.anchors.stride,
             self.config.bins,
             reduction=self.config.reduction,
         )
+        return self.classify_pooled(pooled)
+
+    def classify_pooled(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """``classify`` behind the pooling: [R, depth, bins, bins] to class logits and box deltas."""
         hidden = self.hidden(pooled.flatten(1))
         return at_least_float32(self.class_logits(hidden)), at_least_float32(self.box_deltas(hidden))
 
