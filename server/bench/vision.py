@@ -182,7 +182,7 @@ class Load:
         self.kind = f"multipart/form-data; boundary={edge}"
         self.stopping = threading.Event()
         self.times: list[float] = []
-        self.failures: list[int] = []
+        self.failures: list[float] = []
         self.threads = [threading.Thread(target=self._send) for _ in range(count)]
 
     def __enter__(self) -> Load:
