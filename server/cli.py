@@ -10,6 +10,7 @@ import typer
 
 from server.commands import bench, evaluate, export, study, train
 from server.commands.convert import convert
+from server.commands.detect import detect
 from server.commands.doctor import doctor
 from server.commands.generate import generate
 from server.commands.serve import serve
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(generate)
+app.command()(detect)
 app.command()(convert)
 app.add_typer(bench.app, name="bench")
 app.command()(doctor)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.settings import NO_VISION
 from server.text import TextCodec
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from server.settings import Settings
     from server.targets.target import Target, TargetInfo
     from server.targets.torch_target import TorchTarget
+    from server.vision_worker import VisionWorker
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 DEFAULT_CONTEXT = 4096
 HYBRID = "hybrid"
 BUNDLED_DRAFTER = "bundled"
+DETECTOR = "detector"
 
 
 class LaunchError(ValueError):
@@ -243,6 +246,42 @@ def context_length(folder: Path, wanted: int | None) -> int:
     if wanted is not None and wanted > allowed:
         raise LaunchError(f"--context {wanted} is asked for; the target's positions end at {allowed}")
     return wanted or min(allowed, DEFAULT_CONTEXT)
+
+
+def resolve_detector(path: Path | None) -> Path:
+    """A detector's folder or .onnx file; None is the bundled one. Errors: LaunchError."""
+    if path is None and not (ASSETS / DETECTOR).is_dir():
+        raise LaunchError("there is no bundled detector; name one with --model PATH")
+    return path if path is not None else ASSETS / DETECTOR
+
+
+def vision_worker(settings: Settings) -> VisionWorker | None:
+    """The vision models' worker, not started: those named, else the bundled detector; None where there are none.
+
+    Errors: LaunchError for a path without a model, and for two models of one name.
+    """
+    from server.vision_worker import VisionWorker, WorkerOptions
+    from vision.images import ImageLimits
+
+    named = settings.vision
+    if named is None:
+        named = (str(ASSETS / DETECTOR),) if (ASSETS / DETECTOR).is_dir() else ()
+        if settings.no_llm and not named:
+            raise LaunchError("there is no bundled vision model, so --no-llm needs --vision PATH")
+    models: dict[str, Path] = {}
+    for path in (Path(name).expanduser() for name in named if name != NO_VISION):
+        if not path.exists():
+            raise LaunchError(f"{str(path)!r} is no vision model: there is no such folder or file")
+        name = path.stem if path.is_file() else path.resolve().name
+        if name in models or (name == settings.served_name and not settings.no_llm):
+            raise LaunchError(f"two models would be served as {name!r}; rename the folder {path}")
+        models[name] = path
+    options = WorkerOptions(
+        max_requests=settings.max_waiting,
+        max_batch=settings.vision_batch,
+        limits=ImageLimits(max_pixels=settings.vision_pixels),
+    )
+    return VisionWorker(models, options) if models else None
 
 
 def load_model(settings: Settings) -> LoadedModel:

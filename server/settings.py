@@ -8,10 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 BUNDLED = "dovetail"
+NO_VISION = "none"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -31,7 +38,13 @@ def parse_bytes(value: Any) -> Any:
     return int(float(match[1]) * UNITS[match[2]])
 
 
+def parse_list(value: Any) -> Any:
+    """A comma-separated string, as environment variables hold lists, to its parts."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_list)]
 
 
 class Settings(BaseSettings):
@@ -65,6 +78,15 @@ class Settings(BaseSettings):
     top_k: int | None = Field(None, ge=1, description="Children a drafted node may have.")
     depth: int | None = Field(None, ge=0, description="Draft levels after the first.")
     api_key: SecretStr | None = Field(None, description="Key that clients must send.")
+    vision: Names | None = Field(
+        None, description="Folder or .onnx file of a vision model, may be repeated; 'none': no vision."
+    )
+    no_llm: bool = Field(False, description="Serve no language model, only vision.")
+    vision_batch: int = Field(8, ge=1, le=64, description="Images that may go through a vision model at once.")
+    vision_pixels: int = Field(25_000_000, ge=1, description="Pixels an image may have; larger ones are refused.")
+    vision_url_hosts: Names = Field(
+        (), description="Host names from which images may be fetched over https; nothing: URLs are refused."
+    )
     model_name: str | None = Field(None, min_length=1, description="Name the model is served under.")
     lenient: bool = Field(False, description="Accept unknown request fields instead of refusing them.")
     keepalive_s: float = Field(10.0, gt=0, description="Seconds of silence after which a stream sends a comment.")
@@ -76,6 +98,14 @@ class Settings(BaseSettings):
         if not re.fullmatch(r"auto|cpu|cuda:\d+", value):
             raise ValueError(f"{value!r} is no device; use auto, cpu or cuda:N")
         return value
+
+    @model_validator(mode="after")
+    def _something_to_serve(self) -> Settings:
+        if self.no_llm and self.target is not None:
+            raise ValueError(f"no_llm and target {self.target!r} contradict each other; leave one out")
+        if self.no_llm and self.vision == (NO_VISION,):
+            raise ValueError("no_llm and vision none leave nothing to serve")
+        return self
 
     @property
     def served_name(self) -> str:
@@ -118,4 +148,5 @@ def describe_fault(fault: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"unknown setting {name!r}; known are {', '.join(Settings.model_fields)}"
-    return f"{name}: {fault['msg'].removeprefix('Value error, ')}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}" if name else message

@@ -13,7 +13,7 @@ from server.settings import Settings, load_settings
 def flag(name: str) -> Any:
     """An option for a setting. Its own default is None: not given."""
     setting = Settings.model_fields[name]
-    default = "" if setting.default is None or setting.default is False else f" Default: {setting.default}."
+    default = "" if setting.default in (None, False, ()) else f" Default: {setting.default}."
     return typer.Option(f"--{name.replace('_', '-')}", help=f"{setting.description}{default}", show_default=False)
 
 
