@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from server.commands import bench, evaluate, export, train
+from server.commands import bench, evaluate, export, study, train
 from server.commands.convert import convert
 from server.commands.doctor import doctor
 from server.commands.generate import generate
@@ -33,6 +33,7 @@ app.command()(convert)
 app.add_typer(bench.app, name="bench")
 app.command()(doctor)
 app.add_typer(train.app, name="train")
+app.add_typer(study.app, name="study")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(export.app, name="export")
 

@@ -30,3 +30,23 @@ def evaluate_classifier(
 
     report = evaluate_classifier(checkpoint, kind, data, split, batch_size=batch_size)
     typer.echo(json.dumps(dataclasses.asdict(report)))
+
+
+@app.command("classifier-study")
+def evaluate_classifier_study(
+    recipe: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe with [study].")],
+    json_file: Annotated[Path, typer.Option("--json", dir_okay=False, help="Report; the plot lies beside it.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)
+    ] = None,
+) -> None:
+    """Accuracy of a study's classifiers against their size and latency; what is not trained yet is marked NOT RUN."""
+    from kernels.training.options import load_recipe
+    from kernels.training.study import expand
+    from server.bench.hardware import measure_hardware
+    from vision.tasks.study import markdown, study_rows, write_study
+
+    cells = expand(load_recipe(recipe), output)
+    report = write_study(study_rows(cells), cells, measure_hardware().json(), json_file)
+    typer.echo(markdown(report["rows"]), err=True)
+    typer.echo(json.dumps(report))

@@ -36,10 +36,13 @@ def train_drafter(recipe: Recipe, resume: Resume = False) -> None:
 @app.command("classifier")
 def train_classifier(recipe: Recipe, resume: Resume = False) -> None:
     """Train an image classifier on one of the compact backbones."""
-    from kernels.training.options import load_recipe
+    from kernels.training.options import RecipeError, load_recipe
     from vision.tasks.classification import train_classifier
 
-    print_report(train_classifier(load_recipe(recipe), resume=resume))
+    tables = load_recipe(recipe)
+    if "study" in tables:
+        raise RecipeError(f"{recipe} is a study: dovetail study classifier {recipe}")
+    print_report(train_classifier(tables, resume=resume))
 
 
 def print_report(report: Any) -> None:

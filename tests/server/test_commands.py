@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kernels.training import RecipeError, TrainingReport
 from server.cli import app
 
 RUNNER = CliRunner()
@@ -40,6 +41,45 @@ def test_classifier_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         result = RUNNER.invoke(app, arguments)
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout.splitlines()[-1])["given"] == [str(value) for value in given]
+
+
+STUDY = """
+[study]
+[study.variants]
+small.model.backbone = "fd_mobilenet_x0_25"
+large.model.backbone = "mobilenet_v1_x0_25"
+[training]
+output = "runs/study"
+"""
+
+
+def test_study_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import vision.tasks.classification as classification
+    import vision.tasks.study as study
+
+    report = TrainingReport({"top1": 0.5}, {}, 1.0, "checkpoint", finished=True)
+    monkeypatch.setattr(classification, "train_classifier", lambda recipe, *, resume: report)
+    monkeypatch.setattr(study, "study_rows", list)
+    monkeypatch.setattr(study, "markdown", lambda rows: f"{len(rows)} rows")
+    monkeypatch.setattr(study, "write_study", lambda rows, cells, hardware, file: {"rows": [c.name for c in cells]})
+    recipe, folder = tmp_path / "study.toml", tmp_path / "out"
+    recipe.write_text(STUDY)
+    result = RUNNER.invoke(app, ["study", "classifier", str(recipe), "--output", str(folder), "--only", "large"])
+    assert result.exit_code == 0, result.output
+    cells = json.loads(result.stdout.splitlines()[-1])["cells"]
+    assert [cell["status"] for cell in cells] == ["NOT RUN", "finished"]
+    assert json.loads((folder / "study.json").read_text())["cells"] == cells
+    result = RUNNER.invoke(app, ["eval", "classifier-study", str(recipe), "--json", str(tmp_path / "study.json")])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["rows"] == ["small/seed_0", "large/seed_0"]
+
+
+def test_a_study_is_not_a_training(tmp_path: Path) -> None:
+    recipe = tmp_path / "study.toml"
+    recipe.write_text(STUDY)
+    result = RUNNER.invoke(app, ["train", "classifier", str(recipe)])
+    assert isinstance(result.exception, RecipeError)
+    assert "is a study: dovetail study classifier" in str(result.exception)
 
 
 def test_kernel_benchmarks_are_reserved_words_of_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
