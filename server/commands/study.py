@@ -36,6 +36,14 @@ def study_classifier(recipe: Recipe, output: Output = None, only: Only = "") -> 
     print_outcomes(run(recipe, output, only, train_classifier))
 
 
+@app.command("detector")
+def study_detector(recipe: Recipe, output: Output = None, only: Only = "") -> None:
+    """Train object detectors, for instance with different mining. Resumes like the others."""
+    from vision.tasks.detection import train_detector
+
+    print_outcomes(run(recipe, output, only, train_detector))
+
+
 def run(file: Path, output: Path | None, only: str, train: Train) -> list[Outcome]:
     """Expand the recipe in ``file`` and train its cells with ``train``."""
     from kernels.training.options import load_recipe

@@ -23,8 +23,9 @@ from kernels.training import AfterStep, TrainingReport, run
 from vision.data.detection import DetectionData, collate_detection
 from vision.detection.checkpoint import save_detector
 from vision.detection.detections import Detections
-from vision.detection.detector import Network
+from vision.detection.detector import LoadedDetector, Network
 from vision.detection.evaluate import Truth, average_precisions, mean_present
+from vision.detection.report import evaluate_source
 from vision.detection.thundernet import ThunderNet
 from vision.detection.thundernet_loss import ThunderNetLoss
 from vision.detection.yolo_loss import YOLOv2Loss
@@ -151,8 +152,9 @@ class MeanAveragePrecision(TrainerCallback):
 def train_detector(recipe: dict[str, Any], *, resume: bool = False, console: Console | None = None) -> TrainingReport:
     """Run a recipe; ``output/model`` then holds the trained detector, which ``checkpoint`` names.
 
-    ``final`` gains ``map50`` of the saved detector over the evaluation split, by the area rule of VOC, with
-    ``skipped_images`` (how often an image could not be read) and ``degenerate_boxes`` of the training split. An
+    ``final`` gains ``map50``, ``map60`` and ``map70`` of the saved detector over the evaluation split (see
+    ``DetectorReport``), ``skipped_images``, how often an image could not be read, and ``degenerate_boxes``, how many
+    were dropped from the training split. An
     interrupted run (``finished`` False) names the checkpoint to resume from. Errors: RecipeError, DataError,
     BackboneError, TrainingDivergedError.
     """
@@ -182,7 +184,10 @@ def train_detector(recipe: dict[str, Any], *, resume: bool = False, console: Con
         return report
     folder = Path(options.training.output) / "model"
     figures = {"skipped_images": float(task.skipped), "degenerate_boxes": float(train_source.degenerate)}
-    if PartialState().is_main_process:
+    state = PartialState()
+    if state.is_main_process:
         save_detector(task.trained, config, folder)
-    PartialState().wait_for_everyone()
+        result = evaluate_source(LoadedDetector(task.trained.eval(), config), eval_source)
+        figures |= {"map50": result.map50, "map60": result.map60, "map70": result.map70}
+    state.wait_for_everyone()
     return dataclasses.replace(report, final={**report.final, **figures}, checkpoint=str(folder))
