@@ -64,7 +64,9 @@ def evaluate_coco(
     stats = [None if value < 0 else float(value) for value in evaluation.stats]
     precision = evaluation.eval["precision"][0, :, :, 0, 2]  # overlap 0.50, all recalls and classes, all areas, 100
     per_class = np.where((precision < 0).any(axis=0), np.nan, precision.mean(axis=0))
-    return CocoFigures(*stats[:6], recall100=stats[8]), per_class.tolist()
+    ap, ap50, ap75, ap_small, ap_medium, ap_large, _, _, recall100, *_ = stats
+    figures = CocoFigures(ap, ap50, ap75, ap_small, ap_medium, ap_large, recall100)
+    return figures, per_class.tolist()
 
 
 def _dataset(

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from vision.data.detection_sources import DetectionSource, LabelledImage, open_detection
 from vision.data.sources import DataError, UnreadableImageError, read_image
 from vision.detection.checkpoint import load_detector
@@ -155,11 +153,10 @@ def write_report(
     (output / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n", encoding="utf-8")
     if find_spec("matplotlib") is not None:
         plot_curves({name: match.curve(0.5) for name, match in matches.items()}, output / CURVES_FILE)
-    for place in (
-        torch.linspace(0, len(findings.images) - 1, min(PICTURES, len(findings.images))).round().int().tolist()
-    ):
-        image, truth = findings.images[place], findings.truths[place]
-        picture = draw_comparison(read_image(image.path), findings.detections[place], truth, class_names)
+    truths, count = findings.truths, len(findings.images)
+    for place in range(0, count, max(1, count // PICTURES)):
+        image = findings.images[place]
+        picture = draw_comparison(read_image(image.path), findings.detections[place], truths[place], class_names)
         picture.save(output / f"{image.path.stem}.jpg", quality=88)
 
 
