@@ -168,7 +168,8 @@ def test_batches_pad_boxes_and_count_what_cannot_be_read(
     data = DetectionData(squares, 50)
     broken = data[2]
     assert isinstance(broken, Skipped)
-    empty = DetectionSample(torch.zeros(3, 50, 50, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool))  # fmt: skip
+    pixels, no_ids, no_flags = torch.zeros(3, 50, 50, dtype=torch.uint8), torch.zeros(0).long(), torch.zeros(0).bool()
+    empty = DetectionSample(pixels, torch.zeros(0, 4), no_ids, no_flags)
     batch = collate_detection([data[0], broken, empty])
     assert batch["images"].shape == (2, 3, 50, 50)
     assert batch["labels"].tolist() == [[0, 0], [-1, -1]]
@@ -190,7 +191,8 @@ def test_the_cache_stays_within_its_bound(squares: DetectionSource) -> None:
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"kind": "zip"}, r"data\.kind is 'zip'"), ({"normalization": "none"}, r"data\.normalization is 'none'"),
-    ({"resize": "crop"}, r"data\.resize is 'crop'"), ({"train_sizes": (16,)}, "at least 32"), ({"limit": 0}, "limit is 0"),
+    ({"resize": "crop"}, r"data\.resize is 'crop'"), ({"train_sizes": (16,)}, "at least 32"),
+    ({"limit": 0}, "limit is 0"),
 ])  # fmt: skip
 def test_impossible_options_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
@@ -198,7 +200,8 @@ def test_impossible_options_are_refused(values: dict[str, object], message: str)
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    ({"expand": 0.5}, "expand is 0.5"), ({"min_crop": 0.0}, "min_crop is 0.0"), ({"crop_overlaps": (1.0,)}, "crop_overlaps"),
+    ({"expand": 0.5}, "expand is 0.5"), ({"min_crop": 0.0}, "min_crop is 0.0"),
+    ({"crop_overlaps": (1.0,)}, "crop_overlaps"),
 ])  # fmt: skip
 def test_impossible_augmentations_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

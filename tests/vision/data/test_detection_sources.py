@@ -100,7 +100,8 @@ def test_broken_voc_annotations_are_named(tmp_path: Path, content: str) -> None:
 
 def coco_content() -> dict[str, object]:
     return {
-        "images": [{"id": 7, "file_name": "x.jpg", "width": 60, "height": 40}, {"id": 9, "file_name": "y.jpg", "width": 8, "height": 8}],
+        "images": [{"id": 7, "file_name": "x.jpg", "width": 60, "height": 40},
+                   {"id": 9, "file_name": "y.jpg", "width": 8, "height": 8}],
         "categories": [{"id": 18, "name": "dog"}, {"id": 3, "name": "car"}],
         "annotations": [
             {"image_id": 7, "category_id": 18, "bbox": [10.5, 4, 20, 10], "iscrowd": 0, "area": 120.5},
