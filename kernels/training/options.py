@@ -117,6 +117,8 @@ def fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, UnionType):
         return any(fits(value, option) for option in typing.get_args(hint))
+    if origin is typing.Literal:  # which of its values, the dataclass checks
+        return isinstance(value, tuple({type(option) for option in typing.get_args(hint)}))
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:

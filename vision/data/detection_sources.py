@@ -30,7 +30,7 @@ class LabelledImage:
 
     ``labels`` [G] are ids into the source's class names. ``ignored`` [G] marks boxes that are neither to be found nor
     wrong to find: VOC's difficult ones, COCO's crowds. ``areas`` [G] in square pixels, COCO's being those of its
-    outlines.
+    outlines. ``size`` is width and height where the annotation states them.
     """
 
     path: Path
@@ -38,6 +38,7 @@ class LabelledImage:
     labels: NDArray[np.int64]
     ignored: NDArray[np.bool_]
     areas: NDArray[np.float32]
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def label(raw: Iterable[RawImage], class_names: tuple[str, ...], root: Path) -> 
                 np.array([ids[box.class_name] for box in raw_boxes], dtype=np.int64)[whole],
                 np.array([box.ignored for box in raw_boxes], dtype=np.bool_)[whole],
                 np.array(areas, dtype=np.float32)[whole],
+                size,
             )
         )
     if not images:

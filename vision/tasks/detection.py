@@ -162,7 +162,7 @@ def train_detector(recipe: dict[str, Any], *, resume: bool = False, console: Con
     train_source = options.data.open_train()
     eval_source = options.data.open_eval(train_source.class_names)
     torch.manual_seed(options.training.seed)
-    model, config = build_model(options, train_source.class_names)
+    model, config = build_model(options, train_source)
     task = DetectionTask(model, options)
     data = options.data
     train_data = DetectionData(

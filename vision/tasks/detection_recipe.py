@@ -12,6 +12,8 @@ from vision.backbones.backbone import BackboneError
 from vision.backbones.checkpoint import load_backbone
 from vision.data.detection import DetectionDataOptions
 from vision.data.detection_augmentation import DetectionAugmentation
+from vision.data.detection_sources import DetectionSource
+from vision.detection.anchors import cluster_shapes, shapes_in_cells
 from vision.detection.detector import DARKNET, DetectorConfig, Head, Network, build_detector
 from vision.detection.psroi_align import Reduction
 from vision.detection.rpn import TRAINING_BUDGET, AnchorGrid, ProposalBudget
@@ -33,9 +35,10 @@ class ModelOptions:
 
     ``start_from`` is a folder with a trained backbone of that name, for instance from ImageNet; without it training
     starts from nothing. ``anchor_scales`` and ``anchor_ratios`` are ThunderNet's anchors, in pixels of the input and
-    height over width. The paper's are meant for 320 pixels and photographs; halve them where the smallest objects are
-    much smaller than 32 pixels (ours). ``anchors`` are YOLOv2's, width and height in cells of 32 pixels. ``head`` is
-    YOLOv2's: "light" (ours) or "published". ``licence`` and ``description`` are written into the saved detector.
+    height over width. The paper's are meant for 320 pixels and photographs; take smaller ones where the smallest
+    objects are much smaller than 32 pixels (ours). ``anchors`` are YOLOv2's, width and height in cells of 32 pixels;
+    without them five are clustered from the training boxes. ``head`` is YOLOv2's: "light" (ours) or "published".
+    ``licence`` and ``description`` are written into the saved detector.
     """
 
     backbone: str
@@ -44,7 +47,7 @@ class ModelOptions:
     anchor_scales: tuple[float, ...] = AnchorGrid.scales
     anchor_ratios: tuple[float, ...] = AnchorGrid.ratios
     reduction: Reduction = "max"
-    anchors: tuple[tuple[float, float], ...] = VOC_ANCHORS
+    anchors: tuple[tuple[float, float], ...] | None = None
     head: str = "light"
     test_proposals: int = 200
     licence: str = "unknown"
@@ -57,12 +60,13 @@ class ModelOptions:
             raise RecipeError(f"model.reduction is {self.reduction!r}; allowed are max, mean")
         if min((*self.anchor_scales, *self.anchor_ratios), default=0.0) <= 0:
             raise RecipeError("model.anchor_scales and model.anchor_ratios must hold numbers above 0")
-        if any(len(anchor) != 2 or min(anchor) <= 0 for anchor in self.anchors) or not self.anchors:
+        if self.anchors is not None and not (
+            self.anchors and all(len(anchor) == 2 and min(anchor) > 0 for anchor in self.anchors)
+        ):
             raise RecipeError("model.anchors must be pairs of width and height in cells, above 0")
 
-    @property
-    def detector_head(self) -> Head:
-        """Sizes, anchors and thresholds of the detection part."""
+    def detector_head(self, anchors: tuple[tuple[float, float], ...] | None) -> Head:
+        """Sizes, anchors and thresholds of the detection part; ``anchors`` are for YOLOv2 where the recipe has none."""
         if self.architecture == "thundernet":
             return ThunderNetConfig(
                 reduction=self.reduction,
@@ -70,7 +74,9 @@ class ModelOptions:
                 test_budget=ProposalBudget(10 * self.test_proposals, self.test_proposals),
             )
         size = PUBLISHED_HEAD if self.head == "published" else YOLOv2Config()
-        return dataclasses.replace(size, anchors=tuple((float(w), float(h)) for w, h in self.anchors))
+        return dataclasses.replace(
+            size, anchors=tuple((float(w), float(h)) for w, h in self.anchors or anchors or VOC_ANCHORS)
+        )
 
 
 @dataclass(frozen=True)
@@ -185,20 +191,26 @@ class DetectorRecipe:
             raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
 
 
-def build_model(recipe: DetectorRecipe, class_names: tuple[str, ...]) -> tuple[Network, DetectorConfig]:
-    """The network of a recipe for these classes, and its description. Errors: RecipeError, BackboneError."""
+def build_model(recipe: DetectorRecipe, source: DetectionSource) -> tuple[Network, DetectorConfig]:
+    """The network of a recipe for the classes of ``source``, and its description.
+
+    YOLOv2's anchors come from the boxes of ``source`` where the recipe has none. Errors: RecipeError, BackboneError.
+    """
     options, data = recipe.model, recipe.data
     try:
+        clustered = None
+        if options.architecture == "yolo_v2" and options.anchors is None:
+            clustered = cluster_shapes(shapes_in_cells(source, data.image_size, data.resize))
         config = DetectorConfig(
             architecture=options.architecture,
             backbone=options.backbone,
-            class_names=class_names,
+            class_names=source.class_names,
             image_size=data.image_size,
             resize=data.resize,
             normalization=data.constants,
             licence=options.licence,
             description=options.description,
-            head=options.detector_head,
+            head=options.detector_head(clustered),
         )
         model = build_detector(config)
     except BackboneError:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.training import RecipeError, TrainingReport, callbacks
 from vision.backbones import UnknownBackboneError, create_backbone
 from vision.backbones.checkpoint import save_backbone
+from vision.data.detection_sources import DetectionSource
 from vision.data.sources import DataError
 from vision.detection.checkpoint import load_detector
 from vision.detection.report import evaluate_detector, markdown
@@ -42,7 +43,7 @@ def weights(folder: str) -> dict[str, Tensor]:
     ({}, {"regions": "none"}),
     ({}, {"regions": "random", "map": "focal"}),
     ({}, {"regions": "s-ohem", "map": "lrm"}),
-    (YOLO, {}), (YOLO, {"map": "lrm", "share": 0.5}), (YOLO, {"map": "focal"}),
+    ({"architecture": "yolo_v2"}, {}), (YOLO, {"map": "lrm", "share": 0.5}), (YOLO, {"map": "focal"}),
 ], ids=["none", "random-focal", "s-ohem-lrm", "yolo", "yolo-lrm", "yolo-focal"])  # fmt: skip
 def test_every_miner_trains_saves_and_evaluates(
     detector_recipe: Recipe, tmp_path: Path, model: dict[str, Any], mining: dict[str, Any]
@@ -68,6 +69,10 @@ def test_the_saved_detector_is_measured_again_alike(
     assert (tmp_path / "out" / "precision_recall.png").stat().st_size > 1000
     assert len(list((tmp_path / "out").glob("val*.jpg"))) == 5
     assert "| disc |" in markdown(again)
+
+
+def no_images(*class_names: str) -> DetectionSource:
+    return DetectionSource(class_names, (), 0)
 
 
 def interrupt_training_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +110,7 @@ def test_resumed_training_equals_the_uninterrupted_one(
 
 def test_a_batch_is_brought_to_one_of_the_training_sizes(detector_recipe: Recipe) -> None:
     recipe = DetectorRecipe.parse(detector_recipe(data={"train_sizes": [64, 96, 128]}))
-    task = DetectionTask(build_model(recipe, ("a",))[0], recipe)
+    task = DetectionTask(build_model(recipe, no_images("a"))[0], recipe)
     boxes = torch.tensor([[[32.0, 32, 64, 128]]])
     sizes = set()
     for seed in range(12):
@@ -119,7 +124,7 @@ def test_a_batch_is_brought_to_one_of_the_training_sizes(detector_recipe: Recipe
 def test_ignored_boxes_and_padding_do_not_reach_the_losses(detector_recipe: Recipe) -> None:
     recipe = DetectorRecipe.parse(detector_recipe())
     torch.manual_seed(0)
-    task = DetectionTask(build_model(recipe, ("a", "b"))[0], recipe).eval()
+    task = DetectionTask(build_model(recipe, no_images("a", "b"))[0], recipe).eval()
     batch = {
         "images": torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8),
         "boxes": torch.tensor([[[10.0, 10, 50, 50], [60, 60, 90, 90]], [[20, 20, 70, 70], [0, 0, 0, 0]]]),
@@ -142,12 +147,12 @@ def test_a_trained_backbone_is_taken_over(detector_recipe: Recipe, tmp_path: Pat
     backbone = create_backbone("fd_mobilenet_x0_25", 5)
     save_backbone(backbone, tmp_path / "backbone")
     recipe = detector_recipe(model={"start_from": str(tmp_path / "backbone")})
-    model, _ = build_model(DetectorRecipe.parse(recipe), ("a",))
+    model, _ = build_model(DetectorRecipe.parse(recipe), no_images("a"))
     assert isinstance(model, ThunderNet)
     own = {f"backbone.{key}": value for key, value in backbone.state_dict().items() if not key.startswith("head.")}
     assert all(torch.equal(model.state_dict()[key], value) for key, value in own.items())
     with pytest.raises(RecipeError, match=r"holds fd_mobilenet_x0_25; model\.backbone is 'snet49'"):
-        build_model(DetectorRecipe.parse(recipe | {"model": recipe["model"] | {"backbone": "snet49"}}), ("a",))
+        build_model(DetectorRecipe.parse(recipe | {"model": recipe["model"] | {"backbone": "snet49"}}), no_images("a"))
 
 
 @pytest.mark.parametrize(("changes", "message"), [
