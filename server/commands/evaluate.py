@@ -105,3 +105,22 @@ def evaluate_perplexity(
         dataclasses.asdict(each) | {"change": round(each.perplexity / found[0].perplexity - 1, 5)} for each in found
     ]
     typer.echo(json.dumps({"target": folder.name, "window": window, "stride": stride, "results": results}))
+
+
+@app.command("detector")
+def evaluate_detector(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained detector.")],
+    data: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of images and annotations.")],
+    kind: Annotated[str, typer.Option(help="How the data lie: voc, coco or yolo.")] = "voc",
+    split: Annotated[str, typer.Option(help="Split to measure on.")] = "test",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for report, curves and pictures.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+) -> None:
+    """Average precision of a detector, overall and by class."""
+    from vision.detection.report import evaluate_detector, markdown
+
+    report = evaluate_detector(checkpoint, kind, data, split, output=output, batch_size=batch_size)
+    typer.echo(markdown(report), err=True)
+    typer.echo(json.dumps(dataclasses.asdict(report)))

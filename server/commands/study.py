@@ -68,6 +68,14 @@ def study_drafter(recipe: Recipe, output: Output = None, only: Only = "") -> Non
     print_outcomes(run(recipe, output, only, train_drafter))
 
 
+@app.command("detector")
+def study_detector(recipe: Recipe, output: Output = None, only: Only = "") -> None:
+    """Train object detectors, for instance with different mining. Resumes like the others."""
+    from vision.tasks.detection import train_detector
+
+    print_outcomes(run(recipe, output, only, train_detector))
+
+
 def run(file: Path, output: Path | None, only: str, train: Train) -> list[Outcome]:
     """Expand the recipe in ``file`` and train its cells with ``train``."""
     from kernels.training.options import load_recipe

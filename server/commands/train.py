@@ -79,6 +79,18 @@ def train_distilled(recipe: Recipe, resume: Resume = False) -> None:
     print_report(train_distilled(load_recipe(recipe), resume=resume))
 
 
+@app.command("detector")
+def train_detector(recipe: Recipe, resume: Resume = False) -> None:
+    """Train an object detector on images with boxes."""
+    from kernels.training.options import RecipeError, load_recipe
+    from vision.tasks.detection import train_detector
+
+    tables = load_recipe(recipe)
+    if "study" in tables:
+        raise RecipeError(f"{recipe} is a study: dovetail study detector {recipe}")
+    print_report(train_detector(tables, resume=resume))
+
+
 def print_report(report: Any) -> None:
     """One line of JSON from a training report (a dataclass); of several processes the first prints it."""
     from kernels.training.processes import is_first_process

@@ -98,3 +98,34 @@ def test_kernel_benchmarks_are_reserved_words_of_bench(monkeypatch: pytest.Monke
     assert (options.weights, options.rows, options.layers, scopes, contexts) == (["int4"], [1, 8], 4, ["model"], [64])
     assert "bench diagonalwise" in RUNNER.invoke(app, ["bench", "--help"]).output
     assert RUNNER.invoke(app, ["bench", "diagonalwise", "--help"]).exit_code == 0
+
+
+def test_detector_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import vision.detection.report as report
+    import vision.tasks.detection as detection
+
+    monkeypatch.setattr(report, "evaluate_detector", lambda *a, **k: recorded(*a, *k.values()))
+    monkeypatch.setattr(report, "markdown", lambda given: "| class |")
+    monkeypatch.setattr(detection, "train_detector", lambda r, resume: recorded(r["data"]["kind"], resume))
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
+    recipe.write_text('[data]\nkind = "coco"\n')
+    for arguments, given in (
+        (["eval", "detector", str(tmp_path), str(tmp_path), "--kind", "coco", "--split", "val2017"],
+         [tmp_path, "coco", tmp_path, "val2017", None, 8]),
+        (["eval", "detector", str(tmp_path), str(tmp_path), "--output", str(out), "--batch-size", "2"],
+         [tmp_path, "voc", tmp_path, "test", out, 2]),
+        (["train", "detector", str(recipe), "--resume"], ["coco", True]),
+    ):  # fmt: skip
+        result = RUNNER.invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout.splitlines()[-1])["given"] == [str(value) for value in given]
+
+    study = tmp_path / "study.toml"
+    study.write_text(STUDY)
+    refused = RUNNER.invoke(app, ["train", "detector", str(study)])
+    assert isinstance(refused.exception, RecipeError) and "dovetail study detector" in str(refused.exception)
+    finished = TrainingReport({"map50": 0.5}, {}, 1.0, "checkpoint", finished=True)
+    monkeypatch.setattr(detection, "train_detector", lambda recipe, *, resume: finished)
+    result = RUNNER.invoke(app, ["study", "detector", str(study), "--output", str(out)])
+    cells = json.loads(result.stdout.splitlines()[-1])["cells"]
+    assert [cell["final"] for cell in cells] == [{"map50": 0.5}] * 2
