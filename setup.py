@@ -1,9 +1,11 @@
 """Builds the native kernels: one shared object with a C interface, every instruction set inside, chosen at run time.
 
-The extension is optional: where no compiler is found, or it fails, the install goes on without it and the reference
-kernels stand in (see kernels/native.py).
+The extension is optional: where no compiler is found, or it fails, the install goes on without it and torch's own
+products stand in (see kernels/native.py). Wheels that are built to be handed on must not lose it silently:
+DOVETAIL_REQUIRE_NATIVE=1 makes a failed build an error.
 """
 
+import os
 from glob import glob
 
 from setuptools import Extension, setup
@@ -11,7 +13,7 @@ from setuptools import Extension, setup
 NATIVE = Extension(
     "kernels._native",
     sources=sorted(glob("kernels/*/csrc/*.cpp")),
-    include_dirs=["kernels/linear_lowbit/csrc"],
+    include_dirs=sorted(glob("kernels/*/csrc")),
     depends=sorted(glob("kernels/*/csrc/*.h")),
     # Contraction off: a product and a sum must not fuse in one number of rows and stay apart in another.
     extra_compile_args=[
@@ -28,7 +30,7 @@ NATIVE = Extension(
     ],
     extra_link_args=["-pthread"],
     language="c++",
-    optional=True,
+    optional=os.environ.get("DOVETAIL_REQUIRE_NATIVE") != "1",
 )
 
 setup(ext_modules=[NATIVE])

@@ -1,9 +1,4 @@
-"""The Dovetail drafter at work: trees for all requests, one forward pass a level.
-
-The pair (feature f_i, token t_{i+1}) sits at row and rotary position i of its slot. Committed rows hold true features
-of the target; drafting appends rows of predicted features behind them and drops those when the tree is done, so the
-cache is at all times what a run from scratch on the true features would give.
-"""
+"""The Dovetail drafter on torch, for any device: trees for all requests, one forward pass a level."""
 
 from __future__ import annotations
 
@@ -15,14 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from drafters.checkpoint import read_config, read_network
-from drafters.drafter import DrafterError, DraftState, Observation
+from drafters.drafter import Observation
+from drafters.feature_drafter import FeatureDrafter, check_fit
 from drafters.growing_tree import Children, GrowingTree, Level, best_children, grow
-from drafters.network import BlockConfig, FeatureNetwork, rotary_table
+from drafters.network import FeatureNetwork, rotary_table
 from drafters.proposal import Budget, Proposal
 from kernels.tree_attention import KVSlots, Segment, causal_segment, tree_attention
 
 
-class DovetailDrafter:
+class DovetailDrafter(FeatureDrafter):
     """A trained drafter with its slots. ``capacity`` bounds committed and drafted rows of a slot together.
 
     ``embedding`` and ``lm_head`` [V, H] are the target's, the embedding on the drafter's device and in its type; pass
@@ -31,46 +27,31 @@ class DovetailDrafter:
     (arXiv 2412.18934) with the dynamic tree of EAGLE-2 (arXiv 2406.16858).
     """
 
-    name = "dovetail"
-
     def __init__(
         self, network: FeatureNetwork, embedding: Tensor, lm_head: Tensor, num_slots: int, capacity: int
     ) -> None:
         config = network.config
         check_fit(config, embedding, lm_head)
+        device, dtype = embedding.device, embedding.dtype
+        slots = KVSlots(num_slots, capacity, config.num_blocks, config.num_kv_heads, config.head_dim, dtype, device)
+        outputs = torch.zeros(num_slots, config.hidden_size, dtype=dtype, device=device)
+        super().__init__(config, network.feature_layers, slots, outputs)
         self.network = network
         self.embedding = embedding
-        self.device, self.dtype = embedding.device, embedding.dtype
-        self.lm_head = network.select_head(lm_head).to(self.device, self.dtype)
-        self.feature_layers = network.feature_layers
-        self.slots = KVSlots(
-            num_slots, capacity, config.num_blocks, config.num_kv_heads, config.head_dim, self.dtype, self.device
-        )
+        self.device, self.dtype = device, dtype
+        self.lm_head = network.select_head(lm_head).to(device, dtype)
         self.scale = config.head_dim**-0.5
         # [positions, 2, D]: one gather gives a pass both angles of all its rows.
-        self.angles = torch.stack(rotary_table(config, capacity, self.dtype, self.device), dim=1)
-        self.last_outputs = torch.zeros(num_slots, config.hidden_size, dtype=self.dtype, device=self.device)
-        self.ready: set[int] = set()
+        self.angles = torch.stack(rotary_table(config, capacity, dtype, device), dim=1)
 
-    @torch.inference_mode()
-    def propose(self, states: Sequence[DraftState], budget: Budget) -> list[Proposal]:
-        """One tree for each state; empty for a slot that has observed nothing since it was released or forked."""
-        trees: dict[int, GrowingTree] = {}
-        for state in states:
-            if state.slot in self.ready and budget.rows > 1:
-                trees[state.slot] = GrowingTree(state.slot, self.slots.lengths[state.slot], budget, len(trees))
-        if trees:
-            grow(self, list(trees.values()), self.last_outputs[list(trees)], budget)
-        return [trees[state.slot].growth.proposal() if state.slot in trees else Proposal() for state in states]
+    def grow(self, slots: Sequence[int], budget: Budget) -> list[Proposal]:
+        """One tree for each slot."""
+        trees = [GrowingTree(slot, self.slots.lengths[slot], budget, row) for row, slot in enumerate(slots)]
+        grow(self, trees, self.last_outputs[list(slots)], budget)
+        return [tree.growth.proposal() for tree in trees]
 
-    @torch.inference_mode()
-    def observe(self, batch: Sequence[Observation]) -> None:
-        """Extend the slots by committed positions, all requests in one pass."""
-        batch = [observation for observation in batch if observation.next_ids]
-        if not batch:
-            return
-        if len({observation.slot for observation in batch}) < len(batch):
-            raise DrafterError("one slot is observed twice in a batch; join its positions into one observation")
+    def extend(self, batch: Sequence[Observation]) -> None:
+        """Rows of all requests in one pass."""
         segments: list[Segment] = []
         token_ids: list[int] = []
         positions: list[int] = []
@@ -78,7 +59,6 @@ class DovetailDrafter:
         for observation in batch:
             length, num_rows = self.slots.lengths[observation.slot], len(observation.next_ids)
             segments.append(causal_segment(observation.slot, length, num_rows))
-            self.slots.check(segments[-1])
             token_ids += observation.next_ids
             positions += range(length, length + num_rows)
             last_rows.append(len(token_ids) - 1)
@@ -87,26 +67,6 @@ class DovetailDrafter:
         rows = torch.tensor([token_ids, positions], device=self.device)
         outputs = self.forward(features, rows[0], rows[1], segments)
         self.last_outputs[[segment.slot for segment in segments]] = outputs[last_rows]
-        for segment in segments:
-            self.slots.lengths[segment.slot] += segment.num_rows
-            self.ready.add(segment.slot)
-
-    def fork(self, source: int, slot: int, length: int) -> None:
-        """Copy the first ``length`` pairs of ``source``.
-
-        Pair ``length - 1`` holds the token AFTER that position, so both requests must agree on ``length + 1`` tokens.
-        Unless the whole slot is copied, the fork proposes nothing until it has observed a position of its own.
-        """
-        self.slots.fork(source, slot, length)
-        self.ready.discard(slot)
-        if source in self.ready and length == self.slots.lengths[source]:
-            self.last_outputs[slot] = self.last_outputs[source]
-            self.ready.add(slot)
-
-    def release(self, slot: int) -> None:
-        """Empty the slot."""
-        self.slots.release(slot)
-        self.ready.discard(slot)
 
     def forward(self, features: Tensor, token_ids: Tensor, positions: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Rows of all segments in order, stored behind what their slots hold -> predicted features [rows, H]."""
@@ -130,18 +90,6 @@ class DovetailDrafter:
     def children(self, outputs: Tensor, top_k: int) -> list[Children]:
         """The best tokens by the LM head, for each predicted feature [rows, H]."""
         return best_children(self.network.logits(outputs, self.lm_head), top_k, self.network.draft_ids)
-
-
-def check_fit(config: BlockConfig, embedding: Tensor, lm_head: Tensor) -> None:
-    """Refuse a drafter whose hidden size or vocabulary is not the target's."""
-    for name, tensor in (("embedding", embedding), ("LM head", lm_head)):
-        if tuple(tensor.shape) != (config.vocab_size, config.hidden_size):
-            vocab_size, hidden_size = tensor.shape
-            raise DrafterError(
-                f"the drafter has hidden size {config.hidden_size} and vocabulary {config.vocab_size}, the target's "
-                f"{name} has hidden size {hidden_size} and vocabulary {vocab_size}; use a drafter trained for this "
-                "target"
-            )
 
 
 def load_drafter(

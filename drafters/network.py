@@ -19,6 +19,7 @@ from drafters.linear_fusion import LinearFusion
 
 MAX_BLOCKS = 6
 FUSIONS = ("dgf", "linear")
+FEATURES = ("last", "low+mid+high")
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(block, query [..., heads, n, D], key and value [..., kv heads, n, D]) -> [..., heads, n, D]."""
@@ -69,14 +70,26 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class DovetailConfig(BlockConfig):
-    """Shape of a Dovetail drafter. fusion: ``dgf``, the paper's, or ``linear``, EAGLE's."""
+    """Shape of a Dovetail drafter.
+
+    fusion: ``dgf``, the paper's, or ``linear``, EAGLE's; features: ``last``, the paper's, or ``low+mid+high``, three
+    layers that a projection makes one vector (EAGLE-3).
+    """
 
     fusion: str = "dgf"
+    features: str = "last"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.fusion not in FUSIONS:
             raise DrafterError(f"fusion is {self.fusion!r}; allowed are {', '.join(FUSIONS)}")
+        if self.features not in FEATURES:
+            raise DrafterError(f"features is {self.features!r}; allowed are {', '.join(FEATURES)}")
+
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        """The layers of the target that are read, in the order in which they stand side by side."""
+        return tuple(self.features.split("+"))
 
 
 class LlamaBlock(nn.Module):
@@ -171,13 +184,20 @@ class DovetailNetwork(FeatureNetwork):
     """Features and following tokens in, predicted next features out (Dovetail, arXiv 2412.18934).
 
     No norm follows the last block: the LM head of the target reads the output as it reads the target's own feature.
+    With three feature layers a projection without bias makes them one vector; a drafted position reads the output of
+    its parent as it is, as in EAGLE-3 (arXiv 2503.01840).
     """
 
     config: DovetailConfig
-    feature_layers = ("last",)
 
     def __init__(self, config: DovetailConfig) -> None:
         super().__init__(config)
+        self.feature_layers = config.feature_layers
+        self.feature_proj: nn.Linear | None = None
+        if len(self.feature_layers) > 1:
+            width = len(self.feature_layers) * config.hidden_size
+            self.feature_proj = nn.Linear(width, config.hidden_size, bias=False)
+            nn.init.xavier_uniform_(self.feature_proj.weight)
         if config.fusion == "dgf":
             self.fusion: nn.Module = DynamicGatingFusion(config.hidden_size, config.norm_eps)
         else:
@@ -190,6 +210,13 @@ class DovetailNetwork(FeatureNetwork):
         for block in self.blocks:
             hidden = block(hidden, angles, attend)
         return hidden
+
+    def project(self, features: Tensor) -> Tensor:
+        """``last`` [..., n, H] as it is; the three layers [..., n, 3 H] -> [..., n, H]."""
+        if self.feature_proj is None:
+            return features
+        projected: Tensor = self.feature_proj(features)
+        return projected
 
 
 def causal_attention(block: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

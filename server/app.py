@@ -13,25 +13,33 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.api import chat, completions, health, models
+from server.api import vision as vision_api
 from server.api.errors import install_error_handlers
 from server.api.gate import Gate
 from server.api.serving import Load, Serving
 from server.settings import Settings
+from server.vision_worker import VisionWorker
 
 logger = logging.getLogger(__name__)
 
 FINISH_S = 5  # what connections get to take their last bytes once the engine has stopped
 
 
-def create_app(settings: Settings, load: Load, on_failure: Callable[[Exception], None] | None = None) -> FastAPI:
-    """The app. It listens at once and loads the model in a thread; until then inference is answered with 503.
+def create_app(
+    settings: Settings,
+    load: Load | None,
+    on_failure: Callable[[Exception], None] | None = None,
+    vision: VisionWorker | None = None,
+) -> FastAPI:
+    """The app. It listens at once and loads the models in threads; until then inference is answered with 503.
 
-    ``load`` gives the model with its engine not started; ``on_failure`` is told when it raises.
+    ``load`` gives the language model with its engine not started, ``vision`` is a worker not started; without either
+    that half is not served. ``on_failure`` is told when loading fails.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.serving = Serving(settings, load, on_failure)
+        app.state.serving = Serving(settings, load, on_failure, vision)
         app.state.serving.start_loading()
         yield
         await app.state.serving.stop()
@@ -41,7 +49,7 @@ def create_app(settings: Settings, load: Load, on_failure: Callable[[Exception],
     )
     app.add_middleware(Gate, api_key=settings.api_key.get_secret_value() if settings.api_key else None)
     install_error_handlers(app)
-    for routes in (completions, chat, models, health):
+    for routes in (completions, chat, vision_api, models, health):
         app.include_router(routes.router)
     return app
 
@@ -53,9 +61,9 @@ class DrainingServer(uvicorn.Server):
     A model that cannot be loaded ends the server as well; ``load_error`` then says why.
     """
 
-    def __init__(self, settings: Settings, load: Load) -> None:
+    def __init__(self, settings: Settings, load: Load | None, vision: VisionWorker | None = None) -> None:
         self.load_error: Exception | None = None
-        self.app = create_app(settings, load, self._fail)
+        self.app = create_app(settings, load, self._fail, vision)
         config = uvicorn.Config(
             self.app,
             host=settings.host,
@@ -80,11 +88,11 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(settings: Settings, load: Load) -> None:
-    """Serve until told to end. Errors: whatever loading the model raised."""
+def serve(settings: Settings, load: Load | None, vision: VisionWorker | None = None) -> None:
+    """Serve until told to end; see ``create_app``. Errors: whatever loading a model raised."""
     if not is_loopback(settings.host) and settings.api_key is None:
         logger.warning("listening on %s without an API key: anyone who reaches it can use it", settings.host)
-    server = DrainingServer(settings, load)
+    server = DrainingServer(settings, load, vision)
     with signals_spent():
         server.run()
     if server.load_error is not None:

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from server.commands import bench, evaluate, export, train
+from server.commands import bench, evaluate, export, study, train
 from server.commands.convert import convert
+from server.commands.detect import detect
 from server.commands.doctor import doctor
 from server.commands.generate import generate
 from server.commands.serve import serve
@@ -29,10 +30,12 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(generate)
+app.command()(detect)
 app.command()(convert)
 app.add_typer(bench.app, name="bench")
 app.command()(doctor)
 app.add_typer(train.app, name="train")
+app.add_typer(study.app, name="study")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(export.app, name="export")
 

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from drafters.train.capture import capture, describe
+from drafters.train.capture import capture, describe, missing_shards
+from drafters.train.conversations import read_conversations
 from drafters.train.feature_source import DataOptions, FeatureSource, OnTheFlySource, Samples, data_samples
+from kernels.training import RecipeError
+from kernels.training.processes import is_first_process, wait_until
+from server.answers import AnswersFile, Writing, questions_of, write_answers
+from server.engine.engine import Engine, EngineOptions
 from server.launch import load_target, resolve_model
 from server.targets.target import PrefillChunk, Target
+from server.text import TextCodec
+
+logger = logging.getLogger(__name__)
 
 SLOT = 0
+ANSWERS_AT_ONCE = 4
 
 
 def fingerprint(target: Target) -> str:
@@ -24,7 +36,7 @@ def fingerprint(target: Target) -> str:
 
 
 def features_of(target: Target, token_ids: Tensor) -> Tensor:
-    """[B, T, H] features of whole sequences [B, T], each run alone from its first position."""
+    """[B, T, W] the selected features of whole sequences [B, T], each run alone from its first position."""
     rows = []
     for sequence in token_ids.tolist():
         rows.append(target.prefill(PrefillChunk(SLOT, sequence)).features)
@@ -33,32 +45,85 @@ def features_of(target: Target, token_ids: Tensor) -> Tensor:
     return torch.stack(rows).clone().to(token_ids.device)
 
 
-def captured(target: Target, samples: Samples, folder: Path) -> Samples:
-    """The samples with their features on disk; what is missing there is computed now."""
-    manifest = describe(samples, fingerprint(target), target.info.hidden_size)
-    return capture(samples, lambda token_ids: features_of(target, token_ids), folder, manifest)
+def source_for(options: DataOptions, layers: Sequence[str] = ("last",)) -> FeatureSource:
+    """Load the target a recipe's ``[data]`` table names; ``layers`` are the features it gives, side by side.
 
-
-def source_for(options: DataOptions) -> FeatureSource:
-    """Load the target a recipe's ``[data]`` table names; features on the fly, or captured first where it says so."""
+    When the samples are first asked for, the target writes its answers and captures its features, where the table says
+    so. Errors: TargetError for layers it does not have, LaunchError for a target that cannot be found, RecipeError for
+    windows longer than its context.
+    """
     folder = resolve_model(options.target, "target")
-    target = load_target(folder, options.weights, num_slots=1, capacity=options.window_length, threads=None)
-    train_data, held_out_data = data_samples(options, folder)
-    if options.captured is not None:
-        folders = Path(options.captured).expanduser()
-        train_data = captured(target, train_data, folders / "train")
-        if held_out_data is not None:
-            held_out_data = captured(target, held_out_data, folders / "held_out")
-    embedding = target.embedding()
-    lm_head = target.lm_head()
+    num_slots = 1 if options.answers is None else ANSWERS_AT_ONCE
+    # A request's last token is verified in a row of its own.
+    target = load_target(folder, options.weights, num_slots, options.window_length + 1, threads=None)
+    if options.window_length > target.info.context_length:
+        raise RecipeError(
+            f"data.window_length is {options.window_length}; the positions of {target.info.name} end at "
+            f"{target.info.context_length}"
+        )
+    target.select_features(layers)
+
+    def load() -> tuple[Samples, Samples | None]:
+        return samples_of(target, folder, options, layers)
+
+    embedding, lm_head = target.embedding(), target.lm_head()
     return OnTheFlySource(
         lambda token_ids: features_of(target, token_ids),
         embedding,
         embedding if lm_head is embedding else lm_head,
         fingerprint(target),
-        train_data,
-        held_out_data,
+        load,
     )
+
+
+def samples_of(
+    target: Target, folder: Path, options: DataOptions, layers: Sequence[str]
+) -> tuple[Samples, Samples | None]:
+    """(training samples, held-out samples or None), with answers and features prepared as the table asks."""
+    if options.answers is not None:
+        options = with_answers(target, folder, options)
+    train_data, held_out_data = data_samples(options, folder, target.info.vocab_size)
+    if options.captured is not None:
+        folders = Path(options.captured).expanduser()
+        train_data = captured(target, train_data, layers, folders / "train")
+        if held_out_data is not None:
+            held_out_data = captured(target, held_out_data, layers, folders / "held_out")
+    return train_data, held_out_data
+
+
+def with_answers(target: Target, folder: Path, options: DataOptions) -> DataOptions:
+    """The table with the target's own answers in place of its conversations; what is missing is written now."""
+    answers = answers_file(fingerprint(target), options)
+    if is_first_process():
+        if not answers.is_complete():
+            engine_options = EngineOptions(ANSWERS_AT_ONCE, options.window_length)
+            write_answers(Engine(target, None, engine_options), TextCodec.from_folder(folder), answers)
+    else:
+        wait_until(answers.is_complete)
+    return dataclasses.replace(options, conversations=str(answers.file), format="messages", answers=None)
+
+
+def answers_file(target_fingerprint: str, options: DataOptions) -> AnswersFile:
+    """The file ``data.answers`` names, for the questions of ``data.conversations``. Errors: CorpusError."""
+    assert options.conversations is not None
+    assert options.answers is not None
+    found = read_conversations(Path(options.conversations).expanduser(), options.format)
+    writing = Writing(
+        target=target_fingerprint,
+        max_tokens=options.answer_tokens,
+        length=options.window_length,
+        temperature=options.answer_temperature,
+        seed=options.seed,
+    )
+    return AnswersFile(Path(options.answers).expanduser(), writing, [questions_of(messages) for _, messages in found])
+
+
+def captured(target: Target, samples: Samples, layers: Sequence[str], folder: Path) -> Samples:
+    """The samples with their features on disk; what is missing there is computed now, by the first process."""
+    manifest = describe(samples, fingerprint(target), target.info.hidden_size, layers)
+    if not is_first_process():
+        wait_until(lambda: not missing_shards(folder, manifest))
+    return capture(samples, lambda token_ids: features_of(target, token_ids), folder, manifest)
 
 
 def train_drafter(recipe: dict[str, Any], resume: bool) -> Any:

@@ -7,19 +7,23 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.settings import NO_VISION
 from server.text import TextCodec
 
 if TYPE_CHECKING:
     from drafters.drafter import Drafter
+    from drafters.proposal import Budget
     from server.engine.engine import Engine
     from server.engine.thread import EngineThread
     from server.settings import Settings
-    from server.targets.target import TargetInfo
+    from server.targets.target import Target, TargetInfo
     from server.targets.torch_target import TorchTarget
+    from server.vision_worker import VisionWorker
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +31,8 @@ ASSETS = Path(__file__).parent / "assets"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 DEFAULT_CONTEXT = 4096
 HYBRID = "hybrid"
+BUNDLED_DRAFTER = "bundled"
+DETECTOR = "detector"
 
 
 class LaunchError(ValueError):
@@ -43,6 +49,16 @@ class LoadedModel:
     codec: TextCodec
     info: TargetInfo
     drafter_name: str
+    context_length: int
+
+
+@dataclass(frozen=True)
+class LoadedDrafters:
+    """A target and, by the names they were asked for, drafters to compare on it."""
+
+    target: Target
+    drafters: dict[str, Drafter]
+    codec: TextCodec
     context_length: int
 
 
@@ -76,7 +92,7 @@ def num_usable_cores() -> int:
 
 
 def load_target(
-    folder: Path, weights: str, num_slots: int, capacity: int, threads: int | None, kv_cache: str | None = None
+    folder: Path, weights: str | None, num_slots: int, capacity: int, threads: int | None, kv_cache: str | None = None
 ) -> TorchTarget:
     """The target with ``capacity`` rows a slot; ``threads`` None takes every usable core."""
     import torch
@@ -141,6 +157,7 @@ def load_drafter_folder(
     """A folder of a trained drafter or of a causal language model; its config.json says which."""
     from drafters.checkpoint import NETWORKS, read_fields
     from drafters.dovetail import load_drafter as load_dovetail
+    from drafters.native import NotNative, load_native
     from drafters.small_lm import load_small_lm
     from server.placement.devices import drafter_placement
 
@@ -149,7 +166,27 @@ def load_drafter_folder(
         return load_small_lm(
             folder, target_folder, target.info.vocab_size, place.device, place.dtype, num_slots, capacity
         )
-    return load_dovetail(folder, target.embedding(), target.lm_head(), place.device, place.dtype, num_slots, capacity)
+    embedding, lm_head = target.embedding(), target.lm_head()
+    if place.native:
+        try:
+            return load_native(folder, embedding, lm_head, num_slots, capacity)
+        except NotNative as reason:
+            logger.info("%s drafts on torch's own kernels: %s", folder.name, reason)
+    return load_dovetail(folder, embedding, lm_head, place.device, place.dtype, num_slots, capacity)
+
+
+def default_budget(folder: Path, weights: str | None) -> Budget:
+    """Trees where nobody asked for a size; measured on the bundled pair.
+
+    Weights of 16 bits and fewer run on the native kernels: up to 8 rows share every load of a weight, and a draft level
+    costs little, so trees are small, narrow and deep. With fp32 a pass in torch costs its calls, whatever the rows.
+    """
+    from drafters.proposal import Budget
+    from server.targets.native_target import DEFAULT_WEIGHTS
+    from server.targets.packed_model import is_packed
+
+    in_torch = (weights or DEFAULT_WEIGHTS) == "fp32" and not is_packed(folder)
+    return Budget() if in_torch else Budget(rows=8, top_k=2, depth=6)
 
 
 def load_engine(settings: Settings) -> Engine:
@@ -159,14 +196,13 @@ def load_engine(settings: Settings) -> Engine:
 
     folder = resolve_model(settings.target, "target")
     context = context_length(folder, settings.context)
-    default = Budget()
+    default = default_budget(folder, settings.weights)
     budget = Budget(
         settings.rows or default.rows,
         settings.top_k or default.top_k,
         default.depth if settings.depth is None else settings.depth,
     )
-    # A full tree may hang below the last position; the drafter also keeps every row it expanded.
-    capacity = context + max(budget.rows, budget.top_k * budget.depth)
+    capacity = slot_capacity(context, [budget])
     target = load_target(folder, settings.weights, settings.max_seqs, capacity, settings.threads, settings.kv_cache)
     drafter_name = settings.drafter
     if drafter_name is None and settings.target is not None:
@@ -179,6 +215,38 @@ def load_engine(settings: Settings) -> Engine:
     return Engine(target, drafter, EngineOptions(settings.max_seqs, context, budget))
 
 
+def slot_capacity(context: int, budgets: Sequence[Budget]) -> int:
+    """Rows a slot needs: a full tree may hang below the last position; the drafter also keeps every row it expanded."""
+    return context + max(max(budget.rows, budget.top_k * budget.depth) for budget in budgets)
+
+
+def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budget]) -> LoadedDrafters:
+    """A target with one slot, and several drafters for it that may grow any of the trees in ``grid``.
+
+    Each name is what ``--drafter`` takes; no names: the bundled drafter, for the bundled target only. Errors:
+    TargetError, DrafterError, LaunchError.
+    """
+    if not names and settings.target is not None:
+        raise LaunchError(
+            f"name the drafters to measure on {settings.target}; only the bundled target has one of its own"
+        )
+    folder = resolve_model(settings.target, "target")
+    context = context_length(folder, settings.context)
+    capacity = slot_capacity(context, grid)
+    target = load_target(folder, settings.weights, 1, capacity, settings.threads, settings.kv_cache)
+    drafters: dict[str, Drafter] = {}
+    wanted: Sequence[str | None] = names or [None]
+    for name in wanted:
+        drafter = load_drafter(target, folder, name, settings.drafter_device, 1, capacity)
+        label = name or BUNDLED_DRAFTER
+        if drafter is None or label in drafters:
+            raise LaunchError(f"{label!r} cannot be measured: name drafters, each once")
+        drafters[label] = drafter
+    gc.collect()
+    gc.freeze()
+    return LoadedDrafters(target, drafters, TextCodec.from_folder(folder), context)
+
+
 def context_length(folder: Path, wanted: int | None) -> int:
     """What the weights allow, or the shorter context asked for."""
     file = folder / "config.json"
@@ -189,6 +257,42 @@ def context_length(folder: Path, wanted: int | None) -> int:
     if wanted is not None and wanted > allowed:
         raise LaunchError(f"--context {wanted} is asked for; the target's positions end at {allowed}")
     return wanted or min(allowed, DEFAULT_CONTEXT)
+
+
+def resolve_detector(path: Path | None) -> Path:
+    """A detector's folder or .onnx file; None is the bundled one. Errors: LaunchError."""
+    if path is None and not (ASSETS / DETECTOR).is_dir():
+        raise LaunchError("there is no bundled detector; name one with --model PATH")
+    return path if path is not None else ASSETS / DETECTOR
+
+
+def vision_worker(settings: Settings) -> VisionWorker | None:
+    """The vision models' worker, not started: those named, else the bundled detector; None where there are none.
+
+    Errors: LaunchError for a path without a model, and for two models of one name.
+    """
+    from server.vision_worker import VisionWorker, WorkerOptions
+    from vision.images import ImageLimits
+
+    named = settings.vision
+    if named is None:
+        named = (str(ASSETS / DETECTOR),) if (ASSETS / DETECTOR).is_dir() else ()
+        if settings.no_llm and not named:
+            raise LaunchError("there is no bundled vision model, so --no-llm needs --vision PATH")
+    models: dict[str, Path] = {}
+    for path in (Path(name).expanduser() for name in named if name != NO_VISION):
+        if not path.exists():
+            raise LaunchError(f"{str(path)!r} is no vision model: there is no such folder or file")
+        name = path.stem if path.is_file() else path.resolve().name
+        if name in models or (name == settings.served_name and not settings.no_llm):
+            raise LaunchError(f"two models would be served as {name!r}; rename the folder {path}")
+        models[name] = path
+    options = WorkerOptions(
+        max_requests=settings.max_waiting,
+        max_batch=settings.vision_batch,
+        limits=ImageLimits(max_pixels=settings.vision_pixels),
+    )
+    return VisionWorker(models, options) if models else None
 
 
 def load_model(settings: Settings) -> LoadedModel:

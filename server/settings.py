@@ -8,10 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 BUNDLED = "dovetail"
+NO_VISION = "none"
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -31,15 +38,21 @@ def parse_bytes(value: Any) -> Any:
     return int(float(match[1]) * UNITS[match[2]])
 
 
+def parse_list(value: Any) -> Any:
+    """A comma-separated string, as environment variables hold lists, to its parts."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_list)]
 
 
 class Settings(BaseSettings):
     """Frozen. A field's description is its help on the command line.
 
-    target None is the bundled model; drafter None is the drafter bundled for the target, ``none`` switches drafting
-    off; threads None is every core this process may use; context None is what the target allows; rows, top_k and depth
-    None are the drafter's own.
+    target None is the bundled model; weights None is what a packed folder holds, else fp32; drafter None is the drafter
+    bundled for the target, ``none`` switches drafting off; threads None is every core this process may use; context
+    None is what the target allows; rows, top_k and depth None are those that suit the weights.
     """
 
     model_config = SettingsConfigDict(env_prefix="DOVETAIL_", frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -50,7 +63,9 @@ class Settings(BaseSettings):
         description="Folder or hub id of a drafter or a small language model; 'ngram', 'hybrid' or 'hybrid:FOLDER' "
         "(n-grams in the drafter's trees), or 'none'.",
     )
-    weights: Literal["fp32", "bf16", "int8", "int4"] = Field("fp32", description="How the target's weights are held.")
+    weights: Literal["fp32", "bf16", "int8", "int4"] | None = Field(
+        None, description="How the target's weights are held; nothing: as a packed folder was made, else fp32."
+    )
     kv_cache: Literal["bf16", "int8"] | None = Field(
         None, description="How keys and values are held; nothing: fp32 beside fp32 weights, else bf16."
     )
@@ -66,6 +81,15 @@ class Settings(BaseSettings):
     top_k: int | None = Field(None, ge=1, description="Children a drafted node may have.")
     depth: int | None = Field(None, ge=0, description="Draft levels after the first.")
     api_key: SecretStr | None = Field(None, description="Key that clients must send.")
+    vision: Names | None = Field(
+        None, description="Folder or .onnx file of a vision model, may be repeated; 'none': no vision."
+    )
+    no_llm: bool = Field(False, description="Serve no language model, only vision.")
+    vision_batch: int = Field(8, ge=1, le=64, description="Images that may go through a vision model at once.")
+    vision_pixels: int = Field(25_000_000, ge=1, description="Pixels an image may have; larger ones are refused.")
+    vision_url_hosts: Names = Field(
+        (), description="Host names from which images may be fetched over https; nothing: URLs are refused."
+    )
     model_name: str | None = Field(None, min_length=1, description="Name the model is served under.")
     lenient: bool = Field(False, description="Accept unknown request fields instead of refusing them.")
     keepalive_s: float = Field(10.0, gt=0, description="Seconds of silence after which a stream sends a comment.")
@@ -77,6 +101,14 @@ class Settings(BaseSettings):
         if not re.fullmatch(r"auto|cpu|cuda:\d+", value):
             raise ValueError(f"{value!r} is no device; use auto, cpu or cuda:N")
         return value
+
+    @model_validator(mode="after")
+    def _something_to_serve(self) -> Settings:
+        if self.no_llm and self.target is not None:
+            raise ValueError(f"no_llm and target {self.target!r} contradict each other; leave one out")
+        if self.no_llm and self.vision == (NO_VISION,):
+            raise ValueError("no_llm and vision none leave nothing to serve")
+        return self
 
     @property
     def served_name(self) -> str:
@@ -119,4 +151,5 @@ def describe_fault(fault: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"unknown setting {name!r}; known are {', '.join(Settings.model_fields)}"
-    return f"{name}: {fault['msg'].removeprefix('Value error, ')}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}" if name else message

@@ -56,9 +56,7 @@ def export_classifier(checkpoint: Path, output: Path, *, image_size: int | None 
     Errors: CheckpointError; ExportError where a package is missing or the file's answers differ from torch's by more
     than 1e-4 of the largest logit (it is then removed).
     """
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise ExportError(f"export needs {', '.join(missing)}: pip install 'dovetail-server[vision]'")
+    require_packages()
     backbone = load_backbone(checkpoint)
     side = image_size or backbone.preprocessing.image_size
     model = NormalizedClassifier(backbone).eval()
@@ -71,6 +69,13 @@ def export_classifier(checkpoint: Path, output: Path, *, image_size: int | None 
             f"{output} answered {difference:.2e} apart from torch (allowed {TOLERANCE:.0e}); it was removed"
         )
     return ExportReport(str(output), OPSET, side, difference, output.stat().st_size)
+
+
+def require_packages() -> None:
+    """Errors: ExportError naming what must be installed."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ExportError(f"export needs {', '.join(missing)}: pip install 'dovetail-server[vision]'")
 
 
 def write(model: NormalizedClassifier, output: Path, side: int) -> None:

@@ -10,13 +10,15 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,19 +37,25 @@ class CaptureError(ValueError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of captured features holds; ``samples`` is a digest of all token ids and masks."""
+    """What a folder of captured features holds.
+
+    ``samples`` is a digest of all token ids and masks; ``layers`` names the target's layers side by side, each
+    ``hidden_size`` wide.
+    """
 
     target: str
     samples: str
     num_samples: int
     num_tokens: int
     hidden_size: int
+    layers: str = "last"
     shard_samples: int = SHARD_SAMPLES
 
     @property
     def num_bytes(self) -> int:
         """Disk size of all shards, their headers aside."""
-        return self.num_tokens * (self.hidden_size * FEATURE_BYTES + MASK_BYTES + ID_BYTES)
+        width = self.hidden_size * len(self.layers.split("+"))
+        return self.num_tokens * (width * FEATURE_BYTES + MASK_BYTES + ID_BYTES)
 
     @property
     def num_shards(self) -> int:
@@ -55,7 +63,7 @@ class Manifest:
         return -(-self.num_samples // self.shard_samples)
 
 
-def describe(samples: Any, target: str, hidden_size: int) -> Manifest:
+def describe(samples: Any, target: str, hidden_size: int, layers: Sequence[str] = ("last",)) -> Manifest:
     """The manifest of a data set of ``input_ids`` [T] and ``loss_mask`` [T], before anything is computed."""
     digest = hashlib.sha256()
     num_tokens = 0
@@ -64,7 +72,7 @@ def describe(samples: Any, target: str, hidden_size: int) -> Manifest:
         digest.update(sample["input_ids"].numpy().tobytes())
         digest.update(sample["loss_mask"].numpy().tobytes())
         num_tokens += len(sample["input_ids"])
-    return Manifest(target, digest.hexdigest()[:16], len(samples), num_tokens, hidden_size)
+    return Manifest(target, digest.hexdigest()[:16], len(samples), num_tokens, hidden_size, "+".join(layers))
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -75,7 +83,7 @@ def shard_file(folder: Path, shard: int) -> Path:
 def capture(samples: Any, compute: Callable[[Tensor], Tensor], folder: Path, manifest: Manifest) -> CapturedSamples:
     """Write the features of all samples, or of those that are missing; returns the data set that reads them.
 
-    ``compute`` maps token ids [1, T] to features [1, T, H]. The size is logged, and compared with the free space,
+    ``compute`` maps token ids [1, T] to features [1, T, W]. The size is logged, and compared with the free space,
     before anything is written. Errors: CaptureError for a folder of another target or other samples, and for a disk
     that is, or becomes, too full; whole shards stay in every case.
     """
@@ -92,7 +100,8 @@ def capture(samples: Any, compute: Callable[[Tensor], Tensor], folder: Path, man
                 f"capturing into {folder} takes {wanted / 1e6:.1f} MB more and {free / 1e6:.1f} MB are free; free some "
                 "space, name another folder, or leave data.captured out to compute features on the fly"
             )
-    for shard in missing:
+    console = Console(stderr=True)
+    for shard in track(missing, "capturing features", console=console, disable=not console.is_terminal):
         first = shard * manifest.shard_samples
         indices = range(first, min(first + manifest.shard_samples, manifest.num_samples))
         write_shard(shard_file(folder, shard), [with_features(samples[index], compute) for index in indices])
@@ -108,6 +117,7 @@ def prepare(folder: Path, manifest: Manifest) -> list[int]:
             kept = json.loads(file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise CaptureError(f"{file} is not JSON: {error}; name another folder") from error
+        kept = {"layers": "last"} | kept  # the one layer of folders that do not say
         differing = [name for name, value in asdict(manifest).items() if kept.get(name) != value]
         if differing:
             raise CaptureError(
@@ -116,6 +126,11 @@ def prepare(folder: Path, manifest: Manifest) -> list[int]:
             )
     else:
         file.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    return missing_shards(folder, manifest)
+
+
+def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
+    """The shards that are still to be captured."""
     return [shard for shard in range(manifest.num_shards) if not shard_file(folder, shard).is_file()]
 
 
@@ -147,7 +162,7 @@ def write_shard(file: Path, samples: list[dict[str, Tensor]]) -> None:
 
 
 class CapturedSamples(Dataset[dict[str, Tensor]]):
-    """Samples with their ``features`` [T, H] in fp32, read from disk when asked for."""
+    """Samples with their ``features`` [T, W] in fp32, read from disk when asked for."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder

@@ -136,6 +136,13 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, list[Message]]]]] = {
 FORMATS = (*READERS, "text")
 
 
+def read_conversations(file: Path, file_format: str) -> Iterator[tuple[str, list[Message]]]:
+    """(where it stands, messages) of a file in one of ``READERS``' formats. Errors: CorpusError."""
+    if not file.is_file():
+        raise CorpusError(f"{file} does not exist; data.conversations of the recipe names it")
+    return READERS[file_format](file)
+
+
 class ChatEncoder:
     """Conversations to token ids and a mask of the assistant's tokens, by the template in a tokenizer's folder."""
 
@@ -200,6 +207,16 @@ class ChatEncoder:
         return [(piece, np.ones(len(piece), dtype=np.bool_)) for piece in pieces if len(piece) >= MIN_TOKENS]
 
 
+def read_text(file: Path) -> str:
+    """Plain text. Errors: CorpusError where there is no such file, or it is not UTF-8."""
+    if not file.is_file():
+        raise CorpusError(f"{file} does not exist; data.conversations of the recipe names it")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{file} is not UTF-8: {error}") from error
+
+
 def load_samples(
     file: Path, file_format: str, tokenizer_folder: Path, max_length: int, held_out_share: float, seed: int
 ) -> tuple[TokenSamples, TokenSamples | None]:
@@ -210,13 +227,11 @@ def load_samples(
     """
     if file_format not in FORMATS:
         raise CorpusError(f"data.format is {file_format!r}; allowed are {', '.join(FORMATS)}")
-    if not file.is_file():
-        raise CorpusError(f"{file} does not exist; data.conversations of the recipe names it")
     encoder = ChatEncoder(tokenizer_folder, max_length)
     if file_format == "text":
-        samples = encoder.windows(file.read_text(encoding="utf-8"))
+        samples = encoder.windows(read_text(file))
     else:
-        found = READERS[file_format](file)
+        found = read_conversations(file, file_format)
         encoded = (encoder.encode(f"{file}, {place}", messages) for place, messages in found)
         samples = [sample for sample in encoded if sample is not None]
         logger.info("%s: %s", file, encoder.counts)

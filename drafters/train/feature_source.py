@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
-from drafters.train.conversations import load_samples
+from drafters.train.conversations import READERS, TokenSamples, load_samples
 from drafters.train.language_model import PackedWindows
 from kernels.training import RecipeError
 
@@ -27,8 +28,9 @@ class FeatureSource(Protocol):
     """Tokens, features and the two matrices a drafter borrows from its target.
 
     A sample of the data sets is ``input_ids`` [T], ``loss_mask`` [T] (1 where the position counts) and, where they
-    were captured before, ``features`` [T, H]. Data sets are addressed by index, so a resumed run skips what it has
-    seen without asking the target for it.
+    were captured before, ``features`` [T, W]. W is the width of the layers asked for, side by side (see
+    ``training_layers``). Data sets are addressed by index, so a resumed run skips what it has seen without asking the
+    target for it.
     """
 
     @property
@@ -55,8 +57,17 @@ class FeatureSource(Protocol):
         ...
 
     def features(self, token_ids: Tensor) -> Tensor:
-        """[B, T, H] the vectors the target's LM head consumes, for samples [B, T] that do not carry them."""
+        """[B, T, W] the target's features, for samples [B, T] that do not carry them."""
         ...
+
+
+def training_layers(features: str) -> tuple[str, ...]:
+    """The layers a source must give for a drafter that reads ``features`` (``last`` or ``low+mid+high``).
+
+    Those it reads and, at the end, ``last``, from which the target's distribution is computed.
+    """
+    layers = tuple(features.split("+"))
+    return layers if layers[-1] == "last" else (*layers, "last")
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,11 @@ class DataOptions:
     and conversations, a file in the given format (``messages``: JSONL as OpenAI's clients write it, ``sharegpt``,
     ``text``); weights: the type the target's weights are held in while it computes features; window_length: tokens of
     one sample, at most; captured: a folder that features are written to before training begins, and read from (None:
-    computed anew for every batch); held_out_share: what is kept for evaluation, the end of a packed file; seed: of the
-    shuffling of conversations.
+    computed anew for every batch); held_out_share: what is kept for evaluation, the end of a packed file; max_samples:
+    train on a random choice of that many samples (None: on all); seed: of the shuffling of conversations, that choice
+    and answers that are not greedy; answers: a JSONL file in which the target itself answers the users' turns before
+    training begins (None: the answers of the data), each with at most ``answer_tokens``, greedy or at
+    ``answer_temperature``.
     """
 
     target: str
@@ -78,8 +92,12 @@ class DataOptions:
     weights: str = "fp32"
     window_length: int = 256
     held_out_share: float = 0.01
+    max_samples: int | None = None
     seed: int = 0
     captured: str | None = None
+    answers: str | None = None
+    answer_tokens: int = 512
+    answer_temperature: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.conversations is None):
@@ -88,6 +106,14 @@ class DataOptions:
             raise RecipeError(f"data.window_length is {self.window_length}; a sample needs at least 3 tokens")
         if not 0.0 <= self.held_out_share < 1.0:
             raise RecipeError(f"data.held_out_share is {self.held_out_share}; allowed are 0 up to, not including, 1")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise RecipeError(f"data.max_samples is {self.max_samples}; give at least 1, or leave it out to use all")
+        if self.answers is not None and (self.conversations is None or self.format not in READERS):
+            raise RecipeError(f"data.answers needs data.conversations in a format with turns: {', '.join(READERS)}")
+        if self.answer_tokens < 1:
+            raise RecipeError(f"data.answer_tokens is {self.answer_tokens}; an answer takes at least 1")
+        if self.answer_temperature < 0:
+            raise RecipeError(f"data.answer_temperature is {self.answer_temperature}; 0 is greedy, more is sampled")
 
 
 class DraftingWindows(Dataset[dict[str, Tensor]]):
@@ -104,17 +130,53 @@ class DraftingWindows(Dataset[dict[str, Tensor]]):
         return {"input_ids": token_ids, "loss_mask": torch.ones(len(token_ids))}
 
 
-def data_samples(options: DataOptions, tokenizer_folder: Path) -> tuple[Samples, Samples | None]:
-    """(training samples, held-out samples or None) of whatever the table names; conversations need the tokenizer."""
+def data_samples(options: DataOptions, tokenizer_folder: Path, vocab_size: int) -> tuple[Samples, Samples | None]:
+    """(training samples, held-out samples or None) of whatever the table names; conversations need the tokenizer.
+
+    Errors: RecipeError and CorpusError for files that hold no samples, or tokens that the target does not have.
+    """
     if options.conversations is None:
-        return packed_windows(options)
+        train, held_out = packed_windows(options, vocab_size)
+    else:
+        train, held_out = conversation_samples(options, tokenizer_folder, vocab_size)
+    return random_choice(train, options.max_samples, options.seed), held_out
+
+
+def conversation_samples(
+    options: DataOptions, tokenizer_folder: Path, vocab_size: int
+) -> tuple[TokenSamples, TokenSamples | None]:
+    """(training samples, held-out samples or None) of the data file."""
+    assert options.conversations is not None
     file = Path(options.conversations).expanduser()
-    return load_samples(
+    train, held_out = load_samples(
         file, options.format, tokenizer_folder, options.window_length, options.held_out_share, options.seed
     )
+    for samples in (train, held_out):
+        if samples is not None:
+            largest = max(int(ids.max()) for ids, _ in samples.samples)
+            check_vocabulary(f"the tokenizer in {tokenizer_folder}", largest, vocab_size)
+    return train, held_out
 
 
-def packed_windows(options: DataOptions) -> tuple[Samples, Samples | None]:
+def random_choice(samples: Samples, count: int | None, seed: int) -> Samples:
+    """``count`` of the samples, drawn with ``seed`` and kept in their order; all of them for None or too few."""
+    available = len(samples)  # type: ignore[arg-type]
+    if count is None or count >= available:
+        return samples
+    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+    return Subset(samples, chosen.sort().values.tolist())
+
+
+def check_vocabulary(origin: str, largest_id: int, vocab_size: int) -> None:
+    """Refuse tokens that the target has no embedding for."""
+    if largest_id >= vocab_size:
+        raise RecipeError(
+            f"{origin} gives token {largest_id}, and the target's vocabulary has {vocab_size}; data and drafter must "
+            "have the target's own vocabulary"
+        )
+
+
+def packed_windows(options: DataOptions, vocab_size: int) -> tuple[Samples, Samples | None]:
     """(training samples, held-out samples or None) of the packed file, split as language-model training splits it."""
     assert options.tokens is not None
     file, length = Path(options.tokens).expanduser(), options.window_length
@@ -128,6 +190,7 @@ def packed_windows(options: DataOptions) -> tuple[Samples, Samples | None]:
         raise RecipeError(f"{file} is no array of token ids: {error}") from error
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise RecipeError(f"{file} holds {ids.dtype} of shape {ids.shape}; packed token ids are one row of integers")
+    check_vocabulary(str(file), int(ids.max(initial=0)), vocab_size)
     split = int(len(ids) * (1 - options.held_out_share)) // length * length
     train, held_out = PackedWindows(ids[:split], length), PackedWindows(ids[split:], length)
     if len(train) == 0:
@@ -137,18 +200,33 @@ def packed_windows(options: DataOptions) -> tuple[Samples, Samples | None]:
 
 @dataclass(frozen=True)
 class OnTheFlySource:
-    """A FeatureSource that asks the target anew for every batch: no disk, one target pass a step.
+    """A FeatureSource that asks the target anew for every batch whose samples carry no features.
 
-    ``compute`` maps token ids [B, T] to features [B, T, H]; it runs without gradients and outside autocast, so the
-    target computes in its own type.
+    ``compute`` maps token ids [B, T] to features [B, T, W]; it runs without gradients and outside autocast, so the
+    target computes in its own type. ``load`` gives training and held-out samples; it is called when they are first
+    asked for, since preparing them may take long.
     """
 
     compute: Callable[[Tensor], Tensor]
     target_embedding: Tensor
     target_lm_head: Tensor
     fingerprint: str
-    train_data: Samples
-    held_out_data: Samples | None = None
+    load: Callable[[], tuple[Samples, Samples | None]]
+
+    @cached_property
+    def samples(self) -> tuple[Samples, Samples | None]:
+        """(training samples, held-out samples or None), loaded once."""
+        return self.load()
+
+    @property
+    def train_data(self) -> Samples:
+        """Samples to learn from."""
+        return self.samples[0]
+
+    @property
+    def held_out_data(self) -> Samples | None:
+        """Samples to evaluate on, or None."""
+        return self.samples[1]
 
     def embedding(self) -> Tensor:
         """[V, H]."""
@@ -159,6 +237,6 @@ class OnTheFlySource:
         return self.target_lm_head
 
     def features(self, token_ids: Tensor) -> Tensor:
-        """[B, T, H]."""
+        """[B, T, W]."""
         with torch.no_grad(), torch.autocast(token_ids.device.type, enabled=False):
             return self.compute(token_ids)

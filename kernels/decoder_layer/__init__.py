@@ -1,11 +1,11 @@
-"""A whole Llama-like decoder layer for the rows of several slots in one native call, and the LM head's arg-max.
+"""Llama-like decoder layers for the rows of several slots in one native call, and what is read off an LM head.
 
-Eager torch spends 0.4 to 0.6 ms a layer around the products; here a layer is one call. `pack_decoder_layer` once at
-load, `LayerPass` once a forward pass, `decoder_layer` once a layer. transformers' own layer is the slow twin, in the
-tests.
+Eager torch spends 0.4 to 0.6 ms a layer around the products; here all layers of a pass are one call.
+`pack_decoder_layer` and `LayerStack` once at load, `LayerPass` and `decoder_layers` once a forward pass. transformers'
+own layer is the slow twin, in the tests.
 """
 
-from kernels.decoder_layer.cpu import LayerPass, decoder_layer, head_argmax
+from kernels.decoder_layer.cpu import LayerPass, LayerStack, decoder_layers, head_argmax, head_top_k, rms_norm
 from kernels.decoder_layer.packed import (
     PackedDecoderLayer,
     UnsupportedLayer,
@@ -14,17 +14,22 @@ from kernels.decoder_layer.packed import (
     layer_tensors,
     pack_decoder_layer,
     packing_errors,
+    unpack_decoder_layer,
 )
 
 __all__ = [
     "LayerPass",
+    "LayerStack",
     "PackedDecoderLayer",
     "UnsupportedLayer",
     "check_layer",
-    "decoder_layer",
+    "decoder_layers",
     "head_argmax",
+    "head_top_k",
     "layer_from_tensors",
     "layer_tensors",
     "pack_decoder_layer",
     "packing_errors",
+    "rms_norm",
+    "unpack_decoder_layer",
 ]

@@ -1,4 +1,4 @@
-"""Calls of the native decoder layer: one `LayerPass` for each forward pass, one call for each layer."""
+"""Calls of the native decoder layers: one `LayerPass` for each forward pass, one call for all of its layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kernels.decoder_layer.packed import PackedDecoderLayer
+from kernels.decoder_layer.packed import LayerDescriptor, PackedDecoderLayer
 from kernels.linear_lowbit import PackedWeight
 from kernels.linear_lowbit import linear as packed_linear
 from kernels.native import library
@@ -16,11 +16,11 @@ from kernels.tree_attention import KVSlots, Segment
 
 _ROWS_TOGETHER = 64  # rows of a causal segment that attend together: bounds their scores, and gives threads pieces
 
-_CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # `CacheFormat` of csrc/attention.h
+CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # `CacheFormat` of csrc/attention.h
 
 
 class _SegmentDescriptor(ctypes.Structure):
-    """`struct Segment` of csrc/layer.cpp."""
+    """`struct Segment` of csrc/layer.h."""
 
     _fields_ = [
         ("slot", ctypes.c_int32), ("prefix", ctypes.c_int32), ("num_rows", ctypes.c_int32), ("tail", ctypes.c_int32),
@@ -29,60 +29,86 @@ class _SegmentDescriptor(ctypes.Structure):
 
 
 class _PassDescriptor(ctypes.Structure):
-    """`struct Pass` of csrc/layer.cpp."""
+    """`struct Pass` of csrc/layer.h."""
 
     _fields_ = [
         ("segments", ctypes.POINTER(_SegmentDescriptor)),
         ("num_segments", ctypes.c_int32), ("num_rows", ctypes.c_int32),
-        ("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p),
+        ("positions", ctypes.POINTER(ctypes.c_int32)), ("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p),
         ("capacity", ctypes.c_int64), ("format", ctypes.c_int32),
     ]  # fmt: skip
 
 
-class _SlotsDescriptor(ctypes.Structure):
-    """`struct LayerSlots` of csrc/layer.cpp."""
+class SlotsDescriptor(ctypes.Structure):
+    """`struct Slots` of csrc/layer.h."""
 
     _fields_ = [
         ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p),
         ("key_scales", ctypes.c_void_p), ("value_scales", ctypes.c_void_p),
+        ("layer_bytes", ctypes.c_int64), ("layer_scales", ctypes.c_int64),
     ]  # fmt: skip
 
+    @classmethod
+    def of(cls, slots: KVSlots, first_layer: int = 0) -> SlotsDescriptor:
+        """Where keys, values and scales lie, from one layer on."""
+        stores = (slots.keys, slots.values, slots.key_scales, slots.value_scales)
+        starts = [
+            None if store is None else store.data_ptr() + first_layer * store.stride(0) * store.element_size()
+            for store in stores
+        ]
+        scales = slots.key_scales
+        return cls(*starts, slots.keys.stride(0) * slots.keys.element_size(), 0 if scales is None else scales.stride(0))
 
-def _layer_slots(slots: KVSlots) -> list[_SlotsDescriptor]:
-    """Where each layer's keys, values and scales lie."""
-    stores = (slots.keys, slots.values, slots.key_scales, slots.value_scales)
-    starts = [None if store is None else store.data_ptr() for store in stores]
-    steps = [0 if store is None else store.stride(0) * store.element_size() for store in stores]
-    return [
-        _SlotsDescriptor(*(None if at is None else at + layer * step for at, step in zip(starts, steps, strict=True)))
-        for layer in range(slots.keys.shape[0])
-    ]
+
+class LayerStack:
+    """Packed layers that run behind one another. All have the same heads; their matrices may differ in type."""
+
+    def __init__(self, layers: Sequence[PackedDecoderLayer]) -> None:
+        shapes = {(layer.num_kv_heads, layer.head_dim, layer.qkv.in_features) for layer in layers}
+        if len(shapes) != 1:
+            raise ValueError(f"layers of one stack share (key heads, head size, hidden size), got {sorted(shapes)}")
+        self.layers = tuple(layers)
+        ((self.num_kv_heads, self.head_dim, self.hidden_size),) = shapes
+        self.descriptors = (LayerDescriptor * len(layers))(*(layer.descriptor for layer in layers))
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
 
 class LayerPass:
     """What all layers of one forward pass share: where its rows live, what they see, how they are rotated.
 
-    The rows of `segments` lie behind one another. cosine and sine [rows, head_dim] are those of transformers' rotary
-    embedding at the rows' positions. Raises ValueError for shapes or types that native code could not read.
+    The rows of `segments` lie behind one another. cosine and sine [n, head_dim] are those of transformers' rotary
+    embedding; `positions` names the row of them that turns each row, None: they are given row by row. Raises ValueError
+    for shapes or types that native code could not read.
     """
 
-    def __init__(self, slots: KVSlots, segments: Sequence[Segment], cosine: Tensor, sine: Tensor) -> None:
+    def __init__(
+        self,
+        slots: KVSlots,
+        segments: Sequence[Segment],
+        cosine: Tensor,
+        sine: Tensor,
+        positions: Sequence[int] | None = None,
+    ) -> None:
         self.num_rows = sum(segment.num_rows for segment in segments)
         for segment in segments:
             slots.check(segment)
-        if slots.keys.dtype not in _CACHE_FORMATS or slots.keys.device.type != "cpu":
+        if slots.keys.dtype not in CACHE_FORMATS or slots.keys.device.type != "cpu":
             raise ValueError(
                 f"KV slots must be fp32, bf16 or int8 on the CPU, got {slots.keys.dtype} on {slots.keys.device}"
             )
+        positions = range(len(cosine)) if positions is None else positions
         head_dim = slots.keys.shape[-1]
-        if cosine.shape != (self.num_rows, head_dim) or sine.shape != cosine.shape:
+        if cosine.dim() != 2 or cosine.shape[1] != head_dim or sine.shape != cosine.shape:
             raise ValueError(
-                f"cosine and sine must be [{self.num_rows}, {head_dim}] for these rows, "
+                f"cosine and sine must be [n, {head_dim}] for these slots, "
                 f"got {list(cosine.shape)} and {list(sine.shape)}"
             )
+        if len(positions) != self.num_rows or not all(0 <= position < len(cosine) for position in positions):
+            raise ValueError(f"{self.num_rows} rows want as many positions below {len(cosine)}, got {list(positions)}")
         self.slots = slots
-        self.layer_slots = _layer_slots(slots)
-        self._cosine, self._sine = (table.detach().float().contiguous() for table in (cosine, sine))
+        self._cosine, self._sine = cosine.float().contiguous(), sine.float().contiguous()
         pieces = [piece for segment in segments for piece in _pieces(segment)]
         self._masks = [_mask_bytes(piece) for piece in pieces]
         described = [
@@ -94,7 +120,8 @@ class LayerPass:
         ]  # fmt: skip
         self.descriptor = _PassDescriptor(
             (_SegmentDescriptor * len(described))(*described), len(described), self.num_rows,
-            self._cosine.data_ptr(), self._sine.data_ptr(), slots.capacity, _CACHE_FORMATS[slots.keys.dtype],
+            (ctypes.c_int32 * self.num_rows)(*positions), self._cosine.data_ptr(), self._sine.data_ptr(),
+            slots.capacity, CACHE_FORMATS[slots.keys.dtype],
         )  # fmt: skip
 
 
@@ -109,35 +136,58 @@ def _pieces(segment: Segment) -> Iterator[Segment]:
 
 
 def _mask_bytes(segment: Segment) -> Tensor | None:
-    return None if segment.tail_mask is None else segment.tail_mask.to("cpu", torch.uint8).contiguous()
+    return None if segment.tail_mask is None else segment.tail_mask.cpu().contiguous().view(torch.uint8)
 
 
-def decoder_layer(hidden: Tensor, layer: PackedDecoderLayer, layer_index: int, row_pass: LayerPass) -> None:
-    """Runs one layer on hidden [rows, hidden_size] fp32, in place; the rows' keys and values go to layer `layer_index`.
+def decoder_layers(
+    hidden: Tensor, stack: LayerStack, row_pass: LayerPass, layers: range | None = None, first_slot_layer: int = 0
+) -> None:
+    """Runs `layers` of a stack (None: all) on hidden [rows, hidden_size] fp32, in place, in one call.
 
-    Bit-equal rows whatever stands beside them, whatever the tree, the chunking or the prefix. Raises RuntimeError where
-    the native kernels are not built (the model's own code is the way then), ValueError for what does not fit.
+    Layer i keeps the rows' keys and values in layer `first_slot_layer + i` of the slots. Bit-equal rows whatever stands
+    beside them, whatever the tree, the chunking or the prefix. Raises RuntimeError where the native kernels are not
+    built (the model's own code is the way then), ValueError for what does not fit.
     """
     native = library()
     if native is None:
-        raise RuntimeError("the native decoder layer is not built; run the layer with transformers' own code")
-    if hidden.shape != (row_pass.num_rows, layer.qkv.in_features) or hidden.dtype != torch.float32:
+        raise RuntimeError("the native decoder layers are not built; run the layers with transformers' own code")
+    layers = range(len(stack)) if layers is None else layers
+    _check_fit(hidden, stack, row_pass, range(first_slot_layer + layers.start, first_slot_layer + layers.stop))
+    described = SlotsDescriptor.of(row_pass.slots, first_slot_layer + layers.start)
+    first = ctypes.byref(stack.descriptors, layers.start * ctypes.sizeof(LayerDescriptor))
+    native.dovetail_decoder_layers(
+        first, len(layers), ctypes.byref(row_pass.descriptor), ctypes.byref(described), hidden.data_ptr()
+    )
+
+
+def _check_fit(hidden: Tensor, stack: LayerStack, row_pass: LayerPass, slot_layers: range) -> None:
+    """Refuses what native code could not read."""
+    if hidden.shape != (row_pass.num_rows, stack.hidden_size) or hidden.dtype != torch.float32:
         raise ValueError(
-            f"hidden must be fp32 [{row_pass.num_rows}, {layer.qkv.in_features}], "
-            f"got {hidden.dtype} {list(hidden.shape)}"
+            f"hidden must be fp32 [{row_pass.num_rows}, {stack.hidden_size}], got {hidden.dtype} {list(hidden.shape)}"
         )
     if not hidden.is_contiguous() or hidden.device.type != "cpu":
         raise ValueError("hidden must be contiguous and on the CPU: it is replaced in place")
-    slots = row_pass.slots
-    if slots.keys.shape[2] != layer.num_kv_heads or slots.keys.shape[4] != layer.head_dim:
+    num_layers, _, num_kv_heads, _, head_dim = row_pass.slots.keys.shape
+    if (num_kv_heads, head_dim) != (stack.num_kv_heads, stack.head_dim):
         raise ValueError(
-            f"the layer has {layer.num_kv_heads} key heads of {layer.head_dim}, the slots hold {slots.keys.shape[2]} "
-            f"of {slots.keys.shape[4]}"
+            f"the layers have {stack.num_kv_heads} key heads of {stack.head_dim}, the slots hold {num_kv_heads} of "
+            f"{head_dim}"
         )
-    native.dovetail_decoder_layer(
-        ctypes.byref(layer.descriptor), ctypes.byref(row_pass.descriptor),
-        ctypes.byref(row_pass.layer_slots[layer_index]), hidden.data_ptr(),
-    )  # fmt: skip
+    if slot_layers.start < 0 or slot_layers.stop > num_layers:
+        raise ValueError(f"layers {slot_layers.start} to {slot_layers.stop - 1}: the slots hold {num_layers} layers")
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm of x [rows, width] fp32 with weight [width] fp32; a row does not depend on those beside it."""
+    native = library()
+    if native is None:
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, epsilon)
+    if x.dim() != 2 or x.shape[1:] != weight.shape or not x.is_contiguous() or x.dtype != torch.float32:
+        raise ValueError(f"x must be contiguous fp32 [rows, {len(weight)}], got {x.dtype} {list(x.shape)}")
+    out = torch.empty_like(x)
+    native.dovetail_normalise(x.data_ptr(), weight.data_ptr(), epsilon, len(x), len(weight), out.data_ptr())
+    return out
 
 
 def head_argmax(features: Tensor, head: PackedWeight) -> tuple[Tensor, Tensor]:
@@ -149,9 +199,32 @@ def head_argmax(features: Tensor, head: PackedWeight) -> tuple[Tensor, Tensor]:
     if native is None:
         logits, ids = packed_linear(features.float(), head).max(dim=-1)
         return ids, logits
-    if features.dim() != 2 or features.shape[1] != head.in_features:
-        raise ValueError(f"features must be [rows, {head.in_features}], got {list(features.shape)}")
-    rows = features.detach().to("cpu", torch.float32).contiguous()
+    rows = _head_input(features, head)
     ids, logits = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows))
     native.dovetail_argmax(ctypes.byref(head.descriptor), rows.data_ptr(), len(rows), ids.data_ptr(), logits.data_ptr())
     return ids, logits
+
+
+def head_top_k(features: Tensor, head: PackedWeight, top_k: int) -> tuple[Tensor, Tensor]:
+    """The best next tokens after each row: features [rows, hidden] -> ids int64 and log-probabilities fp32, [rows, k].
+
+    Best first, the smaller id among equals; k is top_k, or the vocabulary where that is smaller. log_probs are those of
+    the softmax over the whole vocabulary at temperature 1.
+    """
+    native = library()
+    num_best = min(top_k, head.out_features)
+    if native is None:
+        log_probs, ids = torch.log_softmax(packed_linear(features.float(), head), dim=-1).topk(num_best)
+        return ids, log_probs
+    rows = _head_input(features, head)
+    ids, log_probs = torch.empty(len(rows), num_best, dtype=torch.int64), torch.empty(len(rows), num_best)
+    native.dovetail_top_k(
+        ctypes.byref(head.descriptor), rows.data_ptr(), len(rows), num_best, ids.data_ptr(), log_probs.data_ptr()
+    )
+    return ids, log_probs
+
+
+def _head_input(features: Tensor, head: PackedWeight) -> Tensor:
+    if features.dim() != 2 or features.shape[1] != head.in_features:
+        raise ValueError(f"features must be [rows, {head.in_features}], got {list(features.shape)}")
+    return features.detach().to("cpu", torch.float32).contiguous()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.linear_lowbit import PackedWeight, PackingError, pack, packing_error
+from kernels.linear_lowbit import PackedWeight, PackingError, dequantise, pack, packing_error
 from kernels.native import PackedDescriptor
 
 # Layers whose forward is exactly: norm, q/k/v (biases, q/k norms over the head), rope, attention, output, add, norm,
@@ -48,7 +48,7 @@ class PackedDecoderLayer:
     output: PackedWeight  # [hidden, num_heads * head_dim]
     gate_up: PackedWeight  # [2 * intermediate, hidden]
     down: PackedWeight  # [hidden, intermediate]
-    input_norm: Tensor  # fp32, as all vectors here
+    input_norm: Tensor | None  # fp32, as all vectors here; None: attention reads the residual stream as it is
     post_norm: Tensor
     query_norm: Tensor | None
     key_norm: Tensor | None
@@ -167,6 +167,7 @@ def packing_errors(layer: nn.Module, packed: PackedDecoderLayer) -> dict[str, Pa
 
 
 _TENSOR_TYPES = (PackedWeight, Tensor)
+_EVERY_LAYER_HAS = ("qkv", "output", "gate_up", "down", "input_norm", "post_norm")  # of transformers' layers
 
 
 def layer_tensors(layer: PackedDecoderLayer, prefix: str) -> dict[str, PackedWeight | Tensor]:
@@ -186,7 +187,7 @@ def layer_from_tensors(
     for field in dataclasses.fields(PackedDecoderLayer):
         if field.type in ("PackedWeight", "Tensor", "Tensor | None"):
             tensors[field.name] = weights.get(f"{prefix}.{field.name}")
-            if tensors[field.name] is None and field.type != "Tensor | None":
+            if tensors[field.name] is None and field.name in _EVERY_LAYER_HAS:
                 raise ValueError(f"the packed checkpoint holds no {prefix}.{field.name}")
     return PackedDecoderLayer(**tensors, **_numbers(attention, norm))
 
@@ -199,3 +200,29 @@ def _numbers(attention: Any, norm: Any) -> dict[str, Any]:
         "epsilon": norm.variance_epsilon,
         "scale": attention.scaling,
     }
+
+
+def unpack_decoder_layer(packed: PackedDecoderLayer, module: nn.Module, dtype: torch.dtype) -> None:
+    """Gives a layer of transformers, on the meta device say, the weights that the packed layer stands for."""
+    attention: Any = module.self_attn
+    mlp: Any = module.mlp
+    norms: Any = (module.input_layernorm, module.post_attention_layernorm)
+    for projections, weight, bias in (
+        ((attention.q_proj, attention.k_proj, attention.v_proj), packed.qkv, packed.qkv_bias),
+        ((attention.o_proj,), packed.output, packed.output_bias),
+        ((mlp.gate_proj, mlp.up_proj), packed.gate_up, packed.gate_up_bias),
+        ((mlp.down_proj,), packed.down, packed.down_bias),
+    ):
+        sizes = [projection.out_features for projection in projections]
+        for projection, part in zip(projections, torch.split(dequantise(weight), sizes), strict=True):
+            projection.weight = nn.Parameter(part.to(dtype), requires_grad=False)
+        if bias is not None:
+            for projection, vector in zip(projections, torch.split(bias, sizes), strict=True):
+                if projection.bias is not None:
+                    projection.bias = nn.Parameter(vector.to(dtype), requires_grad=False)
+    assert packed.input_norm is not None, "every layer of transformers has one"
+    for norm, values in zip(norms, (packed.input_norm, packed.post_norm), strict=True):
+        norm.weight = nn.Parameter(values.to(dtype), requires_grad=False)
+    if packed.query_norm is not None and packed.key_norm is not None:
+        attention.q_norm.weight = nn.Parameter(packed.query_norm.to(dtype), requires_grad=False)
+        attention.k_norm.weight = nn.Parameter(packed.key_norm.to(dtype), requires_grad=False)

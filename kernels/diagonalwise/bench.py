@@ -7,10 +7,12 @@ before a cell is timed the answers of every contender are compared with native i
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +23,13 @@ from kernels.diagonalwise.replacement import refactorize
 from kernels.diagonalwise.timing import Step, Timing, compare
 from kernels.diagonalwise.tune import NATIVE, Build, contenders, tune
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# "tf32" is fp32 whose products NVIDIA's tensor cores round; "fp32" keeps them from it.
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BATCHES = (1, 16, 64, 256)
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 PASSES = ("forward", "input_gradient", "weight_gradient", "step")
 TOLERANCE = 1e-9
+TUNED_LAYERS = 10  # roughly the different depthwise layers of a network, which share its time
 
 
 class WrongAnswerError(AssertionError):
@@ -69,7 +74,11 @@ GRID: dict[str, tuple[Geometry, ...]] = {
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Which part of the grid. ``compiled`` adds torch.compile of native and refactored layers, which takes long."""
+    """Which part of the grid.
+
+    ``compiled`` adds torch.compile of native and refactored layers, on a GPU also with max-autotune, which takes long.
+    ``limit_s`` bounds the time of a cell: fewer repeats, at least three.
+    """
 
     networks: tuple[str, ...] = tuple(GRID)
     batches: tuple[int, ...] = (1, 16, 64)
@@ -77,8 +86,9 @@ class BenchOptions:
     layouts: tuple[str, ...] = tuple(LAYOUTS)
     passes: tuple[str, ...] = PASSES
     compiled: bool = False
-    warmups: int = 5
+    warmups: int = 2
     repeats: int = 30
+    limit_s: float = math.inf
 
     def __post_init__(self) -> None:
         for name, allowed in (("networks", GRID), ("dtypes", DTYPES), ("layouts", LAYOUTS), ("passes", PASSES)):
@@ -113,19 +123,50 @@ def bench_layers(
     for network, geometry in cells_of(options):
         builders = layer_contenders(geometry, device, options.compiled)
         check_answers(geometry, builders, device)
-        axes = (options.batches, options.dtypes, options.layouts, options.passes)
+        dtypes = [dtype for dtype in options.dtypes if dtype not in needs_gpu(device)]
+        axes = (options.batches, dtypes, options.layouts, options.passes)
         for batch, dtype, layout, work in itertools.product(*axes):
             x = torch.randn(batch, geometry.channels, geometry.side, geometry.side, device=device, dtype=DTYPES[dtype])
             x = x.contiguous(memory_format=LAYOUTS[layout])
             layer = geometry.build().to(device, DTYPES[dtype])
+            # Past a few recompilations of one function torch.compile would quietly stay with eager mode.
+            torch.compiler.reset()
             steps = {name: layer_step(build(deepcopy(layer)), x, work) for name, build in builders.items()}
-            timings = compare(steps, device, options.warmups, options.repeats)
+            with torch.backends.cudnn.flags(allow_tf32=dtype == "tf32"):
+                timings = compare(steps, device, options.warmups, options.repeats, options.limit_s)
             cells.append(
                 Cell(network, geometry, batch, dtype, layout, work, ideal_megabytes(x, geometry, work), timings)
             )
             if progress is not None:
                 progress(cells[-1])
     return cells
+
+
+def needs_gpu(device: torch.device) -> dict[str, str]:
+    """Types and contenders that ``device`` cannot run, each with the reason; none on an NVIDIA GPU."""
+    if device.type == "cuda":
+        return {}
+    return {
+        "tf32": "tensor cores are NVIDIA's",
+        "triton": "needs a GPU; Triton's interpreter shows answers, not speed",
+        "max-autotune": "torch.compile has its convolution templates for GPUs only",
+        "cudnn": "the choice between cuDNN's and torch's own depthwise kernels exists on NVIDIA GPUs only",
+    }
+
+
+def not_run(options: BenchOptions, device: torch.device) -> dict[str, str]:
+    """What of the whole grid these options and this device leave out, each with the reason."""
+    unasked: dict[str, set[Any]] = {
+        "networks": set(GRID) - set(options.networks), "batches": set(BATCHES) - set(options.batches),
+        "dtypes": set(DTYPES) - set(options.dtypes) - set(needs_gpu(device)),
+        "layouts": set(LAYOUTS) - set(options.layouts), "passes": set(PASSES) - set(options.passes),
+    }  # fmt: skip
+    left_out = {
+        f"{axis} {', '.join(sorted(map(str, values)))}": "not asked for" for axis, values in unasked.items() if values
+    }
+    if not options.compiled:
+        left_out["torch.compile"] = "not asked for"
+    return needs_gpu(device) | left_out
 
 
 def cells_of(options: BenchOptions) -> Iterator[tuple[str, Geometry]]:
@@ -139,15 +180,16 @@ def layer_contenders(geometry: Geometry, device: torch.device, compiled: bool) -
     builders["diagonalwise_dense"] = partial(DiagonalwiseConv2d.replacing, channels_per_group=geometry.channels)
     builders["masked"] = MaskedDiagonalwiseConv2d.replacing
     if compiled:
-        for name in (NATIVE, "diagonalwise_m32"):
-            builders[f"{name}_compiled"] = partial(compile_after, builders[name])
+        modes = ("default",) if device.type == "cpu" else ("default", "max-autotune")
+        for name, mode in itertools.product((NATIVE, "diagonalwise_m32"), modes):
+            builders[f"{name}_{mode}_compiled"] = partial(compile_after, builders[name], mode)
     return builders
 
 
-def compile_after(build: Build, layer: nn.Conv2d) -> nn.Conv2d:
-    """The built layer under torch.compile's default mode."""
+def compile_after(build: Build, mode: str, layer: nn.Conv2d) -> nn.Conv2d:
+    """The built layer under torch.compile in ``mode``."""
     built = build(layer)
-    built.compile()
+    built.compile(mode=mode)
     return built
 
 
@@ -197,13 +239,16 @@ def bench_nets(
     *,
     batch: int,
     image_size: int = 224,
-    warmups: int = 2,
+    warmups: int = 1,
     repeats: int = 10,
+    limit_s: float = math.inf,
 ) -> dict[str, dict[str, Timing]]:
     """One training step (forward, loss, gradients) of whole networks: native, refactored, tuned; both layouts.
 
     ``networks`` makes classifiers of images [B, 3, H, W] by name. A win of a layer that vanishes here is no win.
+    ``limit_s`` bounds the time of each network's comparison, and of each layer's when tuning is measured.
     """
+    measure = partial(compare, warmups=1, repeats=repeats, limit_s=limit_s / TUNED_LAYERS)
     results = {}
     labels = torch.zeros(batch, dtype=torch.long, device=device)
     for name, make in networks.items():
@@ -215,10 +260,10 @@ def bench_nets(
             plain = make().to(device).train()
             plain.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch takes it, its stubs do not
             tuned = deepcopy(plain)
-            tune(tuned, images)
+            tune(tuned, images, measure=measure)
             for label, model in ((NATIVE, plain), ("refactored", refactorize(deepcopy(plain))), ("tuned", tuned)):
                 steps[f"{label}_{layout}"] = partial(net_step, model, images, labels)
-        results[name] = compare(steps, device, warmups, repeats)
+        results[name] = compare(steps, device, warmups, repeats, limit_s)
     return results
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from kernels.diagonalwise.bench import PASSES, Cell
 from kernels.diagonalwise.timing import Timing
@@ -34,48 +32,105 @@ def summarise(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def verdict(cells: Sequence[Cell]) -> str:
-    """One plain sentence on the refactored forms in whole steps."""
+def verdict(cells: Sequence[Cell], nets: Mapping[str, Mapping[str, Timing]]) -> str:
+    """Plain sentences: the refactored forms in training steps of a layer, where they win, and in whole networks."""
     steps = [cell for cell in cells if cell.work == "step"]
     if not steps:
         return "No whole training steps were measured."
     best = [min((cell.ratio(name), name) for name in cell.timings if name.startswith("diagonalwise")) for cell in steps]
-    won = sum(
-        any(t.clearly_beats(cell.timings[NATIVE]) for n, t in cell.timings.items() if n.startswith("diagonalwise"))
-        for cell in steps
-    )
+    won = [cell for cell in steps if refactoring_wins(cell)]
     mean = statistics.geometric_mean(ratio for ratio, _ in best)
     return (
-        f"The best refactored form beats torch's own depthwise layer beyond noise in {won} of {len(steps)} training "
-        f"steps of a layer; its time is {mean:.2f} of native's in the geometric mean."
+        f"The best refactored form beats torch's own depthwise layer beyond noise in {len(won)} of {len(steps)} "
+        f"training steps of a layer{places(won, steps)}; its time is {mean:.2f} of native's in the geometric mean."
+        f"{verdict_on_nets(nets)}"
     )
+
+
+def refactoring_wins(cell: Cell) -> bool:
+    """Whether a refactored form is faster than native beyond noise."""
+    native = cell.timings[NATIVE]
+    return any(timing.clearly_beats(native) for n, timing in cell.timings.items() if n.startswith("diagonalwise"))
+
+
+def places(won: Sequence[Cell], steps: Sequence[Cell]) -> str:
+    """Type, layout and stride of the cells won, with their share of the cells of that kind."""
+    if not won:
+        return ""
+    kinds = [Counter((c.dtype, c.layout, c.geometry.stride) for c in cells) for cells in (won, steps)]
+    parts = (
+        f"{dtype} {layout} stride {stride}: {count} of {kinds[1][dtype, layout, stride]}"
+        for (dtype, layout, stride), count in sorted(kinds[0].items())
+    )
+    return f" ({'; '.join(parts)})"
+
+
+def verdict_on_nets(nets: Mapping[str, Mapping[str, Timing]]) -> str:
+    """How whole networks fare: the faster layout of each way against native's faster layout."""
+    if not nets:
+        return " Whole networks were not measured."
+    parts = []
+    for net, timings in nets.items():
+        best = {
+            way: min(timing.median_ms for name, timing in timings.items() if name.startswith(way))
+            for way in (NATIVE, "refactored", "tuned")
+        }
+        refactored, tuned = best["refactored"] / best[NATIVE], best["tuned"] / best[NATIVE]
+        parts.append(f"{net} {refactored:.2f} refactored, {tuned:.2f} tuned")
+    return f" Training steps of whole networks, as shares of native's time: {'; '.join(parts)}."
 
 
 def write_report(
-    cells: Sequence[Cell], nets: Mapping[str, Mapping[str, Timing]], device: torch.device, file: Path
+    cells: Sequence[Cell],
+    nets: Mapping[str, Mapping[str, Timing]],
+    left_out: Mapping[str, str],
+    hardware: Mapping[str, Any],
+    file: Path,
 ) -> dict[str, Any]:
-    """Everything as JSON in ``file``, a plot of the summary beside it (``.png``); returns the JSON object."""
+    """Everything as JSON in ``file``, a plot of the summary beside it (``.png``); returns the JSON object.
+
+    ``left_out`` says what was not measured and why, ``hardware`` what was measured on.
+    """
     summary = summarise(cells)
     report = {
-        "hardware": hardware(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "verdict": verdict(cells),
+        "hardware": dict(hardware),
+        "verdict": verdict(cells, nets),
+        "not_run": dict(left_out),
         "summary": summary,
         "networks": {name: {k: asdict(t) for k, t in timings.items()} for name, timings in nets.items()},
         "cells": [asdict(cell) for cell in cells],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    file.write_text(lines_of(report), encoding="utf-8")
     plot(summary, file.with_suffix(".png"))
     return report
 
 
-def hardware(device: torch.device) -> str:
-    """The name of what was measured."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+def markdown(summary: Sequence[Mapping[str, Any]]) -> str:
+    """Geometric means of the ratios to native in Markdown: a row for each pass, type and layout."""
+    names = list(dict.fromkeys(row["contender"] for row in summary))
+    lines = [f"| pass | type | layout | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]
+    for work, dtype, layout in dict.fromkeys((row["pass"], row["dtype"], row["layout"]) for row in summary):
+        ratios = {
+            row["contender"]: f"{row['geometric_mean_ratio']:.2f}"
+            for row in summary
+            if (row["pass"], row["dtype"], row["layout"]) == (work, dtype, layout)
+        }
+        figures = " | ".join(ratios.get(name, "-") for name in names)
+        lines.append(f"| {work.replace('_', ' ')} | {dtype} | {layout} | {figures} |")
+    return "\n".join(lines)
+
+
+def lines_of(report: Mapping[str, Any]) -> str:
+    """JSON with one line for each item of the report's lists and tables."""
+    parts = []
+    for name, value in report.items():
+        if isinstance(value, list):
+            text = "[\n  " + ",\n  ".join(json.dumps(item) for item in value) + "\n ]"
+        else:
+            text = json.dumps(value)
+        parts.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def plot(summary: list[dict[str, Any]], file: Path) -> None:

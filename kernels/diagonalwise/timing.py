@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 Step = Callable[[], object]
+
+FEWEST_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,32 @@ class Timing:
         return self.upper_ms < other.lower_ms
 
 
-def compare(steps: Mapping[str, Step], device: torch.device, warmups: int = 3, repeats: int = 15) -> dict[str, Timing]:
-    """Time every step ``repeats`` times after ``warmups``, turn by turn, so that a slow moment meets all alike."""
+def compare(
+    steps: Mapping[str, Step],
+    device: torch.device,
+    warmups: int = 3,
+    repeats: int = 15,
+    limit_s: float = math.inf,
+) -> dict[str, Timing]:
+    """Time every step ``repeats`` times after ``warmups``, turn by turn, so that a slow moment meets all alike.
+
+    Once ``limit_s`` have passed no turn begins, but each step is timed three times in any case.
+    """
     samples: dict[str, list[float]] = {name: [] for name in steps}
+    started = time.perf_counter()
     for turn in range(warmups + repeats):
+        if turn >= warmups + FEWEST_REPEATS and time.perf_counter() - started > limit_s:
+            break
         for name, step in steps.items():
             milliseconds = time_once(step, device)
             if turn >= warmups:
                 samples[name].append(milliseconds)
-    return {name: Timing(*(float(q) for q in np.percentile(times, (25, 50, 75)))) for name, times in samples.items()}
+    return {name: quartiles(times) for name, times in samples.items()}
+
+
+def quartiles(milliseconds: Sequence[float]) -> Timing:
+    """The quartiles, to a tenth of a microsecond."""
+    return Timing(*(round(float(quartile), 4) for quartile in np.percentile(milliseconds, (25, 50, 75))))
 
 
 def time_once(step: Step, device: torch.device) -> float:

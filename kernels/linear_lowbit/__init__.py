@@ -6,13 +6,14 @@ the memory bus once for all rows, and every row is bit-equal to the row computed
 
 from kernels.linear_lowbit.checkpoint import PackedFormatError, PackingError, load_packed, packing_error, save_packed
 from kernels.linear_lowbit.cpu import linear
-from kernels.linear_lowbit.packed import FORMAT_VERSION, PackedWeight, pack, unpack
+from kernels.linear_lowbit.packed import FORMAT_VERSION, PackedWeight, dequantise, pack, unpack
 
 __all__ = [
     "FORMAT_VERSION",
     "PackedFormatError",
     "PackedWeight",
     "PackingError",
+    "dequantise",
     "linear",
     "load_packed",
     "pack",

@@ -7,25 +7,32 @@ matters.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
+from kernels.linear_lowbit.bench_peers import PEERS, Engine, EngineMissing, Size, one_by_one
 from kernels.linear_lowbit.cpu import linear
-from kernels.linear_lowbit.packed import PackedWeight, pack, pack_quantised
+from kernels.linear_lowbit.packed import GROUP_SIZES, PackedWeight, pack, pack_quantised
 from kernels.linear_lowbit.reference import QuantisedWeight
 from kernels.native import instruction_set, library, num_threads
 
+OURS = "ours"
 BITS = {"int4": 4, "int8": 8, "bf16": 16}
+GROUP = 32  # as llama.cpp's Q4_0 and Q8_0: the one that speed and accuracy are stated for
+
+Entry = dict[str, Any]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -58,84 +65,34 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True)
-class Engine:
-    """One contestant: a product for each matrix of the shape, in order."""
-
-    name: str
-    weights: str
-    group: int | None
-    products: list[Callable[[Tensor], Tensor]]
-    dtype: torch.dtype
-
-
 def random_packed(out_features: int, in_features: int, bits: int, group: int) -> PackedWeight:
     """A packed weight of random codes, made without searching for scales."""
     if bits > 8:
-        return pack(torch.randn(out_features, in_features), bits, group)
-    codes = torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.uint8)
-    scale = torch.full((out_features, in_features // group), 0.01, dtype=torch.float16)
+        return pack(torch.randn(out_features, in_features) * 0.02, bits, group)
+    codes = torch.randint(1, 2**bits, (out_features, in_features), dtype=torch.uint8)
+    scale = torch.full((out_features, in_features // group), 0.07 / 2**bits, dtype=torch.float16)
     return pack_quantised(QuantisedWeight(codes, scale, None, bits, group))
 
 
-def ours(shape: ModelShape, weights: str, group: int) -> Engine:
+def ours(sizes: Sequence[Size], weights: str, group: int) -> Engine:
     """Our kernels. One random matrix for each size, copied, so that every product reads memory of its own."""
-    made = {size: random_packed(*size, BITS[weights], group) for size in set(shape.matrices())}
-    products: list[Callable[[Tensor], Tensor]] = []
-    for size in shape.matrices():
-        first = made[size]
-        own = PackedWeight(first.data.clone(), *size, first.bits, first.group_size)
-        products.append(lambda x, own=own: linear(x, own))  # type: ignore[misc]
-    return Engine("ours", weights, group, products, torch.float32)
+    made = {size: random_packed(*size, BITS[weights], group) for size in set(sizes)}
+    own = [dataclasses.replace(made[size], data=made[size].data.clone()) for size in sizes]
+    num_bytes = sum(packed.data.numel() for packed in own)
+    products = [functools.partial(_product, packed) for packed in own]
+    return Engine(OURS, weights, group, one_by_one(sizes, products), torch.float32, num_bytes)
 
 
-def torch_bf16(shape: ModelShape) -> Engine:
-    """torch's own bf16 product."""
-
-    def product(size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-        weight = torch.randn(size, dtype=torch.bfloat16)
-        return lambda x: nn.functional.linear(x, weight)
-
-    return Engine("torch bf16", "bf16", None, [product(size) for size in shape.matrices()], torch.bfloat16)
-
-
-def torch_dynamic_int8(shape: ModelShape) -> Engine:
-    """torch's dynamically quantised linear: int8 weights, activations quantised per tensor."""
-    from torch.ao.nn.quantized.dynamic import Linear
-
-    def product(size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-        layer: Any = Linear(size[1], size[0], bias_=False)  # type: ignore[no-untyped-call]
-        values = torch.randint(-127, 128, size, dtype=torch.int8).float() * 0.01
-        layer.set_weight_bias(torch.quantize_per_tensor(values, 0.01, 0, torch.qint8), None)
-        return lambda x: layer(x)  # type: ignore[no-any-return]
-
-    return Engine("torch dynamic int8", "int8", None, [product(size) for size in shape.matrices()], torch.float32)
-
-
-def torch_int4(shape: ModelShape) -> Engine:
-    """torch's int4 product for CPUs, at its usual group of 32."""
-
-    def product(size: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-        codes = torch.randint(0, 16, size, dtype=torch.int32)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        scales = torch.full((size[1] // 32, size[0], 2), 0.01, dtype=torch.bfloat16)
-        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 32, scales)  # type: ignore[no-any-return]
-
-    return Engine("torch int4pack", "int4", 32, [product(size) for size in shape.matrices()], torch.bfloat16)
-
-
-PEERS: dict[str, Callable[[ModelShape], Engine]] = {
-    "bf16": torch_bf16,
-    "int8": torch_dynamic_int8,
-    "int4": torch_int4,
-}
+def _product(packed: PackedWeight, x: Tensor) -> Tensor:
+    return linear(x, packed)
 
 
 class Limits:
     """Streaming bandwidth and dot-product peak of all threads, measured whenever asked."""
 
     def __init__(self) -> None:
-        self._memory = torch.zeros(1 << 28, dtype=torch.uint8)  # beyond every cache
+        # Beyond every cache, and written: fresh zeros would all be read from one page of the system's.
+        self._memory = torch.full((1 << 28,), 1, dtype=torch.uint8)
         self.stream: list[float] = []
         self.dots: list[float] = []
 
@@ -164,102 +121,123 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _time_pass(engine: Engine, inputs: Sequence[Tensor]) -> float:
-    start = time.perf_counter()
-    for product, x in zip(engine.products, inputs, strict=True):
-        product(x)
-    return (time.perf_counter() - start) * 1e3
-
-
-def _compare(engines: Sequence[Engine], shape: ModelShape, rows: Sequence[int], rounds: int, limits: Limits) -> Any:
-    widths = {width for _, width in shape.matrices()}
-    samples: dict[tuple[int, int], list[float]] = {}
+def measure_in_turns(
+    passes: Mapping[str, Callable[[int], float]], rows: Sequence[int], rounds: int, limits: Limits
+) -> dict[tuple[str, int], list[float]]:
+    """Milliseconds by (name, rows): every round asks each pass for each number of rows; the first round warms up."""
+    samples: dict[tuple[str, int], list[float]] = {}
     for round_number in range(rounds + 1):
         limits.measure()
-        for place, engine in enumerate(engines):
+        for name, timed_pass in passes.items():
             for count in rows:
-                made = {width: torch.randn(count, width).to(engine.dtype) for width in widths}
-                elapsed = _time_pass(engine, [made[width] for _, width in shape.matrices()])
-                if round_number > 0:  # the first round warms caches and clocks
-                    samples.setdefault((place, count), []).append(elapsed)
+                elapsed = timed_pass(count)
+                if round_number > 0:
+                    samples.setdefault((name, count), []).append(elapsed)
     return samples
 
 
-def bench_kernels(
-    shapes: Sequence[str] = ("1B",),
-    weights: Sequence[str] = ("int4", "int8", "bf16"),
-    rows: Sequence[int] = (1, 2, 4, 8, 16, 32),
-    group: int = 32,
-    rounds: int = 7,
-    peers: bool = True,
-) -> dict[str, Any]:
-    """The JSON of `bench kernels`: limits, and milliseconds of one pass of products for each engine and number of rows.
+def _timed(engine: Engine, widths: set[int]) -> Callable[[int], float]:
+    def timed_pass(rows: int) -> float:
+        inputs = {width: torch.randn(rows, width).to(engine.dtype) for width in widths}
+        start = time.perf_counter()
+        engine.run(inputs)
+        return (time.perf_counter() - start) * 1e3
 
-    Raises ValueError for a shape or weight format that is not known.
-    """
-    for given, known in ((shapes, SHAPES), (weights, BITS)):
-        if unknown := set(given) - set(known):
-            raise ValueError(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(known)}")
-    limits, results = Limits(), list[dict[str, Any]]()
+    return timed_pass
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """layers: at most so many of a shape's layers, for models that do not fit; groups: extra group sizes for ours."""
+
+    shapes: Sequence[str] = ("1B",)
+    weights: Sequence[str] = ("int4", "int8", "bf16")
+    rows: Sequence[int] = (1, 2, 4, 8, 16)
+    rounds: int = 7
+    layers: int | None = None
+    groups: Sequence[int] = ()
+    peers: bool = True
+
+    def __post_init__(self) -> None:
+        for given, known in ((self.shapes, SHAPES), (self.weights, BITS), (self.groups, GROUP_SIZES)):
+            if unknown := set(map(str, given)) - set(map(str, known)):
+                raise ValueError(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(map(str, known))}")
+        if not self.rows or min(self.rows) < 1 or self.rounds < 1 or (self.layers is not None and self.layers < 1):
+            raise ValueError("rows, rounds and layers must be at least 1")
+
+    def shape(self, name: str) -> ModelShape:
+        """The shape with as many layers as are measured."""
+        whole = SHAPES[name]
+        return dataclasses.replace(whole, num_layers=min(whole.num_layers, self.layers or whole.num_layers))
+
+
+def bench_products(options: BenchOptions, limits: Limits, say: Say) -> tuple[list[Entry], dict[str, str]]:
+    """Entries of scope ``products``, and the engines that could not take part with the reason."""
+    results: list[Entry] = []
+    skipped: dict[str, str] = {}
     with torch.inference_mode(), torch_threads(num_threads()):
-        for name in shapes:
-            for kind in weights:
-                engines = [ours(SHAPES[name], kind, group)] + ([PEERS[kind](SHAPES[name])] if peers else [])
-                samples = _compare(engines, SHAPES[name], rows, rounds, limits)
-                results += [
-                    {
-                        "shape": name, "scope": "products", "weights": kind, "group": engines[place].group,
-                        "context": 0, "engine": engines[place].name, "rows": count,
-                        "ms": round(statistics.median(times), 3), "ms_best": round(min(times), 3),
-                    }
-                    for (place, count), times in samples.items()
-                ]  # fmt: skip
-    return {
-        "hardware": f"{platform.processor() or platform.machine()}, {num_threads()} threads, {instruction_set()}",
-        "stream_gb_per_s": round(statistics.median(limits.stream), 2) if limits.stream else None,
-        "dot_gmac_per_s": round(statistics.median(limits.dots), 1) if limits.dots else None,
-        "results": results,
-    }
+        for name in options.shapes:
+            for weights in options.weights:
+                say(f"{name} {weights}: products")
+                found, missing = _bench_format(name, weights, options, limits)
+                results, skipped = results + found, skipped | missing
+    return results, skipped
 
 
-def _curves(result: dict[str, Any]) -> dict[tuple[str, str, str], dict[int, float]]:
-    curves: dict[tuple[str, str, str], dict[int, float]] = {}
-    for entry in result["results"]:
-        curves.setdefault((entry["shape"], entry["weights"], entry["engine"]), {})[entry["rows"]] = entry["ms"]
-    return curves
+def _bench_format(name: str, weights: str, options: BenchOptions, limits: Limits) -> tuple[list[Entry], dict[str, str]]:
+    shape = options.shape(name)
+    sizes = shape.matrices()
+    engines, skipped = _engines(sizes, weights, options)
+    passes = {_key(engine): _timed(engine, {width for _, width in sizes}) for engine in engines}
+    samples = measure_in_turns(passes, options.rows, options.rounds, limits)
+    results: list[Entry] = []
+    for engine in engines:
+        fields = {"shape": name, "scope": "products", "weights": weights, "group": engine.group, "context": 0}
+        fields |= {"engine": engine.name, "layers": shape.num_layers}
+        results += entries(fields, samples, _key(engine), engine.num_bytes)
+    return results, skipped
 
 
-def table(result: dict[str, Any]) -> Table:
-    """Milliseconds and T(n) / T(1), one line for each engine."""
-    rows = sorted({entry["rows"] for entry in result["results"]})
-    limits = f"{result['stream_gb_per_s']} GB/s streamed, {result['dot_gmac_per_s']} G multiply-adds/s"
-    view = Table(title=f"{result['hardware']}: {limits}")
-    for heading in ("shape", "weights", "engine", *(f"{count} rows, ms" for count in rows)):
-        view.add_column(heading, justify="right" if heading.endswith("ms") else "left")
-    for (shape, weights, engine), curve in _curves(result).items():
-        first = curve[min(curve)]
-        cells = [f"{curve[count]:.1f}  x{curve[count] / first:.2f}" if count in curve else "" for count in rows]
-        view.add_row(shape, weights, engine, *cells)
-    return view
+def _engines(sizes: Sequence[Size], weights: str, options: BenchOptions) -> tuple[list[Engine], dict[str, str]]:
+    extra = options.groups if weights != "bf16" else ()
+    engines = [ours(sizes, weights, group) for group in dict.fromkeys((GROUP, *extra))]
+    skipped: dict[str, str] = {}
+    for name, create in PEERS[weights].items() if options.peers else ():
+        try:
+            engines.append(create(sizes, num_threads()))
+        except EngineMissing as error:
+            skipped[name] = str(error)
+    return engines, skipped
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """T(n) / T(1) over n as an image; needs matplotlib (extra `train`)."""
-    from matplotlib.figure import Figure
+def _key(engine: Engine) -> str:
+    return f"{engine.name} {engine.group}"
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for (shape, weights, engine), curve in _curves(result).items():
-        first = curve[min(curve)]
-        style = "-" if engine == "ours" else "--"
-        axes.plot(
-            list(curve), [ms / first for ms in curve.values()], style, marker="o", label=f"{shape} {engine} {weights}"
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.set_xlabel("rows in one pass")
-    axes.set_ylabel("time / time of one row")
-    axes.set_title(result["hardware"])
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=130)
+
+def entries(
+    fields: Entry, samples: Mapping[tuple[str, int], Sequence[float]], key: str, num_bytes: int | None = None
+) -> list[Entry]:
+    """One result for each number of rows: median and best milliseconds, and the bytes a pass streams where known."""
+    made = [
+        fields | {"rows": rows, "ms": round(statistics.median(times), 3), "ms_best": round(min(times), 3)}
+        for (name, rows), times in samples.items()
+        if name == key
+    ]
+    return made if num_bytes is None else [entry | {"bytes": num_bytes} for entry in made]
+
+
+def describe_machine(limits: Limits) -> Entry:
+    """The JSON's head: the machine, and its limits as medians over all rounds, with their range."""
+    found: Entry = {"hardware": f"{cpu_name()}, {num_threads()} threads, {instruction_set()}"}
+    for name, values, digits in (("stream_gb_per_s", limits.stream, 2), ("dot_gmac_per_s", limits.dots, 1)):
+        found[name] = round(statistics.median(values), digits) if values else None
+        found[f"{name}_range"] = [round(min(values), digits), round(max(values), digits)] if values else None
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None) or platform.processor() or platform.machine()

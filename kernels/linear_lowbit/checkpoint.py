@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kernels.linear_lowbit.packed import FORMAT_VERSION, PackedWeight, unpack
-from kernels.linear_lowbit.reference import QuantisedWeight
+from kernels.linear_lowbit.packed import FORMAT_VERSION, PackedWeight, dequantise
 
 _FORMAT = "dovetail-packed"
 
@@ -94,9 +93,7 @@ class PackingError:
 
 def packing_error(original: Tensor, packed: PackedWeight) -> PackingError:
     """Compares original [out_features, in_features] with what the packed weight stands for."""
-    kept = unpack(packed)
-    kept = kept.dequantise() if isinstance(kept, QuantisedWeight) else kept.float()
-    difference = kept - original.detach().float()
+    difference = dequantise(packed) - original.detach().float()
     size = torch.linalg.vector_norm(original.detach().float())
     return PackingError(
         relative=float(torch.linalg.vector_norm(difference) / size) if size > 0 else 0.0,

@@ -153,3 +153,9 @@ def unpack(packed: PackedWeight) -> QuantisedWeight | Tensor:
     ]
     halves = [half[: packed.out_features] for half in halves]
     return QuantisedWeight(codes, halves[0], halves[1] if packed.zero_point else None, packed.bits, packed.group_size)
+
+
+def dequantise(packed: PackedWeight) -> Tensor:
+    """The matrix [out_features, in_features] that a packed weight stands for, fp32."""
+    kept = unpack(packed)
+    return kept.dequantise() if isinstance(kept, QuantisedWeight) else kept.float()

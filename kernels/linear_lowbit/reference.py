@@ -16,7 +16,7 @@ from torch import Tensor
 
 ACTIVATION_SPAN = 128  # ours: wide enough to cost little, narrow enough to keep an outlier's damage local
 _TINY = 1e-30  # spans below it are zero: 127 / largest would overflow
-_CHUNK_ELEMENTS = 1 << 20  # weights searched at once, to bound the temporaries
+_CHUNK_ELEMENTS = 1 << 16  # weights searched at once: some eight temporaries of it live at a time, in L2
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -17,24 +18,31 @@ import torch
 import torch.distributed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "training.json"
 PLOT_FILE = "training.png"
+BAR_WIDTH = 16
+SCHEDULE_FIGURES = frozenset({"learning_rate", "grad_norm"})
 BOOKKEEPING = frozenset(
     {"step", "epoch", "total_flos", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
 )
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with loss and time left on a terminal; one log line per report elsewhere."""
+    """A bar with time left, loss and the task's figures on a terminal; one log line per report elsewhere.
+
+    The figures stand last, where a narrow terminal wraps them, and without the schedule's, which the log keeps.
+    """
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+            TextColumn("training"), BarColumn(BAR_WIDTH), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=False)),
+            console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self.console = console
         self.bar: Any = None
@@ -64,7 +72,8 @@ class ProgressBar(TrainerCallback):
         if not figures:
             return
         text = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self.progress.update(self.bar, figures=text)
+        shown = " ".join(f"{name} {value:.4g}" for name, value in figures.items() if name not in SCHEDULE_FIGURES)
+        self.progress.update(self.bar, completed=state.global_step, figures=shown, refresh=True)
         if not self.console.is_terminal and state.is_world_process_zero:
             logger.info("step %d of %d: %s", state.global_step, state.max_steps, text)
 
@@ -97,8 +106,8 @@ class History(TrainerCallback):
             plot(rows, self.output / PLOT_FILE)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A killed run still leaves its curve up to the last checkpoint."""
-        if state.is_world_process_zero:
+        """A killed run still leaves its curve up to the last checkpoint; the end of the run draws the whole one."""
+        if state.is_world_process_zero and state.global_step < state.max_steps:
             self.write(state)
 
     def on_train_end(
@@ -201,21 +210,36 @@ def figures_of(row: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def panels_of(rows: list[dict[str, float]]) -> dict[str, list[str]]:
+    """Figures by panel: evaluation figures share that of their training twin, ``accuracy_2`` that of ``accuracy``."""
+    panels: dict[str, list[str]] = {}
+    for name in sorted({name for row in rows for name in row if name != "step"}, key=natural_order):
+        panels.setdefault(re.sub(r"_\d+$", "", name.removeprefix("eval_")), []).append(name)
+    return dict(sorted(panels.items()))
+
+
+def natural_order(name: str) -> tuple[str, int]:
+    """Sorts ``accuracy_10`` behind ``accuracy_2``."""
+    stem, _, number = name.rpartition("_")
+    return (stem, int(number)) if number.isdigit() else (name, 0)
+
+
 def plot(rows: list[dict[str, float]], file: Path) -> None:
-    """One panel per figure, over optimiser steps; evaluation figures share the panel of their training twin."""
+    """One panel per kind of figure, over optimiser steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = sorted({name.removeprefix("eval_") for row in rows for name in row if name != "step"})
-    figure = Figure(figsize=(7, 2.4 * len(names)), layout="constrained")
+    panels = panels_of(rows)
+    figure = Figure(figsize=(7, 2.4 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
-        for key, label in ((name, "training"), (f"eval_{name}", "held out")):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 20 else None)
-        axis.set_ylabel(name)
+    for axis, (panel, names) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            label = name.removeprefix("eval_").replace(panel, "held out" if name.startswith("eval_") else "training")
+            axis.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 20 else None)
+        axis.set_ylabel(panel)
         axis.grid(alpha=0.3)
-        axis.legend()
+        # A fixed place: looking for the best one takes matplotlib seconds on a long run, and it warns of it.
+        axis.legend(loc="upper right")
     axis.set_xlabel("step")
     figure.savefig(file, dpi=110)

@@ -82,9 +82,11 @@ def create_schedule(optimizer: torch.optim.Optimizer, options: TrainingOptions) 
     """The schedules transformers does not have; None leaves the others to it."""
     if options.schedule != "step":
         return None
-    every, factor, warmup = options.schedule_options["every"], options.schedule_options["factor"], options.warmup_steps
+    every, drops = options.schedule_options.get("every"), options.schedule_options.get("at", ())
+    factor, warmup = options.schedule_options["factor"], options.warmup_steps
 
     def scale(step: int) -> float:
-        return float(min(1.0, (step + 1) / (warmup + 1)) * factor ** (step // every))
+        passed = step // every if every else sum(step >= drop for drop in drops)
+        return float(min(1.0, (step + 1) / (warmup + 1)) * factor**passed)
 
     return LambdaLR(optimizer, scale)

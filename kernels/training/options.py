@@ -30,7 +30,8 @@ class TrainingOptions:
     matrices of the hidden layers with torch's Muon at ``muon_learning_rate`` and everything else with AdamW.
     ``momentum`` and ``nesterov`` belong to ``sgd``, ``betas`` to the other two. Weight decay spares vectors (biases,
     normalisation) unless ``decay_vectors``. ``clip_norm`` bounds the gradient's norm, 0 leaves it alone. ``step``
-    multiplies the learning rate by ``schedule_options.factor`` every ``schedule_options.every`` steps. ``drop_last``
+    multiplies the learning rate by ``schedule_options.factor`` every ``schedule_options.every`` steps, or at the steps
+    listed as ``schedule_options.at``. ``drop_last``
     leaves out an epoch's last, smaller batch. ``threads`` None leaves torch's own choice.
     """
 
@@ -69,8 +70,10 @@ class TrainingOptions:
                 raise RecipeError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
         if self.evaluate_every is not None and self.evaluate_every < 1:
             raise RecipeError(f"training.evaluate_every is {self.evaluate_every}; it must be at least 1, or left out")
-        if self.schedule == "step" and set(self.schedule_options) != {"every", "factor"}:
-            raise RecipeError('training.schedule = "step" needs schedule_options = { every = STEPS, factor = NUMBER }')
+        if self.schedule == "step" and set(self.schedule_options) not in ({"every", "factor"}, {"at", "factor"}):
+            raise RecipeError(
+                'training.schedule = "step" needs schedule_options = { every = STEPS, factor = NUMBER }, or at'
+            )
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -114,6 +117,8 @@ def fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, UnionType):
         return any(fits(value, option) for option in typing.get_args(hint))
+    if origin is typing.Literal:  # which of its values, the dataclass checks
+        return isinstance(value, tuple({type(option) for option in typing.get_args(hint)}))
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:

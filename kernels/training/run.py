@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from kernels.training.callbacks import CleanStop, EpochAnnouncer, History, ProgressBar, figures_of
@@ -55,8 +55,9 @@ class TrainingReport:
 class TaskTrainer(Trainer):
     """Trainer that reads the loss and the named figures out of a task's dictionary."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, batch_sampler: Sampler[list[int]] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.batch_sampler = batch_sampler
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
 
@@ -76,6 +77,20 @@ class TaskTrainer(Trainer):
                 self.sums[prefix + name] += float(value) * size
                 self.counts[prefix + name] += size
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The task's own batches where it has any; with several processes each takes every n-th batch."""
+        if self.batch_sampler is None:
+            usual: DataLoader[Any] = super().get_train_dataloader()
+            return usual
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
 
     def prediction_step(
         self,
@@ -112,6 +127,7 @@ def run(
     *,
     eval_data: Dataset[Any] | None = None,
     collate: Collate | None = None,
+    batch_sampler: Sampler[list[int]] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     recipe: Mapping[str, Any] | None = None,
     resume: bool = False,
@@ -120,11 +136,12 @@ def run(
     """Train ``task`` in place.
 
     ``recipe`` is what the user wrote; its fingerprint guards resuming. ``resume`` continues from the newest checkpoint
-    in ``options.output``; without it the folder must hold none. ``callbacks`` are the task's own.
+    in ``options.output``; without it the folder must hold none. ``batch_sampler`` chooses the samples of each batch
+    where shuffling alone will not do (it has ``batch_size`` and ``drop_last``). ``callbacks`` are the task's own.
 
     A resumed run equals an uninterrupted one bit for bit (on a CPU) if random augmentation is a function of seed, epoch
-    and index: a data set with a ``set_epoch`` method is told the epoch, whereas the global generators are restored only
-    after the loader has read ahead. Inside the task they may be used freely.
+    and index: a data set or batch sampler with a ``set_epoch`` method is told the epoch, whereas the global generators
+    are restored only after the loader has read ahead. Inside the task they may be used freely.
 
     Errors: RecipeError where the folder or the machine and the wish do not fit together, TrainingDivergedError where
     the loss stops being a number.
@@ -137,7 +154,7 @@ def run(
         torch.set_num_threads(options.threads)
     progress, stop = ProgressBar(console or Console(stderr=True)), CleanStop()
     own = [*callbacks, progress, History(output), stop]
-    trainer = create_trainer(task, train_data, options, eval_data, collate, own)
+    trainer = create_trainer(task, train_data, options, eval_data, collate, batch_sampler, own)
     started = time.perf_counter()
     try:
         if (
@@ -159,12 +176,15 @@ def create_trainer(
     options: TrainingOptions,
     eval_data: Dataset[Any] | None,
     collate: Collate | None,
+    batch_sampler: Sampler[list[int]] | None,
     callbacks: Sequence[TrainerCallback],
 ) -> TaskTrainer:
     """The trainer of a run, with nothing on the terminal but what ``callbacks`` show."""
-    announcers = [EpochAnnouncer(train_data)] if hasattr(train_data, "set_epoch") else []
+    listeners: list[Any] = [part for part in (train_data, batch_sampler) if hasattr(part, "set_epoch")]
+    announcers = [EpochAnnouncer(part) for part in listeners]
     optimizer = create_optimizer(task, options)
     trainer = TaskTrainer(
+        batch_sampler=batch_sampler,
         model=task,
         args=training_arguments(options, evaluates=eval_data is not None),
         train_dataset=train_data,

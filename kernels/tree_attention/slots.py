@@ -104,13 +104,17 @@ def tree_segment(slot: int, prefix: int, row_parents: Sequence[int], device: tor
     """Rows of a tree; ``row_parents[i]`` is the row of i's parent, or -1 for a row that hangs below the prefix."""
     if len(row_parents) == 1 and row_parents[0] < 0:
         return causal_segment(slot, prefix, 1)
-    mask = torch.eye(len(row_parents), dtype=torch.bool)
+    width = len(row_parents)
+    mask = bytearray(width * width)  # filled as bytes: a torch call for each row costs more than a small verify pass
     for row, parent in enumerate(row_parents):
         if parent >= row:
             raise SlotError(f"row {row} has parent {parent}; a parent must come before its children")
+        start = row * width
         if parent >= 0:
-            mask[row] |= mask[parent]
-    return Segment(slot, prefix, len(row_parents), mask.to(device))
+            mask[start : start + width] = mask[parent * width : (parent + 1) * width]
+        mask[start + row] = True
+    seen = torch.frombuffer(mask, dtype=torch.bool).view(width, width)
+    return Segment(slot, prefix, width, seen.to(device))
 
 
 def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,6 +157,7 @@ class KVSlots:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.key_scales = torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None
         self.value_scales = torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None
+        self.by_slot = [[store.select(1, slot) for store in self.stores] for slot in range(num_slots)]
         self.lengths = [0] * num_slots
 
     @property
@@ -202,10 +207,11 @@ class KVSlots:
         length = self.lengths[slot]
         if any(later <= earlier for earlier, later in itertools.pairwise(rows)):
             raise SlotError(f"rows {list(rows)} of slot {slot} are not in rising order, as rows of a path are")
-        if list(rows) != list(range(len(rows))):
-            source = torch.tensor(rows, device=self.keys.device) + length
-            for store in self.stores:
-                store[:, slot, :, length : length + len(rows)] = store[:, slot].index_select(2, source)
+        moved = [(place, row) for place, row in enumerate(rows) if place != row]  # once one moves, all after it do
+        if moved:
+            source = torch.tensor([length + row for _, row in moved], device=self.keys.device)
+            for store in self.by_slot[slot]:
+                store.narrow(2, length + moved[0][0], len(moved)).copy_(store.index_select(2, source))
         self.lengths[slot] = length + len(rows)
 
     def fork(self, source: int, slot: int, length: int) -> None:

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from server.engine.request import ContextTooLong, EngineError, EngineStopped, QueueFull
 from server.text import InvalidText, TextError
+from server.vision_worker import VisionError, VisionQueueFull, VisionStopped
 
 MAX_RETRY_AFTER_S = 120  # the official client gives up on longer ones
 MAX_SHOWN = 80
@@ -109,6 +110,16 @@ def from_engine(error: EngineError) -> ApiError:
     return ApiError(500, "The engine failed on this request.", kind="server_error", code="internal_error")
 
 
+def from_vision(error: VisionError) -> ApiError:
+    """What the vision worker refuses or fails with, on the wire."""
+    if isinstance(error, VisionQueueFull):
+        headers = {"Retry-After": retry_after(error.retry_after_s)}
+        return ApiError(429, f"{error}.", kind="overloaded", code="queue_full", headers=headers)
+    if isinstance(error, VisionStopped):
+        return NotServing("engine_dead", f"{error}.", MAX_RETRY_AFTER_S)
+    return ApiError(500, f"{error}.", kind="server_error", code="internal_error")
+
+
 def from_text(error: TextError) -> ApiError:
     """Text the codec does not take, on the wire."""
     code = "invalid_unicode" if isinstance(error, InvalidText) else "invalid_value"
@@ -171,6 +182,10 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, EngineError)
         return from_engine(error).response()
 
+    async def on_vision(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
+        assert isinstance(error, VisionError)
+        return from_vision(error).response()
+
     async def on_text(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
         assert isinstance(error, TextError)
         return from_text(error).response()
@@ -178,4 +193,5 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(EngineError, on_engine)
+    app.add_exception_handler(VisionError, on_vision)
     app.add_exception_handler(TextError, on_text)

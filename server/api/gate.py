@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 PUBLIC_PATHS = frozenset({"/health"})
 MAX_BODY_BYTES = 8 * 2**20
+VISION_PATHS = "/v1/vision/"
+MAX_VISION_BODY_BYTES = 32 * 2**20
 BODY_DEADLINE_S = 30.0
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -26,10 +28,9 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class Gate:
     """ASGI middleware. Without a key configured every path is open; with one, all but ``PUBLIC_PATHS`` need it."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self.app = app
         self.key_digest = None if api_key is None else digest(api_key)
-        self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it here."""
@@ -50,7 +51,7 @@ class Gate:
 
         try:
             self._check(scope["path"], headers)
-            await self.app(scope, BodyReader(receive, self.max_body_bytes), send_with_id)
+            await self.app(scope, BodyReader(receive, max_body_bytes(scope["path"])), send_with_id)
         except ApiError as error:
             await error.response()(scope, receive, send_with_id)
         except Exception:  # the one place that answers our own faults
@@ -69,8 +70,8 @@ class Gate:
         if headers.get("content-encoding", "identity") != "identity":
             raise ApiError(415, "Compressed bodies are not accepted; send it plain.", code="unsupported_media_type")
         length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self.max_body_bytes:
-            raise too_large(self.max_body_bytes)
+        if length.isdecimal() and int(length) > max_body_bytes(path):
+            raise too_large(max_body_bytes(path))
 
 
 class BodyReader:
@@ -107,6 +108,11 @@ async def require_json(request: Request) -> None:
     if kind != "application/json":
         message = f"The content type is {kind or 'missing'}; send application/json."
         raise ApiError(415, message, code="unsupported_media_type")
+
+
+def max_body_bytes(path: str) -> int:
+    """How large a body may be: images are larger than texts."""
+    return MAX_VISION_BODY_BYTES if path.startswith(VISION_PATHS) else MAX_BODY_BYTES
 
 
 def digest(key: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -20,21 +21,24 @@ router = APIRouter()
 async def health(serving: CurrentServing) -> JSONResponse:
     """200 while requests are answered; 503 with the reason while loading, going down, or after a failure."""
     try:
-        model = serving.model()
+        text = None if serving.load is None else serving.model()
+        vision = None if serving.vision is None else serving.vision_worker()
     except NotServing as error:
         return JSONResponse({"status": error.code} | error.body(), error.status_code, headers=dict(error.headers or {}))
-    status = model.engine.status()
-    return JSONResponse(
-        {
-            "status": "ok",
-            "model": model.name,
-            "drafter": model.drafter_name,
+    answer: dict[str, Any] = {"status": "ok"}
+    if text is not None:
+        status = text.engine.status()
+        answer |= {
+            "model": text.name,
+            "drafter": text.drafter_name,
             "running": status.running,
             "waiting": status.waiting,
             "slots": status.slots,
             "free_slots": status.free_slots,
         }
-    )
+    if vision is not None:
+        answer["vision"] = {"models": list(vision.names)} | dataclasses.asdict(vision.status())
+    return JSONResponse(answer)
 
 
 @router.get("/version")

@@ -19,6 +19,7 @@ from server.api.errors import ApiError, NotServing, shown
 from server.engine.request import Event, Request
 from server.settings import Settings
 from server.text import TextCodec
+from server.vision_worker import VisionWorker
 
 logger = logging.getLogger(__name__)
 
@@ -111,14 +112,23 @@ class Phase(enum.StrEnum):
 
 
 class Serving:
-    """One process's model and the way to its engine. Lives on the event loop.
+    """One process's models and the ways to them. Lives on the event loop.
 
-    ``on_failure`` is told when loading failed, so that the process can end.
+    ``load`` gives the language model, None where only ``vision`` is served. ``on_failure`` is told when loading failed,
+    so that the process can end.
     """
 
-    def __init__(self, settings: Settings, load: Load, on_failure: Callable[[Exception], None] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        load: Load | None,
+        on_failure: Callable[[Exception], None] | None = None,
+        vision: VisionWorker | None = None,
+    ) -> None:
         self.settings = settings
         self.load = load
+        self.vision = vision
+        self.vision_ready = False
         self.on_failure = on_failure
         self.phase = Phase.LOADING
         self.created = int(time.time())
@@ -127,15 +137,19 @@ class Serving:
         self.dispatcher = Dispatcher(asyncio.get_running_loop())
 
     def start_loading(self) -> None:
-        """Load in a thread of its own, which does not keep the process alive when it is told to end."""
+        """Load in threads of their own, which do not keep the process alive when it is told to end."""
+        if self.vision is not None:
+            self.vision.start(self._vision_loaded)
+        if self.load is None:
+            self.phase = Phase.READY
+            return
         threading.Thread(target=self._load, name="dovetail-load", daemon=True).start()
 
     def model(self) -> ServedModel:
-        """The model, ready to answer. Errors: NotServing (503) with the reason."""
-        if self.phase is Phase.STOPPING:
-            raise NotServing(
-                "shutting_down", "The server is shutting down; try again once it is back.", LOADING_RETRY_S
-            )
+        """The language model, ready to answer. Errors: NotServing (503) with the reason, 404 where there is none."""
+        self._check_not_stopping()
+        if self.load is None:
+            raise ApiError(404, "This server has no language model, only vision models.", code="model_not_found")
         if self.phase is Phase.FAILED:
             raise NotServing("model_failed", f"The model could not be loaded: {self.failure}", LONG_RETRY_S)
         if self.loaded is None:
@@ -143,6 +157,25 @@ class Serving:
         if not self.loaded.engine.alive:
             raise NotServing("engine_dead", "The engine has stopped; restart the server.", LONG_RETRY_S)
         return self.loaded
+
+    def vision_worker(self) -> VisionWorker:
+        """The vision models' worker, ready. Errors: NotServing (503), ApiError 404 where there are no such models."""
+        self._check_not_stopping()
+        if self.vision is None:
+            message = "This server has no vision models; start it with --vision PATH."
+            raise ApiError(404, message, code="model_not_found")
+        if not self.vision.alive:
+            message = f"The vision models cannot answer: {self.vision.failure or 'their process has stopped'}."
+            raise NotServing("engine_dead", message, LONG_RETRY_S)
+        if not self.vision_ready:
+            raise NotServing("model_loading", "The vision models are being loaded; try again soon.", LOADING_RETRY_S)
+        return self.vision
+
+    def _check_not_stopping(self) -> None:
+        if self.phase is Phase.STOPPING:
+            raise NotServing(
+                "shutting_down", "The server is shutting down; try again once it is back.", LOADING_RETRY_S
+            )
 
     def interruption(self) -> NotServing:
         """Why the engine ended a request that nobody cancelled."""
@@ -161,30 +194,57 @@ class Serving:
 
     def unknown_model(self, name: str) -> ApiError:
         """404 for a model name."""
-        message = f"The model {shown(name)} does not exist; this server has {self.name!r}."
+        served = ", ".join(repr(known) for known in self.names)
+        message = f"The model {shown(name)} does not exist; this server has {served}."
         return ApiError(404, message, param="model", code="model_not_found")
 
     @property
     def name(self) -> str:
-        """The name of the model that is, or will be, served."""
+        """The name of the language model that is, or will be, served."""
         return self.loaded.name if self.loaded is not None else self.settings.served_name
+
+    @property
+    def names(self) -> list[str]:
+        """All models that are, or will be, served."""
+        text = [] if self.load is None else [self.name]
+        return text + ([] if self.vision is None else list(self.vision.names))
 
     async def drain(self, hurry: Callable[[], bool] = lambda: False) -> None:
         """Refuse new requests, give running ones ``settings.drain_s`` to finish (``hurry`` cuts it), then end them."""
         self.phase = Phase.STOPPING
         deadline = time.monotonic() + self.settings.drain_s
-        while self.dispatcher.queues and time.monotonic() < deadline and not hurry():
+        while self._is_busy() and time.monotonic() < deadline and not hurry():
             await asyncio.sleep(DRAIN_POLL_S)
         await self.stop()
 
     async def stop(self) -> None:
         """End running requests and the engine. May be called again."""
         self.phase = Phase.STOPPING
+        if self.vision is not None:
+            await asyncio.to_thread(self.vision.stop)
         if self.loaded is not None:
             model, self.loaded = self.loaded, None
             await asyncio.to_thread(model.engine.stop)
 
+    def _is_busy(self) -> bool:
+        return bool(self.dispatcher.queues) or (self.vision is not None and self.vision.status().requests > 0)
+
+    def _vision_loaded(self, error: Exception | None) -> None:
+        if error is None:
+            self._tell(self._vision_is_ready, None)
+        else:
+            self._tell(self._failed, ValueError(f"vision: {error}"))
+
+    def _vision_is_ready(self, _: None) -> None:
+        assert self.vision is not None
+        self.vision_ready = True
+        for model in self.vision.models:
+            logger.info(
+                "%s is ready: %s of %d classes on %s", model.name, model.kind, len(model.class_names), model.runtime
+            )
+
     def _load(self) -> None:
+        assert self.load is not None
         try:
             model = self.load(self.settings)
         except Exception as error:  # told to the event loop, which answers with it
@@ -205,6 +265,8 @@ class Serving:
         logger.info("%s is ready: context %d, drafter %s", model.name, model.context_length, model.drafter_name)
 
     def _failed(self, error: Exception) -> None:
+        if self.phase is Phase.STOPPING:
+            return
         self.failure = str(error) or type(error).__name__
         self.phase = Phase.FAILED
         if isinstance(error, ValueError | OSError | ImportError):

@@ -1,4 +1,4 @@
-"""Ways to generate the same greedy text, timed alike: this engine, transformers, llama.cpp."""
+"""Ways to generate the same text, timed alike: this engine, transformers, llama.cpp."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from server.bench.hardware import compute_threads
 from server.engine.engine import Engine
 from server.engine.generate import generate
 from server.engine.request import EngineError, FinishReason, Request, SamplingParams
+from server.targets.packed_model import is_packed
 from server.targets.torch_target import WEIGHTS
 
 GREEDY = SamplingParams(temperature=0)
@@ -51,7 +52,7 @@ class Timed:
 
 
 class Contestant(Protocol):
-    """Generates greedily, one text at a time."""
+    """Generates one text at a time."""
 
     name: str
 
@@ -61,17 +62,18 @@ class Contestant(Protocol):
 
 
 class EngineContestant:
-    """This engine, with or without a drafter."""
+    """This engine, with or without a drafter, greedy unless ``sampling`` says otherwise."""
 
-    def __init__(self, name: str, engine: Engine) -> None:
+    def __init__(self, name: str, engine: Engine, sampling: SamplingParams = GREEDY) -> None:
         self.name = name
         self.engine = engine
+        self.sampling = sampling
         self.numbers = itertools.count()
 
     def run(self, case: Case) -> Timed:
         """One request, alone in the engine. Errors: EngineError where the engine failed on it."""
         request_id = f"bench-{next(self.numbers)}"
-        request = Request(request_id, case.prompt_ids, case.max_tokens, GREEDY, case.stop_ids)
+        request = Request(request_id, case.prompt_ids, case.max_tokens, self.sampling, case.stop_ids)
         result = generate(self.engine, [request])[request_id]
         if result.finished.reason is FinishReason.FAILED:
             raise EngineError(f"{self.name} failed on {case.name}: {result.finished.error}")
@@ -178,6 +180,8 @@ def create_peers(
     skipped: dict[str, str] = {}
     for name in names:
         try:
+            if is_packed(folder):
+                raise PeerUnavailable("a packed folder is this project's own format; name the original folder")
             if name == TransformersPeer.name:
                 peers.append(TransformersPeer(folder, weights))
             else:

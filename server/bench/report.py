@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,13 @@ from server.bench.contestants import Case, EngineContestant, LlamaCppPeer, Timed
 from server.bench.hardware import measure_hardware
 from server.bench.prompts import Prompt
 from server.bench.simulated import SimulatedDrafter
+from server.bench.texts import Advance, BenchError, Texts, generate_references
 from server.bench.verify_curve import verify_ms
 from server.engine.engine import Engine, RoundClock
 from server.text import TextCodec
 
 PLAIN, DOVETAIL = "plain", "dovetail"
 PEERS = (TransformersPeer.name, LlamaCppPeer.name)
-
-Advance = Callable[[str, int, int], None]  # what is being done, how many steps are done, of how many
-
-
-class BenchError(ValueError):
-    """A benchmark that cannot be run as asked."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +45,6 @@ class BenchOptions:
             raise BenchError(f"max tokens {self.max_tokens}, repeats {self.repeats}; need at least 2 and 1")
 
 
-@dataclass
-class Texts:
-    """The cases with the target's own texts, and how many prompts did not fit the context."""
-
-    cases: list[Case] = field(default_factory=list)
-    references: list[tuple[int, ...]] = field(default_factory=list)
-    num_too_long: int = 0
-
-
 def measure(
     engine: Engine, folder: Path, codec: TextCodec, prompts: Sequence[Prompt], options: BenchOptions, advance: Advance
 ) -> dict[str, Any]:
@@ -70,9 +55,7 @@ def measure(
     if engine.drafter is None and options.simulate_acceptance is None:
         raise BenchError("there is no drafter to compare with plain decoding; name one with --drafter")
     plain = EngineContestant(PLAIN, Engine(engine.target, None, engine.options))
-    texts = generate_references(plain, codec, prompts, options, advance)
-    if not texts.cases:
-        raise BenchError(f"none of the {len(prompts)} prompts fits a context of {engine.options.context_length} tokens")
+    texts = generate_references(plain, codec, prompts, options.max_tokens, options.ignore_eos, advance)
     hardware = measure_hardware()
     curve = verify_ms(engine.target)
     ngram = ngram_runs(engine, texts.cases, advance)
@@ -100,37 +83,6 @@ def measure(
         "ngram_acceptance_length": round(acceptance_length(ngram), 3),
     }
     return report
-
-
-def generate_references(
-    plain: EngineContestant, codec: TextCodec, prompts: Sequence[Prompt], options: BenchOptions, advance: Advance
-) -> Texts:
-    """Generate every text once by plain decoding. This warms up, fixes the cases and gives the texts to compare with.
-
-    A chat's later turns follow the target's own answers to the earlier ones.
-    """
-    texts = Texts()
-    stop_ids: frozenset[int] = frozenset() if options.ignore_eos else codec.stop_ids
-    context = plain.engine.options.context_length
-    for number, prompt in enumerate(prompts, start=1):
-        messages: list[dict[str, str]] = []
-        for turn in prompt.turns or (None,):
-            if turn is None:
-                prompt_ids = codec.encode(prompt.text or "")
-            else:
-                messages.append({"role": "user", "content": turn})
-                prompt_ids = codec.chat(messages)
-            if len(prompt_ids) + options.max_tokens > context:
-                texts.num_too_long += 1
-                break
-            case = Case(prompt.name, tuple(prompt_ids), options.max_tokens, stop_ids)
-            answer = plain.run(case).token_ids
-            texts.cases.append(case)
-            texts.references.append(answer)
-            shown = itertools.takewhile(lambda token_id: token_id not in codec.stop_ids, answer)
-            messages.append({"role": "assistant", "content": codec.decode(list(shown))})
-        advance("reference texts", number, len(prompts))
-    return texts
 
 
 def ngram_runs(engine: Engine, cases: Sequence[Case], advance: Advance) -> list[Timed]:
@@ -191,10 +143,7 @@ def conditions_json(options: BenchOptions, texts: Texts, result: Race) -> dict[s
     """What was generated."""
     return {
         "suite": options.suite,
-        "texts": len(texts.cases),
-        "texts_too_long": texts.num_too_long,
-        "mean_prompt_tokens": round(sum(len(case.prompt_ids) for case in texts.cases) / len(texts.cases), 1),
-        "mean_output_tokens": round(sum(map(len, texts.references)) / len(texts.references), 1),
+        **texts.json(),
         "max_tokens": options.max_tokens,
         "ignore_eos": options.ignore_eos,
         "repeats": options.repeats,

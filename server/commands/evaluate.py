@@ -9,12 +9,15 @@ from typing import Annotated
 
 import typer
 
+from server.commands.evaluate_drafter import evaluate_drafter
+from server.commands.evaluate_drafter_study import evaluate_drafter_study
+from server.commands.options import Target, Threads
+
 app = typer.Typer(no_args_is_help=True, help="Measure a trained model.")
 
 
-@app.callback()
-def group() -> None:
-    """Keeps the word after ``eval`` a command, however many there are."""
+app.command("drafter")(evaluate_drafter)
+app.command("drafter-study")(evaluate_drafter_study)
 
 
 @app.command("classifier")
@@ -29,4 +32,95 @@ def evaluate_classifier(
     from vision.evaluate import evaluate_classifier
 
     report = evaluate_classifier(checkpoint, kind, data, split, batch_size=batch_size)
+    typer.echo(json.dumps(dataclasses.asdict(report)))
+
+
+@app.command("retrieval")
+def evaluate_retrieval(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained backbone.")],
+    data: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of images.")],
+    kind: Annotated[str, typer.Option(help="How the data lie: folder, cifar10, cifar100 or idx.")] = "folder",
+    split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+) -> None:
+    """Rank-1 and mean average precision of a backbone's embeddings, on classes it need not know."""
+    from vision.retrieval import evaluate_retrieval
+
+    report = evaluate_retrieval(checkpoint, kind, data, split, batch_size=batch_size)
+    typer.echo(json.dumps(dataclasses.asdict(report)))
+
+
+@app.command("classifier-study")
+def evaluate_classifier_study(
+    recipe: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe with [study].")],
+    json_file: Annotated[Path, typer.Option("--json", dir_okay=False, help="Report; the plot lies beside it.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)
+    ] = None,
+) -> None:
+    """Accuracy of a study's classifiers against their size and latency; what is not trained yet is marked NOT RUN."""
+    from kernels.training.options import load_recipe
+    from kernels.training.study import expand
+    from server.bench.hardware import measure_hardware
+    from vision.tasks.study import markdown, study_rows, write_study
+
+    cells = expand(load_recipe(recipe), output)
+    report = write_study(study_rows(cells), cells, measure_hardware().json(), json_file)
+    typer.echo(markdown(report["rows"]), err=True)
+    typer.echo(json.dumps(report))
+
+
+@app.command("perplexity")
+def evaluate_perplexity(
+    text: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Text file the model was not trained on.")],
+    target: Target = None,
+    weights: Annotated[
+        str, typer.Option(help="Formats, by commas; the first is what the others are compared with.")
+    ] = "bf16,int8,int4",
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
+    stride: Annotated[int, typer.Option(min=1, help="Tokens from one window to the next.")] = 128,
+    limit: Annotated[int | None, typer.Option(min=2, help="Tokens of the text to take.", show_default=False)] = None,
+    threads: Threads = None,
+) -> None:
+    """Perplexity of a text under a target, and its change with the weights' format.
+
+    A packed folder has one format: name it alone, as in --weights int4.
+    """
+    from tokenizers import Tokenizer
+
+    from server.bench.perplexity import Windows, compare_weights
+    from server.launch import load_target, resolve_model
+
+    folder = resolve_model(target, "target")
+    codec = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    token_ids = codec.encode(text.read_text(encoding="utf-8")).ids[:limit]
+    found = compare_weights(
+        folder,
+        token_ids,
+        weights.split(","),
+        Windows(window, stride),
+        lambda folder, weights, capacity: load_target(folder, weights, 1, capacity, threads),
+    )
+    results = [
+        dataclasses.asdict(each) | {"change": round(each.perplexity / found[0].perplexity - 1, 5)} for each in found
+    ]
+    typer.echo(json.dumps({"target": folder.name, "window": window, "stride": stride, "results": results}))
+
+
+@app.command("detector")
+def evaluate_detector(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained detector.")],
+    data: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of images and annotations.")],
+    kind: Annotated[str, typer.Option(help="How the data lie: voc, coco or yolo.")] = "voc",
+    split: Annotated[str, typer.Option(help="Split to measure on.")] = "test",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for report, curves and pictures.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+) -> None:
+    """Average precision of a detector, overall and by class."""
+    from vision.detection.report import evaluate_detector, markdown
+
+    report = evaluate_detector(checkpoint, kind, data, split, output=output, batch_size=batch_size)
+    typer.echo(markdown(report), err=True)
     typer.echo(json.dumps(dataclasses.asdict(report)))

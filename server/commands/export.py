@@ -27,3 +27,17 @@ def export_classifier(
     from vision.export import export_classifier
 
     typer.echo(json.dumps(dataclasses.asdict(export_classifier(checkpoint, output, image_size=image_size))))
+
+
+@app.command("detector")
+def export_detector(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained detector.")],
+    output: Annotated[
+        Path | None,
+        typer.Argument(dir_okay=False, help="ONNX file; nothing: model.onnx beside the weights.", show_default=False),
+    ] = None,
+) -> None:
+    """A detector as one ONNX graph, checked against torch. Beside its weights, the server runs it in torch's stead."""
+    from vision.detection.export import export_detector
+
+    typer.echo(json.dumps(dataclasses.asdict(export_detector(checkpoint, output))))

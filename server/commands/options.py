@@ -13,7 +13,7 @@ from server.settings import Settings, load_settings
 def flag(name: str) -> Any:
     """An option for a setting. Its own default is None: not given."""
     setting = Settings.model_fields[name]
-    default = "" if setting.default is None or setting.default is False else f" Default: {setting.default}."
+    default = "" if setting.default in (None, False, ()) else f" Default: {setting.default}."
     return typer.Option(f"--{name.replace('_', '-')}", help=f"{setting.description}{default}", show_default=False)
 
 
@@ -34,3 +34,9 @@ Config = Annotated[Path | None, typer.Option("--config", help="TOML file of sett
 def settings_from(config: Path | None, **flags: Any) -> Settings:
     """Settings from the flags that were given, the environment and the file."""
     return load_settings({name: value for name, value in flags.items() if value is not None}, config)
+
+
+def check_folder(file: Path | None, option: str) -> None:
+    """Refuse, before anything runs, a file to write in a folder that does not exist."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"the folder of {file} does not exist", param_hint=option)

@@ -38,14 +38,19 @@ def serve(
     rows: Rows = None,
     top_k: TopK = None,
     depth: Depth = None,
+    vision: Annotated[list[str] | None, flag("vision")] = None,
+    no_llm: Annotated[bool | None, flag("no_llm")] = None,
+    vision_batch: Annotated[int | None, flag("vision_batch")] = None,
+    vision_pixels: Annotated[int | None, flag("vision_pixels")] = None,
+    vision_url_hosts: Annotated[str | None, flag("vision_url_hosts")] = None,
     api_key: Annotated[str | None, flag("api_key")] = None,
     model_name: Annotated[str | None, flag("model_name")] = None,
     lenient: Annotated[bool | None, flag("lenient")] = None,
     config: Config = None,
 ) -> None:
-    """Answer OpenAI clients over HTTP."""
+    """Answer OpenAI clients over HTTP, and vision requests beside them."""
     settings = settings_from(**locals())
     from server import app
-    from server.launch import load_model
+    from server.launch import load_model, vision_worker
 
-    app.serve(settings, load_model)
+    app.serve(settings, None if settings.no_llm else load_model, vision_worker(settings))

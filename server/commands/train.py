@@ -13,6 +13,7 @@ app = typer.Typer(no_args_is_help=True, help="Train a model from a recipe.")
 
 Recipe = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe.", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what memory and disk the run takes; train nothing.")]
 
 
 @app.command("language-model")
@@ -25,9 +26,15 @@ def train_language_model(recipe: Recipe, resume: Resume = False) -> None:
 
 
 @app.command("drafter")
-def train_drafter(recipe: Recipe, resume: Resume = False) -> None:
+def train_drafter(recipe: Recipe, resume: Resume = False, dry_run: DryRun = False) -> None:
     """Train a drafter on a target's own features."""
     from kernels.training.options import load_recipe
+
+    if dry_run:
+        from server.training_plan import plan_drafter
+
+        typer.echo(json.dumps(plan_drafter(load_recipe(recipe))))
+        return
     from server.feature_source import train_drafter
 
     print_report(train_drafter(load_recipe(recipe), resume))
@@ -36,12 +43,57 @@ def train_drafter(recipe: Recipe, resume: Resume = False) -> None:
 @app.command("classifier")
 def train_classifier(recipe: Recipe, resume: Resume = False) -> None:
     """Train an image classifier on one of the compact backbones."""
-    from kernels.training.options import load_recipe
+    from kernels.training.options import RecipeError, load_recipe
     from vision.tasks.classification import train_classifier
 
-    print_report(train_classifier(load_recipe(recipe), resume=resume))
+    tables = load_recipe(recipe)
+    if "study" in tables:
+        raise RecipeError(f"{recipe} is a study: dovetail study classifier {recipe}")
+    print_report(train_classifier(tables, resume=resume))
+
+
+@app.command("embedding")
+def train_embedding(recipe: Recipe, resume: Resume = False) -> None:
+    """Train a backbone for retrieval, alone or with the help of a teacher."""
+    from kernels.training.options import load_recipe
+    from vision.tasks.embedding import train_embedding
+
+    print_report(train_embedding(load_recipe(recipe), resume=resume))
+
+
+@app.command("segmenter")
+def train_segmenter(recipe: Recipe, resume: Resume = False) -> None:
+    """Train a semantic segmenter, alone or with the help of a teacher."""
+    from kernels.training.options import load_recipe
+    from vision.tasks.segmentation import train_segmenter
+
+    print_report(train_segmenter(load_recipe(recipe), resume=resume))
+
+
+@app.command("distil")
+def train_distilled(recipe: Recipe, resume: Resume = False) -> None:
+    """Train an image classifier with the help of a teacher."""
+    from kernels.training.options import load_recipe
+    from vision.tasks.distillation import train_distilled
+
+    print_report(train_distilled(load_recipe(recipe), resume=resume))
+
+
+@app.command("detector")
+def train_detector(recipe: Recipe, resume: Resume = False) -> None:
+    """Train an object detector on images with boxes."""
+    from kernels.training.options import RecipeError, load_recipe
+    from vision.tasks.detection import train_detector
+
+    tables = load_recipe(recipe)
+    if "study" in tables:
+        raise RecipeError(f"{recipe} is a study: dovetail study detector {recipe}")
+    print_report(train_detector(tables, resume=resume))
 
 
 def print_report(report: Any) -> None:
-    """One line of JSON from a training report (a dataclass)."""
-    typer.echo(json.dumps(dataclasses.asdict(report)))
+    """One line of JSON from a training report (a dataclass); of several processes the first prints it."""
+    from kernels.training.processes import is_first_process
+
+    if is_first_process():
+        typer.echo(json.dumps(dataclasses.asdict(report)))

@@ -1,4 +1,4 @@
-"""Llama-like targets on the project's own CPU kernels: every decoder layer is one native call over packed weights.
+"""Llama-like targets on the project's own CPU kernels: all decoder layers are one native call over packed weights.
 
 transformers still gives the model (config, embedding, rotary angles, final norm); its decoder layers are packed one by
 one to bf16, int8 or int4 and dropped. Rows come out bit-equal whatever their number and whatever stands beside them,
@@ -7,6 +7,7 @@ so drafted greedy text equals plain text exactly. transformers' own layers are t
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,23 +18,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels import native
-from kernels.decoder_layer import (
-    LayerPass,
-    UnsupportedLayer,
-    check_layer,
-    decoder_layer,
-    head_argmax,
-    pack_decoder_layer,
-)
-from kernels.linear_lowbit import PackedWeight, linear, pack
+from kernels.decoder_layer import LayerPass, LayerStack, UnsupportedLayer, decoder_layers, head_argmax, rms_norm
+from kernels.linear_lowbit import PackedWeight, dequantise, linear
 from kernels.tree_attention import Segment
+from server.targets.packed_model import (
+    BITS,
+    PackedModel,
+    check_model,
+    empty_model,
+    is_packed,
+    load_packed_model,
+    pack_model,
+)
+from server.targets.stock_target import stock_target, unpacked_model
 from server.targets.target import TargetError
 from server.targets.torch_target import LogitsHead, TorchTarget, load_transformers_model
 
 logger = logging.getLogger(__name__)
 
-BITS = {"bf16": 16, "int8": 8, "int4": 4}
-HEAD_BITS = 8  # an int4 head costs more accuracy than the bytes it saves (ours); it is read once a pass
+LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")  # their frequencies change with the longest position of a pass
+DEFAULT_WEIGHTS = "fp32"
 
 
 class NativeHead(LogitsHead):
@@ -55,20 +59,45 @@ class NativeHead(LogitsHead):
         return token_ids
 
 
+class RotaryAngles:
+    """Cosines and sines by position: read from a table, where the model's rotary embedding depends on nothing else."""
+
+    def __init__(self, rotary_embedding: Any, capacity: int) -> None:
+        self.rotary_embedding = rotary_embedding
+        self.table: tuple[Tensor, Tensor] | None = None
+        if rotary_embedding.rope_type not in LENGTH_DEPENDENT_ROPES:
+            self.table = self.compute(torch.arange(capacity))
+
+    def __call__(self, positions: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """Cosine and sine [n, head size] fp32 and, for each row, which of them turns it."""
+        if self.table is None:
+            return *self.compute(torch.tensor(positions)), list(range(len(positions)))
+        return *self.table, positions
+
+    @torch.inference_mode()
+    def compute(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """By the model's own code."""
+        like = torch.empty(1, 1, 1)  # tells the embedding type and device
+        cosine, sine = self.rotary_embedding(like, positions[None])
+        return cosine[0], sine[0]
+
+
 class NativeTarget(TorchTarget):
     """A ``TorchTarget`` whose decoder layers and head run natively. Hidden states are fp32 between the layers."""
 
     def __init__(
-        self, model: Any, name: str, weights: str, num_slots: int, capacity: int, kv_cache: str | None = None
+        self, packed: PackedModel, name: str, num_slots: int, capacity: int, kv_cache: str | None = None
     ) -> None:
-        super().__init__(model, name, weights, num_slots, capacity, kv_cache)
-        bits = BITS[weights]
-        self.head = NativeHead(model, pack(self.lm_head(), max(bits, HEAD_BITS)))
-        self.layers = []
-        layers: nn.ModuleList = model.base_model.layers
-        for index, layer in enumerate(layers):
-            self.layers.append(pack_decoder_layer(layer, bits))
+        super().__init__(packed.model, name, packed.weights, num_slots, capacity, kv_cache)
+        self.head = NativeHead(packed.model, packed.head)
+        self.packed_head = packed.head
+        base = packed.model.base_model
+        layers: nn.ModuleList = base.layers
+        for index in range(len(layers)):
             layers[index] = nn.Identity()
+        self.stack = LayerStack(packed.layers)
+        self.norm_weight, self.norm_epsilon = base.norm.weight.detach().float().clone(), base.norm.variance_epsilon
+        self.angles = RotaryAngles(base.rotary_emb, capacity)
 
     @classmethod
     def load(
@@ -78,43 +107,75 @@ class NativeTarget(TorchTarget):
         if weights not in BITS:
             raise TargetError(f"weights {weights!r} have no native form; allowed are {', '.join(BITS)}")
         if native.library() is None:
-            raise TargetError(
-                f"weights {weights} need the native kernels, which are not built here: with a C++20 compiler at hand, "
-                "`pip install --editable .` builds them; or use --weights fp32"
-            )
-        model = load_transformers_model(folder, torch.bfloat16)
-        for layer in model.base_model.layers:
-            check_layer(layer)
-        reference = TorchTarget(model, folder.name, "bf16", 1, 4)
-        reference.self_check()
-        return cls(model, folder.name, weights, num_slots, capacity, kv_cache)
+            raise TargetError("the native layers are not built; `load_target` finds another way")
+        return cls(pack_model(folder, weights), folder.name, num_slots, capacity, kv_cache)
+
+    @functools.cached_property
+    def _untied_head(self) -> Tensor:
+        return dequantise(self.packed_head).to(self.embedding().dtype)
+
+    def lm_head(self) -> Tensor:
+        """[vocabulary, hidden]; where it is not the embedding, what the packed head stands for, made when asked."""
+        return self.embedding() if self.model.config.tie_word_embeddings else self._untied_head
 
     @torch.inference_mode()
     def _forward(self, segments: Sequence[Segment], token_ids: list[int], positions: list[int]) -> Tensor:
         """Features [rows, hidden] after the final norm, fp32."""
         for segment in segments:
             self.slots.check(segment)
-        base = self.model.base_model
         hidden = functional.embedding(torch.tensor(token_ids), self.embedding()).float()
-        cosine, sine = base.rotary_emb(hidden[None], torch.tensor([positions]))
-        row_pass = LayerPass(self.slots, segments, cosine[0], sine[0])
-        for index, layer in enumerate(self.layers):
+        row_pass = LayerPass(self.slots, segments, *self.angles(positions))
+        done = 0
+        for index in sorted(self.tap.wanted):
+            decoder_layers(hidden, self.stack, row_pass, range(done, index))
             self.tap.record(index, hidden)
-            decoder_layer(hidden, layer, index, row_pass)
-        features: Tensor = base.norm(hidden)
-        return features
+            done = index
+        decoder_layers(hidden, self.stack, row_pass, range(done, len(self.stack)))
+        return rms_norm(hidden, self.norm_weight, self.norm_epsilon)
 
 
-def load_target(folder: Path, weights: str, num_slots: int, capacity: int, kv_cache: str | None = None) -> TorchTarget:
-    """The fastest target that serves ``weights``: native where kernels and architecture allow, else transformers'.
+def load_target(
+    folder: Path, weights: str | None, num_slots: int, capacity: int, kv_cache: str | None = None
+) -> TorchTarget:
+    """The fastest target that serves ``weights``: native where kernels and architecture allow, else torch's products.
 
-    fp32 always runs transformers' own layers: it is what everything else is compared with.
+    ``weights`` None: as a packed folder was made, else fp32, which always runs transformers' own layers: it is what
+    everything else is compared with. Errors: TargetError, PackedFormatError.
     """
-    if weights in BITS and (native.library() is not None or weights != "bf16"):
-        try:
+    if is_packed(folder):
+        return load_packed_target(folder, weights, num_slots, capacity, kv_cache)
+    if weights is None or weights not in BITS:
+        return TorchTarget.load(folder, weights or DEFAULT_WEIGHTS, num_slots, capacity, kv_cache)
+    if native.library() is not None:
+        reason = why_not_native(folder)
+        if reason is None:
             return NativeTarget.load(folder, weights, num_slots, capacity, kv_cache)
-        except UnsupportedLayer as error:
-            if weights != "bf16":
-                raise TargetError(f"{folder} cannot be served in {weights}: {error}; use bf16 or fp32") from error
-            logger.info("%s runs on transformers' own layers: %s", folder.name, error)
-    return TorchTarget.load(folder, weights, num_slots, capacity, kv_cache)
+        logger.warning("%s runs on transformers' own layers and torch's products: %s", folder.name, reason)
+    if weights == "bf16":
+        return TorchTarget.load(folder, weights, num_slots, capacity, kv_cache)
+    return stock_target(
+        load_transformers_model(folder, torch.bfloat16), folder.name, weights, num_slots, capacity, kv_cache
+    )
+
+
+def load_packed_target(
+    folder: Path, weights: str | None, num_slots: int, capacity: int, kv_cache: str | None = None
+) -> TorchTarget:
+    """A folder that ``dovetail convert --weights`` wrote. Errors: TargetError where other weights are asked for."""
+    packed = load_packed_model(folder)
+    if weights not in (None, packed.weights):
+        raise TargetError(
+            f"{folder} is packed in {packed.weights}; --weights {weights} needs the original folder of safetensors"
+        )
+    if native.library() is None:
+        return stock_target(unpacked_model(packed), folder.name, packed.weights, num_slots, capacity, kv_cache)
+    return NativeTarget(packed, folder.name, num_slots, capacity, kv_cache)
+
+
+def why_not_native(folder: Path) -> str | None:
+    """None where the native layers can run this model, else what stands in their way."""
+    try:
+        check_model(empty_model(folder))
+    except UnsupportedLayer as error:
+        return str(error)
+    return None

@@ -5,7 +5,6 @@ The model's own code runs unchanged; ``kernels.tree_attention.transformers_plugi
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from kernels.tree_attention import Segment, causal_segment, tree_segment
 from kernels.tree_attention.transformers_plugin import ATTENTION_NAME, RowPass, UnsupportedArchitecture, create_slots
 from server.placement.devices import CPU
-from server.targets.checkpoint import check_files
+from server.targets.checkpoint import check_files, read_config
 from server.targets.feature_tap import FeatureTap
 from server.targets.target import PrefillChunk, Prefilled, TargetError, TargetInfo, VerifyRows
 
@@ -80,7 +79,7 @@ def load_transformers_model(folder: Path, dtype: torch.dtype) -> Any:
     Errors: TargetError naming the file, or the weights that do not fit the config.
     """
     check_files(folder)
-    config = copy.deepcopy(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    config = read_config(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,

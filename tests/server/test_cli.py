@@ -174,3 +174,60 @@ def test_help_loads_nothing_heavy():
         "sys.exit(bool({'torch', 'transformers', 'fastapi'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_serve_passes_vision_on_and_may_do_without_a_language_model(launch, monkeypatch):
+    from server import app
+
+    served = []
+    monkeypatch.setattr(app, "serve", lambda *arguments: served.append(arguments))
+    launch.vision_worker = lambda settings: ("worker", settings.vision)
+    assert run("serve", "--vision", "a", "--vision", "b").exit_code == 0
+    assert run("serve", "--no-llm", "--vision", "a").exit_code == 0
+    (_, load, worker), (_, no_load, _) = served
+    assert (load, no_load, worker) == (launch.load_model, None, ("worker", ("a", "b")))
+
+
+def test_vision_models_are_found_and_named(tmp_path, make_settings, monkeypatch):
+    from server import launch
+
+    for name in ("one", "two", "deep/one", "tiny"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def names(*paths, **settings):
+        worker = launch.vision_worker(make_settings(vision=[str(tmp_path / path) for path in paths], **settings))
+        return worker.names
+
+    monkeypatch.setattr(launch, "ASSETS", tmp_path)
+    assert names("one", "two") == ("one", "two")
+    assert names("tiny", no_llm=True) == ("tiny",)
+    for paths in (("one", "deep/one"), ("tiny",)):
+        with pytest.raises(launch.LaunchError, match="two models would be served as"):
+            names(*paths)
+    with pytest.raises(launch.LaunchError, match="no such folder"):
+        names("three")
+    assert launch.vision_worker(make_settings()) is None
+    with pytest.raises(launch.LaunchError, match="--no-llm needs --vision"):
+        launch.vision_worker(make_settings(no_llm=True))
+    (tmp_path / "detector").mkdir()
+    assert launch.vision_worker(make_settings()).names == ("detector",)
+    assert launch.vision_worker(make_settings(vision=["none"])) is None
+
+
+def test_detect_prints_and_draws(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    from PIL import Image
+    from tiny_detector import encoded, halves, write_tiny_detector
+
+    model = write_tiny_detector(tmp_path / "halves")
+    image, drawn = tmp_path / "a.png", tmp_path / "drawn.png"
+    image.write_bytes(encoded(halves()))
+    result = run("detect", str(image), "--model", str(model), "--json", "--draw", str(drawn))
+    answer = json.loads(result.stdout.splitlines()[-1])
+    assert answer["image"] == {"width": 64, "height": 48}
+    assert [entry["class_name"] for entry in answer["detections"]] == ["red"]
+    with Image.open(drawn) as picture:
+        assert picture.size == (64, 48)
+    assert "red" in run("detect", str(image), "--model", str(model)).stdout
+    assert run("detect", str(image), str(image), "--model", str(model), "--draw", str(drawn)).exit_code == 2

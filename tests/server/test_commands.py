@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kernels.training import RecipeError, TrainingReport
 from server.cli import app
 
 RUNNER = CliRunner()
@@ -42,16 +43,89 @@ def test_classifier_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         assert json.loads(result.stdout.splitlines()[-1])["given"] == [str(value) for value in given]
 
 
+STUDY = """
+[study]
+[study.variants]
+small.model.backbone = "fd_mobilenet_x0_25"
+large.model.backbone = "mobilenet_v1_x0_25"
+[training]
+output = "runs/study"
+"""
+
+
+def test_study_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import vision.tasks.classification as classification
+    import vision.tasks.study as study
+
+    report = TrainingReport({"top1": 0.5}, {}, 1.0, "checkpoint", finished=True)
+    monkeypatch.setattr(classification, "train_classifier", lambda recipe, *, resume: report)
+    monkeypatch.setattr(study, "study_rows", list)
+    monkeypatch.setattr(study, "markdown", lambda rows: f"{len(rows)} rows")
+    monkeypatch.setattr(study, "write_study", lambda rows, cells, hardware, file: {"rows": [c.name for c in cells]})
+    recipe, folder = tmp_path / "study.toml", tmp_path / "out"
+    recipe.write_text(STUDY)
+    result = RUNNER.invoke(app, ["study", "classifier", str(recipe), "--output", str(folder), "--only", "large"])
+    assert result.exit_code == 0, result.output
+    cells = json.loads(result.stdout.splitlines()[-1])["cells"]
+    assert [cell["status"] for cell in cells] == ["NOT RUN", "finished"]
+    assert json.loads((folder / "study.json").read_text())["cells"] == cells
+    result = RUNNER.invoke(app, ["eval", "classifier-study", str(recipe), "--json", str(tmp_path / "study.json")])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["rows"] == ["small/seed_0", "large/seed_0"]
+
+
+def test_a_study_is_not_a_training(tmp_path: Path) -> None:
+    recipe = tmp_path / "study.toml"
+    recipe.write_text(STUDY)
+    result = RUNNER.invoke(app, ["train", "classifier", str(recipe)])
+    assert isinstance(result.exception, RecipeError)
+    assert "is a study: dovetail study classifier" in str(result.exception)
+
+
 def test_kernel_benchmarks_are_reserved_words_of_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from kernels.linear_lowbit import bench
+    from server.bench import kernel_report
 
     seen = []
-    monkeypatch.setattr(bench, "bench_kernels", lambda *a, **k: seen.append((a, k)) or {"results": []})
-    monkeypatch.setattr(bench, "table", lambda result: "table")
+    monkeypatch.setattr(kernel_report, "bench_kernels", lambda *given: seen.append(given) or {"results": []})
+    monkeypatch.setattr(kernel_report, "table", lambda report: "table")
+    monkeypatch.setattr(kernel_report, "remarks", lambda report: ["remark"])
     file = tmp_path / "kernels.json"
-    result = RUNNER.invoke(app, ["bench", "kernels", "--rows", "1,8", "--weights", "int4", "--json", str(file)])
+    words = ["--rows", "1,8", "--weights", "int4", "--scopes", "model", "--contexts", "64", "--layers", "4"]
+    result = RUNNER.invoke(app, ["bench", "kernels", *words, "--json", str(file)])
     assert result.exit_code == 0, result.output
     assert json.loads(file.read_text()) == json.loads(result.stdout.splitlines()[-1]) == {"results": []}
-    assert seen[0][0] == (["1B"], ["int4"], [1, 8])
+    options, scopes, contexts, _ = seen[0]
+    assert (options.weights, options.rows, options.layers, scopes, contexts) == (["int4"], [1, 8], 4, ["model"], [64])
     assert "bench diagonalwise" in RUNNER.invoke(app, ["bench", "--help"]).output
     assert RUNNER.invoke(app, ["bench", "diagonalwise", "--help"]).exit_code == 0
+
+
+def test_detector_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import vision.detection.report as report
+    import vision.tasks.detection as detection
+
+    monkeypatch.setattr(report, "evaluate_detector", lambda *a, **k: recorded(*a, *k.values()))
+    monkeypatch.setattr(report, "markdown", lambda given: "| class |")
+    monkeypatch.setattr(detection, "train_detector", lambda r, resume: recorded(r["data"]["kind"], resume))
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
+    recipe.write_text('[data]\nkind = "coco"\n')
+    for arguments, given in (
+        (["eval", "detector", str(tmp_path), str(tmp_path), "--kind", "coco", "--split", "val2017"],
+         [tmp_path, "coco", tmp_path, "val2017", None, 8]),
+        (["eval", "detector", str(tmp_path), str(tmp_path), "--output", str(out), "--batch-size", "2"],
+         [tmp_path, "voc", tmp_path, "test", out, 2]),
+        (["train", "detector", str(recipe), "--resume"], ["coco", True]),
+    ):  # fmt: skip
+        result = RUNNER.invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout.splitlines()[-1])["given"] == [str(value) for value in given]
+
+    study = tmp_path / "study.toml"
+    study.write_text(STUDY)
+    refused = RUNNER.invoke(app, ["train", "detector", str(study)])
+    assert isinstance(refused.exception, RecipeError) and "dovetail study detector" in str(refused.exception)
+    finished = TrainingReport({"map50": 0.5}, {}, 1.0, "checkpoint", finished=True)
+    monkeypatch.setattr(detection, "train_detector", lambda recipe, *, resume: finished)
+    result = RUNNER.invoke(app, ["study", "detector", str(study), "--output", str(out)])
+    cells = json.loads(result.stdout.splitlines()[-1])["cells"]
+    assert [cell["final"] for cell in cells] == [{"map50": 0.5}] * 2

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from kernels import native
 from server.commands import doctor
 
 
@@ -31,3 +32,13 @@ def test_missing_assets_are_told(tmp_path: object) -> None:
     from pathlib import Path
 
     assert doctor.asset(Path(str(tmp_path)) / "target")["present"] is False
+
+
+def test_the_kernel_is_named_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = doctor.kernels()
+    if native.library() is not None:
+        assert found["chosen"] == found["available"][0] == native.instruction_set()
+        assert found["chosen"] in found["reason"] and "fastest" in found["reason"]
+    monkeypatch.setattr(native, "library", lambda: None)
+    found = doctor.kernels()
+    assert found["chosen"] == "reference" and "torch's own products" in found["reason"]

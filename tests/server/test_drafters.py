@@ -8,13 +8,16 @@ import torch
 
 from doubles import OracleDrafter, save_word_tokenizer, tiny_llama, tiny_qwen3
 from drafters.checkpoint import save_drafter
+from drafters.dovetail import DovetailDrafter
 from drafters.drafter import Drafter, DrafterError
 from drafters.eagle import EagleConfig, EagleNetwork
 from drafters.hybrid import HybridDrafter
+from drafters.native import NativeDrafter
 from drafters.network import DovetailConfig, DovetailNetwork
 from drafters.ngram import NGramDrafter
 from drafters.proposal import Budget
 from drafters.small_lm import SmallLMDrafter
+from kernels import native
 from server.engine.engine import Engine, EngineOptions
 from server.engine.generate import Generated, generate
 from server.engine.request import Request, SamplingParams
@@ -107,6 +110,7 @@ def test_names_lead_to_their_kind(load: Callable[[str], Drafter | None], folder:
     dovetail = load(str(dovetail_folder))
     assert dovetail is not None
     assert dovetail.name == "dovetail"
+    assert isinstance(dovetail, DovetailDrafter if native.library() is None else NativeDrafter)
     hybrid = load(f"hybrid:{dovetail_folder}")
     assert isinstance(hybrid, HybridDrafter)
     assert hybrid.feature_layers == ("last",)

@@ -43,7 +43,7 @@ def test_captured_features_are_the_targets_own(options: DataOptions) -> None:
 
 
 def test_features_of_another_target_are_refused(options: DataOptions) -> None:
-    source_for(options)
+    assert source_for(options).train_data
     tiny_llama(seed=1).save_pretrained(options.target)
     with pytest.raises(CaptureError, match="another target"):
-        source_for(options)
+        assert source_for(options).train_data

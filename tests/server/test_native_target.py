@@ -1,18 +1,22 @@
 """Targets on the native layers: near transformers' own numbers, and bit-equal rows whatever stands beside them."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from doubles import OracleDrafter, tiny_llama, tiny_qwen3
+from drafters.native import NativeDrafter
+from drafters.network import DovetailConfig, DovetailNetwork
 from drafters.proposal import Budget, Proposal
 from kernels import native
 from server.engine.engine import Engine, EngineOptions
 from server.engine.generate import generate
 from server.engine.request import Request, SamplingParams
-from server.targets import native_target
 from server.targets.native_target import NativeTarget, load_target
 from server.targets.target import PrefillChunk, TargetError, VerifyRows
 from server.targets.torch_target import TorchTarget
@@ -89,23 +93,63 @@ def test_an_int8_kv_cache_halves_its_memory_and_drafts_as_it_decodes(folder: Pat
     assert generate(engine, [Request("a", PROMPT, 30, GREEDY)])["a"].token_ids == plain["a"].token_ids
 
 
-def test_what_has_no_native_form_is_served_by_transformers_or_refused(
-    save_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0, seed=3)], ids=["greedy", "sampled"])
+def test_text_drafted_natively_equals_plain_text(folder: Path, weights: str, sampling: SamplingParams) -> None:
+    target = NativeTarget.load(folder, weights, 2, 120)
+    requests = [Request("a", PROMPT, 30, sampling), Request("b", [4, 4], 30, sampling)]
+    plain = generate(Engine(target, None, EngineOptions(1, 100)), requests)
+    torch.manual_seed(0)
+    network = DovetailNetwork(DovetailConfig(64, 67, 96, 4, 2, 16, num_blocks=2)).eval().requires_grad_(False)
+    drafter = NativeDrafter(network, target.embedding(), target.lm_head(), 8, 2, 120)
+    drafted = generate(Engine(target, drafter, EngineOptions(2, 100, Budget(12, 4, 3), guard=False)), requests)
+    assert {k: v.token_ids for k, v in drafted.items()} == {k: v.token_ids for k, v in plain.items()}
+    assert all(result.finished.stats.drafted > 0 for result in drafted.values())
 
+
+def windowed(save_model: Callable[..., Path]) -> Path:
     config = MistralConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=67, max_position_embeddings=128, sliding_window=8,
     )  # fmt: skip
-    folder = save_model(MistralForCausalLM(config).eval(), "windowed")
-    assert type(load_target(folder, "bf16", 1, 16)) is TorchTarget
-    with pytest.raises(TargetError, match=r"int8.*sliding window"):
-        load_target(folder, "int8", 1, 16)
-    monkeypatch.setattr(native_target.native, "library", lambda: None)
-    assert type(load_target(folder, "bf16", 1, 16)) is TorchTarget
-    with pytest.raises(TargetError, match="native kernels, which are not built"):
-        load_target(folder, "int4", 1, 16)
+    torch.manual_seed(0)
+    return save_model(MistralForCausalLM(config).eval(), "windowed")
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_layers_without_a_native_form_run_on_stock_products(
+    save_model: Callable[..., Path], caplog: pytest.LogCaptureFixture, weights: str
+) -> None:
+    folder = windowed(save_model)
+    target = load_target(folder, weights, 1, 16)
+    assert type(target) is TorchTarget and target.info.weights == weights
+    assert "sliding window" in caplog.text
+    want = TorchTarget.load(folder, "fp32", 1, 16).prefill(PrefillChunk(0, PROMPT)).logits
+    got = target.prefill(PrefillChunk(0, PROMPT)).logits
+    assert (got - want).norm() < {"bf16": 0.05, "int8": 0.1, "int4": 0.6}[weights] * want.norm()
+
+
+def test_a_folder_that_is_quantised_already_is_refused(folder: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "quantised"
+    shutil.copytree(folder, copied)
+    config = json.loads((copied / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TargetError, match="is quantised already"):
+        load_target(copied, "int8", 1, 16)
+
+
+MISSING = "they lack|does not describe a model"  # a Qwen config lists its layers, and contradicts itself first
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(folder: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "other"
+    shutil.copytree(folder, copied)
+    config = json.loads((copied / "config.json").read_text())
+    for change, message in (({"intermediate_size": 320}, "size mismatch"), ({"num_hidden_layers": 9}, MISSING)):
+        (copied / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(TargetError, match=message):
+            load_target(copied, "int8", 1, 16)
 
 
 def test_packed_modules_are_dropped(folder: Path) -> None:

@@ -35,7 +35,9 @@ def test_settings_are_frozen_and_keep_the_key_to_themselves() -> None:
         ({"drafter_device": "gpu"}, "drafter_device: 'gpu' is no device"),
         ({"threads": 0}, "threads: Input should be greater than or equal to 1"),
         ({"port": 70000}, "port: "),
-        ({"vision": "x"}, "unknown setting 'vision'; known are target"),
+        ({"visions": "x"}, "unknown setting 'visions'; known are target"),
+        ({"no_llm": True, "target": "a"}, "no_llm and target 'a' contradict each other"),
+        ({"no_llm": True, "vision": ["none"]}, "no_llm and vision none leave nothing to serve"),
     ],
 )
 def test_faults_are_named(flags: dict[str, object], message: str) -> None:
@@ -72,3 +74,11 @@ def test_amounts_of_memory(given: str, number: int) -> None:
 )
 def test_served_name(flags: dict[str, str], name: str) -> None:
     assert load_settings(flags).served_name == name
+
+
+def test_lists_come_from_repeated_flags_and_from_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings({}).vision is None
+    assert load_settings({"vision": ["a", "b"]}).vision == ("a", "b")
+    monkeypatch.setenv("DOVETAIL_VISION", "c, d")
+    assert load_settings({}).vision == ("c", "d")
+    assert load_settings({"vision_url_hosts": "images.example"}).vision_url_hosts == ("images.example",)

@@ -93,11 +93,18 @@ class Backbone(nn.Module):
             )
         return self.stage_maps(images)
 
+    def embed(self, images: Tensor) -> Tensor:
+        """Normalised ``images`` [B, 3, H, W] -> the pooled last map [B, ``feature_channels[-1]``]."""
+        return self.forward_features(images)[-1].mean((2, 3))
+
+    def classify(self, embedding: Tensor) -> Tensor:
+        """What ``embed`` gives [B, C] -> logits [B, num_classes]."""
+        logits: Tensor = self.head(self.dropout(embedding))
+        return logits
+
     def forward(self, images: Tensor) -> Tensor:
         """Normalised ``images`` [B, 3, H, W] of any size from 32 pixels -> logits [B, num_classes]."""
-        pooled = self.forward_features(images)[-1].mean((2, 3))
-        logits: Tensor = self.head(self.dropout(pooled))
-        return logits
+        return self.classify(self.embed(images))
 
     def replace_head(self, num_classes: int) -> None:
         """A fresh classifier for another set of classes; the features stay."""

@@ -83,7 +83,12 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 def load_state(model: Backbone, state: Mapping[str, Tensor], source: str) -> None:
     """Load ``state`` into ``model``; every key and shape must fit, and the error names those that do not."""
-    own = model.state_dict()
+    check_state(model.state_dict(), state, source, model.name)
+    model.load_state_dict(dict(state))
+
+
+def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str, network: str) -> None:
+    """Refuse a ``state`` whose keys or shapes are not those of ``own``. Errors: CheckpointError naming them."""
     problems = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
@@ -95,8 +100,7 @@ def load_state(model: Backbone, state: Mapping[str, Tensor], source: str) -> Non
     }
     found = [f"{len(keys)} {kind}: {shorten(keys)}" for kind, keys in problems.items() if keys]
     if found:
-        raise CheckpointError(f"{source} is not a checkpoint of {model.name}; keys {'; '.join(found)}")
-    model.load_state_dict(dict(state))
+        raise CheckpointError(f"{source} is not a checkpoint of {network}; keys {'; '.join(found)}")
 
 
 def shorten(keys: list[str]) -> str:

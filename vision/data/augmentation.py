@@ -43,6 +43,11 @@ class AugmentationOptions:
                 f"color_jitter {self.color_jitter} must be in [0, 1) and padding {self.padding} at least 0"
             )
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether every epoch shows the same images."""
+        return self.crop == "centre" and not self.flip and self.color_jitter == 0
+
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
     """Scale so that the shorter side has ``size`` pixels."""

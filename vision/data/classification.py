@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from vision.backbones.preprocessing import NORMALIZATIONS, Preprocessing
 from vision.data.augmentation import AugmentationOptions, augment, centre_crop
-from vision.data.sources import SOURCES, DataError, ImageSource, UnreadableImageError, open_source
+from vision.data.sources import SOURCES, DataError, ImageSource, InMemorySource, UnreadableImageError, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,8 @@ class DataOptions:
 
     ``kind`` is one of ``vision.data.sources.SOURCES``; the splits are names inside ``root`` and default to the kind's
     own. ImageNet is of kind "folder": ``root/train/CLASS/``, ``root/val/CLASS/``. ``resize`` None means
-    image_size / 0.875. ``limit`` takes that many images, evenly spread over the training split.
+    image_size / 0.875. ``limit`` takes that many images, evenly spread over the training split. ``in_memory`` keeps
+    decoded images for the next epoch.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class DataOptions:
     resize: int | None = None
     normalization: str = "imagenet"
     limit: int | None = None
+    in_memory: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in SOURCES:
@@ -53,11 +55,16 @@ class DataOptions:
 
     def open_train(self) -> ImageSource:
         """The training split."""
-        return open_source(self.kind, Path(self.root), self.train_split or SOURCES[self.kind].train_split)
+        return self.open(self.train_split or SOURCES[self.kind].train_split)
 
     def open_eval(self) -> ImageSource:
         """The split for evaluation."""
-        return open_source(self.kind, Path(self.root), self.eval_split or SOURCES[self.kind].eval_split)
+        return self.open(self.eval_split or SOURCES[self.kind].eval_split)
+
+    def open(self, split: str) -> ImageSource:
+        """The images of ``split``."""
+        source = open_source(self.kind, Path(self.root), split)
+        return InMemorySource(source) if self.in_memory else source
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ class FolderSource:
         labels: list[int] = []
         empty: list[str] = []
         for label, folder in enumerate(folders):
-            files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            files = [file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+            files.sort(key=lambda file: file.parts)  # paths compare by their parts too, taken apart every time
             if not files:
                 empty.append(folder.name)
             self.paths += files
@@ -90,6 +91,21 @@ class ArraySource:
     def read(self, index: int) -> Image.Image:
         """The image at ``images[index]``."""
         return Image.fromarray(self.images[index]).convert("RGB")
+
+
+class InMemorySource:
+    """The images of another source, decoded once. Each loader worker keeps its own."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source, self.labels, self.class_names = source, source.labels, source.class_names
+        self.decoded: dict[int, Image.Image] = {}
+
+    def read(self, index: int) -> Image.Image:
+        """The image, which the caller must not change."""
+        image = self.decoded.get(index)
+        if image is None:
+            image = self.decoded[index] = self.source.read(index)
+        return image
 
 
 def read_bytes(path: Path) -> bytes:

@@ -14,3 +14,7 @@ class Detections:
     boxes: Tensor
     scores: Tensor
     class_ids: Tensor
+
+    def cpu(self) -> Detections:
+        """The same in main memory."""
+        return Detections(self.boxes.cpu(), self.scores.cpu(), self.class_ids.cpu())

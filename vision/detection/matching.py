@@ -53,11 +53,12 @@ def match_boxes(
 
 
 def sample_balanced(
-    positive: Tensor, negative: Tensor, count: int, positive_share: float, generator: torch.Generator
+    positive: Tensor, negative: Tensor, count: int, positive_share: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Random indices of positives and of negatives, ``count`` together where there are enough.
 
-    At most ``count * positive_share`` are positive; negatives fill the rest. The generator lives on the CPU.
+    At most ``count * positive_share`` are positive; negatives fill the rest. The generator lives on the
+    CPU; None is torch's own.
     """
     positives = positive.nonzero().flatten()
     negatives = negative.nonzero().flatten()
@@ -66,6 +67,6 @@ def sample_balanced(
     return _draw(positives, num_positives, generator), _draw(negatives, num_negatives, generator)
 
 
-def _draw(indices: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def _draw(indices: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     chosen = torch.randperm(len(indices), generator=generator)[:count]
     return indices[chosen.to(indices.device)]

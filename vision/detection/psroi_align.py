@@ -39,8 +39,8 @@ def psroi_align(
     depth = channels // (bins * bins)
     # [c, (image, bin, cell)]: the c channels of a bin are read at the same places, the long dimension is contiguous.
     columns = features.reshape(num_images, depth, bins * bins * height * width).transpose(0, 1).reshape(depth, -1)
-    y_cells, y_weights = _axis_samples(boxes[:, 1], boxes[:, 3], height, stride, bins, samples)
-    x_cells, x_weights = _axis_samples(boxes[:, 0], boxes[:, 2], width, stride, bins, samples)
+    y_cells, y_weights = axis_samples(boxes[:, 1], boxes[:, 3], height, stride, bins, samples)
+    x_cells, x_weights = axis_samples(boxes[:, 0], boxes[:, 2], width, stride, bins, samples)
 
     # Places are [K, i, sample y, j, sample x].
     bin_ids = torch.arange(bins * bins, device=boxes.device).view(1, bins, 1, bins, 1)
@@ -56,7 +56,7 @@ def psroi_align(
     return pooled.transpose(0, 1)
 
 
-def _axis_samples(
+def axis_samples(
     low: Tensor, high: Tensor, size: int, stride: int, bins: int, samples: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Along one axis: the two cells each sample point lies between and their weights, each [K, bins, samples]."""

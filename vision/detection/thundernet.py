@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.losses import at_least_float32
-from vision.detection.backbone import Backbone
+from vision.detection.backbone import Backbone, without_classifier
 from vision.detection.boxes import clip_boxes, decode_boxes, soft_nms
 from vision.detection.context_enhancement import ContextEnhancement
 from vision.detection.detections import Detections
@@ -76,7 +76,7 @@ class DenseMaps:
 
 
 class ThunderNet(nn.Module):
-    """The detector over any ``Backbone``. ``num_classes`` does not count the background.
+    """The detector over any ``Backbone``, whose classifier it drops. ``num_classes`` does not count the background.
 
     Called on images [N, 3, H, W] it answers ``Detections`` per image. Training goes through ``dense``, ``propose`` and
     ``classify``: see ``ThunderNetLoss``.
@@ -93,7 +93,7 @@ class ThunderNet(nn.Module):
             raise ValueError(f"num_classes is {num_classes}; a detector needs at least one class beside the background")
         self.config = config
         self.num_classes = num_classes
-        self.backbone = backbone
+        self.backbone = without_classifier(backbone)
         _, c4_channels, c5_channels = backbone.feature_channels
         self.context_enhancement = ContextEnhancement(c4_channels, c5_channels, config.channels)
         self.rpn = RegionProposalHead(config.channels, config.rpn_width, config.anchors.num_per_cell)
@@ -137,6 +137,10 @@ class ThunderNet(nn.Module):
             self.config.bins,
             reduction=self.config.reduction,
         )
+        return self.classify_pooled(pooled)
+
+    def classify_pooled(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """``classify`` behind the pooling: [R, depth, bins, bins] to class logits and box deltas."""
         hidden = self.hidden(pooled.flatten(1))
         return at_least_float32(self.class_logits(hidden)), at_least_float32(self.box_deltas(hidden))
 

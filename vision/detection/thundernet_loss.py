@@ -20,6 +20,7 @@ from vision.detection.truth import check_truth
 
 RegionMiner = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 AnchorMiner = Callable[[Tensor, Tensor], Tensor]
+Reweighing = Callable[[Tensor, Tensor], Tensor]
 
 
 def smooth_l1(difference: Tensor, sigma: float) -> Tensor:
@@ -35,7 +36,9 @@ class ThunderNetLoss:
     ``region_miner`` picks the regions of each image the second stage trains on, a ``vision.mining.Miner``: OHEM in the
     paper, per image here (ours; Light-Head mines the batch of a device as one). ``anchor_miner`` picks anchors for the
     first stage from losses [N, M] and boxes [N, M, 4] as ``loss_rank_mining`` does; None draws ``anchors_per_image`` at
-    random, at most half of them positive, as the authors do. The generator of that draw is seeded once.
+    random from ``generator`` (torch's own by default), at most half of them positive, as the authors do. ``reweighing``
+    chooses none but trains on all, from their cross-entropies and which are positive, both [N, M], making weighted ones
+    as ``vision.mining.focal_loss`` does.
     """
 
     def __init__(
@@ -44,13 +47,15 @@ class ThunderNetLoss:
         anchor_miner: AnchorMiner | None = None,
         budget: ProposalBudget = TRAINING_BUDGET,
         anchors_per_image: int = 256,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
+        reweighing: Reweighing | None = None,
     ) -> None:
         self.region_miner = region_miner
         self.anchor_miner = anchor_miner
         self.budget = budget
         self.anchors_per_image = anchors_per_image
-        self._generator = torch.Generator().manual_seed(seed)
+        self.generator = generator
+        self.reweighing = reweighing
 
     def __call__(
         self,
@@ -75,11 +80,20 @@ class ThunderNetLoss:
         return {**first_stage, **self._second_stage(model, maps, regions, true_boxes, true_labels, progress)}
 
     def _first_stage(self, maps: DenseMaps, true_boxes: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Both terms averaged over the chosen anchors; background has no box term."""
+        """Both terms averaged over the chosen anchors, or over the positive ones where all are reweighed.
+
+        Background has no box term.
+        """
         matches = [match_boxes(maps.anchors, boxes, 0.7, 0.3, rescue_iou=0.3) for boxes in true_boxes]
         classification, localization = _anchor_losses(maps, matches, true_boxes)
-        chosen = self._choose_anchors(maps, matches, (classification + localization).detach())
-        count = chosen.sum().clamp(min=1)
+        positive = torch.stack([match.positive for match in matches])
+        if self.reweighing is not None:
+            classification = self.reweighing(classification, positive)
+            chosen = positive | torch.stack([match.negative for match in matches])
+            count = positive.sum().clamp(min=1)
+        else:
+            chosen = self._choose_anchors(maps, matches, (classification + localization).detach())
+            count = chosen.sum().clamp(min=1)
         return {
             "rpn_classification": (classification * chosen).sum() / count,
             "rpn_localization": (localization * chosen).sum() / count,
@@ -93,7 +107,7 @@ class ThunderNetLoss:
             return self.anchor_miner(loss * used, boxes) & used
         chosen = torch.zeros_like(loss, dtype=torch.bool)
         for row, match in zip(chosen, matches, strict=True):
-            drawn = sample_balanced(match.positive, match.negative, self.anchors_per_image, 0.5, self._generator)
+            drawn = sample_balanced(match.positive, match.negative, self.anchors_per_image, 0.5, self.generator)
             row[torch.cat(drawn)] = True
         return chosen
 
@@ -106,28 +120,44 @@ class ThunderNetLoss:
         true_labels: Sequence[Tensor],
         progress: float,
     ) -> dict[str, Tensor]:
-        """Both terms averaged over the mined regions of the batch, the box term twice as heavy (Light-Head)."""
-        logits, deltas = model.classify(maps, regions)
-        labels, answers = _label_regions(regions, true_boxes, true_labels)
-        classification = functional.cross_entropy(logits, labels, reduction="none")
-        foreground = labels > 0
-        anchors = torch.cat(list(regions))[foreground]
-        differences = deltas[foreground] - encode_boxes(answers[foreground], anchors, REGION_STDS)
-        localization = torch.zeros_like(classification).index_put((foreground,), smooth_l1(differences, sigma=1.0))
+        """Both terms averaged over the mined regions of the batch, the box term twice as heavy (Light-Head).
 
-        sizes = [len(boxes) for boxes in regions]
-        rows = torch.split(torch.arange(len(labels), device=labels.device), sizes)
-        chosen = torch.cat(
-            [
-                ids[self.region_miner(classification[ids], localization[ids], boxes, labels[ids], progress)]
-                for ids, boxes in zip(rows, regions, strict=True)
-            ]
+        As in Shrivastava et al. (arXiv 1604.03540, section 4) all regions go through the head once without gradient,
+        to be ranked, and the chosen ones a second time: cheaper than a gradient that is mostly masked out.
+        """
+        labels, answers = _label_regions(regions, true_boxes, true_labels)
+        with torch.no_grad():
+            classification, localization = _region_losses(model, maps, regions, torch.cat(labels), torch.cat(answers))
+        chosen, start = [], 0
+        for boxes, own_labels in zip(regions, labels, strict=True):
+            rows = slice(start, start + len(boxes))
+            chosen.append(self.region_miner(classification[rows], localization[rows], boxes, own_labels, progress))
+            start += len(boxes)
+        classification, localization = _region_losses(
+            model, maps, _take(regions, chosen), torch.cat(_take(labels, chosen)), torch.cat(_take(answers, chosen))
         )
-        count = max(len(chosen), 1)
+        count = max(len(classification), 1)
         return {
-            "rcnn_classification": classification[chosen].sum() / count,
-            "rcnn_localization": 2 * localization[chosen].sum() / count,
+            "rcnn_classification": classification.sum() / count,
+            "rcnn_localization": 2 * localization.sum() / count,
         }
+
+
+def _take(values: Sequence[Tensor], chosen: Sequence[Tensor]) -> list[Tensor]:
+    return [value[indices] for value, indices in zip(values, chosen, strict=True)]
+
+
+def _region_losses(
+    model: ThunderNet, maps: DenseMaps, regions: Sequence[Tensor], labels: Tensor, answers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and smooth L1 of every region [R]; the latter 0 for background."""
+    logits, deltas = model.classify(maps, regions)
+    classification = functional.cross_entropy(logits, labels, reduction="none")
+    foreground = labels > 0
+    anchors = torch.cat(list(regions))[foreground]
+    differences = deltas[foreground] - encode_boxes(answers[foreground], anchors, REGION_STDS)
+    localization = torch.zeros_like(classification).index_put((foreground,), smooth_l1(differences, sigma=1.0))
+    return classification, localization
 
 
 def _anchor_losses(maps: DenseMaps, matches: Sequence[Matches], true_boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -143,8 +173,8 @@ def _anchor_losses(maps: DenseMaps, matches: Sequence[Matches], true_boxes: Sequ
 
 def _label_regions(
     regions: Sequence[Tensor], true_boxes: Sequence[Tensor], true_labels: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Label [R], 0 for background, and answering true box [R, 4] of all regions; foreground from an IoU of 0.5."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Label [R], 0 for background, and answering true box [R, 4] of each image's regions; foreground from 0.5."""
     labels, answers = [], []
     for boxes, truth, classes in zip(regions, true_boxes, true_labels, strict=True):
         matches = match_boxes(boxes, truth, positive_iou=0.5, negative_iou=0.5)
@@ -154,4 +184,4 @@ def _label_regions(
         else:
             labels.append(torch.where(matches.positive, classes[matches.box_ids] + 1, 0))
             answers.append(truth[matches.box_ids])
-    return torch.cat(labels), torch.cat(answers)
+    return labels, answers

@@ -21,6 +21,8 @@ OBJECT = 5.0
 BACKGROUND = 1.0
 WARM_UP = 0.01
 IGNORE_IOU = 0.6
+# The focal loss's usual gamma.
+FOCUSING = 2.0
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class YOLOv2Loss:
 
     ``miner`` maps losses [N, A, S, S] and boxes [N, A, S, S, 4] to a mask of the predictions that train, for instance a
     ``vision.mining.LossRankMiner``; None keeps all. The sum over the kept is divided by the batch, as darknet's step
-    is.
+    is. ``focal`` (ours) weights each objectness term by the square of its error, as the focal loss does with
+    cross-entropy: easy background then counts for next to nothing.
     """
 
-    def __init__(self, miner: MapMiner | None = None) -> None:
+    def __init__(self, miner: MapMiner | None = None, focal: bool = False) -> None:
         self.miner = miner
+        self.focusing = FOCUSING if focal else 0.0
 
     def __call__(
         self, model: YOLOv2, images: Tensor, true_boxes: Sequence[Tensor], true_labels: Sequence[Tensor], warm_up: bool
@@ -62,7 +66,7 @@ class YOLOv2Loss:
         check_truth(true_boxes, true_labels, model.num_classes)
         predictions = model.predict(images)
         assignment = assign(predictions, true_boxes, true_labels, model.config.anchors)
-        loss = detection_loss(predictions, assignment, true_boxes)
+        loss = detection_loss(predictions, assignment, true_boxes, self.focusing)
         if self.miner is not None:
             loss = loss * self.miner(loss.detach(), predictions.boxes.detach())
         losses = {"detection": loss.sum() / len(images)}
@@ -104,24 +108,30 @@ def assign(
     )
 
 
-def detection_loss(predictions: Predictions, assignment: Assignment, true_boxes: Sequence[Tensor]) -> Tensor:
+def detection_loss(
+    predictions: Predictions, assignment: Assignment, true_boxes: Sequence[Tensor], focusing: float = 0.0
+) -> Tensor:
     """Every prediction's own loss [N, A, S, S]: nothing is summed, so that it can be ranked.
 
     A prediction with a true box: squared errors of centre and size, more weight for small boxes; objectness against the
     IoU it reaches, a constant (darknet's rescore); cross-entropy of its class. Any other: objectness against 0, unless
-    it overlaps some true box by more than 0.6.
+    it overlaps some true box by more than 0.6. With ``focusing`` each objectness error e costs |e|^focusing e^2.
     """
     places = assignment.places
-    background = BACKGROUND / 2 * predictions.objectness.square()
+    background = BACKGROUND / 2 * _focused_square(predictions.objectness, focusing)
     loss = torch.where(_best_overlap(predictions, true_boxes) > IGNORE_IOU, 0.0, background)
 
     found = predictions.boxes.detach()[places]
     reached = box_iou(found, assignment.boxes).diagonal()
     coordinates = (predictions.centres[places] - assignment.centres).square().sum(dim=-1)
     coordinates = coordinates + (predictions.sizes[places] - assignment.sizes).square().sum(dim=-1)
-    objectness = (predictions.objectness[places] - reached).square()
+    objectness = _focused_square(predictions.objectness[places] - reached, focusing)
     classes = functional.cross_entropy(predictions.class_logits[places], assignment.labels, reduction="none")
     return loss.index_put(places, assignment.weights / 2 * coordinates + OBJECT / 2 * objectness + classes)
+
+
+def _focused_square(error: Tensor, focusing: float) -> Tensor:
+    return error.abs().pow(2 + focusing) if focusing else error.square()
 
 
 def warm_up_loss(predictions: Predictions, assignment: Assignment) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.losses import at_least_float32
-from vision.detection.backbone import Backbone
+from vision.detection.backbone import Backbone, without_classifier
 from vision.detection.boxes import MAX_SIZE_DELTA, clip_boxes, nms
 from vision.detection.detections import Detections
 
@@ -106,7 +106,7 @@ class Predictions:
 
 
 class YOLOv2(nn.Module):
-    """The detector over any ``Backbone``.
+    """The detector over any ``Backbone``, whose classifier it drops.
 
     Called on images [N, 3, H, W] it answers ``Detections`` per image; ``predict`` gives what ``YOLOv2Loss`` trains.
     Image sides must be multiples of 32, so that C4 folds onto C5.
@@ -123,7 +123,7 @@ class YOLOv2(nn.Module):
             raise ValueError(f"num_classes is {num_classes}; a detector needs at least one class")
         self.config = config
         self.num_classes = num_classes
-        self.backbone = backbone
+        self.backbone = without_classifier(backbone)
         _, c4_channels, c5_channels = backbone.feature_channels
         layers, channels = [], c5_channels
         for _ in range(config.num_convolutions):

@@ -47,6 +47,7 @@ class ClassUniformSampler(Sampler[list[int]]):
         if not 0 <= rank < num_ranks:
             raise SamplerError(f"rank {rank} of {num_ranks}; it must be from 0 to {num_ranks - 1}")
         self.batch_size = batch_size
+        self.drop_last = True
         self.images_per_class = images_per_class
         self.seed = seed
         self.rank = rank

@@ -1,12 +1,13 @@
 """Hard example mining over unreduced losses, for any detector: which regions or map elements a step trains on."""
 
-from vision.mining.baselines import RandomSample, focal_loss
+from vision.mining.baselines import AllRegions, RandomSample, focal_loss
 from vision.mining.candidates import Miner, MiningInputError
 from vision.mining.loss_rank_mining import LossRankMiner, loss_rank_mining
 from vision.mining.ohem import OHEM
 from vision.mining.stratified_ohem import Strata, StratifiedOHEM, assign_strata, moving_strata, staged_strata
 
 __all__ = [
+    "AllRegions",
     "LossRankMiner",
     "Miner",
     "MiningInputError",

@@ -1,4 +1,4 @@
-"""What mining is compared with: random regions, and the focal loss."""
+"""What mining is compared with: all regions, random regions, and the focal loss."""
 
 from __future__ import annotations
 
@@ -9,19 +9,30 @@ from vision.detection.matching import sample_balanced
 from vision.mining.candidates import MiningInputError, check_batch_size, combined_loss
 
 
+class AllRegions:
+    """Every region trains: no mining. A ``Miner``."""
+
+    def __call__(
+        self, classification_loss: Tensor, localization_loss: Tensor, boxes: Tensor, labels: Tensor, progress: float
+    ) -> Tensor:
+        """All indices in their order."""
+        combined_loss(classification_loss, localization_loss, boxes, labels, progress)
+        return torch.arange(len(labels), device=labels.device)
+
+
 class RandomSample:
     """``batch_size`` random regions, at most ``positive_share`` of them foreground (Girshick, arXiv 1504.08083, 2.3).
 
-    Draws from its own generator, seeded once. A ``Miner``.
+    Draws from ``generator``, or torch's own. A ``Miner``.
     """
 
-    def __init__(self, batch_size: int, positive_share: float = 0.25, seed: int = 0) -> None:
+    def __init__(self, batch_size: int, positive_share: float = 0.25, generator: torch.Generator | None = None) -> None:
         check_batch_size(batch_size)
         if not 0 <= positive_share <= 1:
             raise MiningInputError(f"positive_share is {positive_share}; it must be from 0 to 1")
         self.batch_size = batch_size
         self.positive_share = positive_share
-        self._generator = torch.Generator().manual_seed(seed)
+        self.generator = generator
 
     def __call__(
         self, classification_loss: Tensor, localization_loss: Tensor, boxes: Tensor, labels: Tensor, progress: float
@@ -29,7 +40,7 @@ class RandomSample:
         """Indices of the chosen regions, foreground first."""
         combined_loss(classification_loss, localization_loss, boxes, labels, progress)
         positives, negatives = sample_balanced(
-            labels > 0, labels == 0, self.batch_size, self.positive_share, self._generator
+            labels > 0, labels == 0, self.batch_size, self.positive_share, self.generator
         )
         return torch.cat([positives, negatives])
 

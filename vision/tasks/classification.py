@@ -39,11 +39,13 @@ class ModelOptions:
 
     ``depthwise`` says how depthwise layers are computed while training: "native", "diagonalwise" (always refactored),
     or "tuned" (whatever is measured to be fastest). The trained weights are those of plain layers in any case.
+    ``channels_last`` keeps the maps in that memory format, which on a CPU is up to twice as fast.
     """
 
     backbone: str | None = None
     start_from: str | None = None
     depthwise: str = "native"
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         if (self.backbone is None) == (self.start_from is None):
@@ -78,10 +80,12 @@ class ClassificationTask(nn.Module):
 
     skipped: Tensor
 
-    def __init__(self, model: Backbone, options: TaskOptions) -> None:
+    def __init__(self, model: Backbone, options: TaskOptions, channels_last: bool = False) -> None:
         super().__init__()
         self.model = model
         self.options = options
+        # The layers follow the format of their input; the weights stay as they are, since safetensors takes no other.
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.average: AveragedModel | None = None
         if options.ema_decay is not None:
             moving = get_ema_multi_avg_fn(options.ema_decay)  # type: ignore[no-untyped-call]
@@ -98,7 +102,7 @@ class ClassificationTask(nn.Module):
 
         While training, ``skipped`` (images of the batch that could not be read) is added up, once for each epoch.
         """
-        x = self.model.normalization(images.float() / 255)
+        x = self.model.normalization(images.float() / 255).contiguous(memory_format=self.memory_format)
         if not self.training:
             logits = self.trained(x)
             return {"loss": F.cross_entropy(logits, labels), **self.figures(logits, labels)}
@@ -194,7 +198,7 @@ def train_classifier(recipe: dict[str, Any], *, resume: bool = False, console: C
     model = build_model(options.model, options.data, train_source.class_names)
     side = options.data.image_size
     choose_depthwise(model, options.model, torch.zeros(options.training.batch_size, 3, side, side))
-    task = ClassificationTask(model, options.task)
+    task = ClassificationTask(model, options.task, options.model.channels_last)
     train_data = ClassificationData(
         train_source, model.preprocessing, options.augmentation, options.training.seed, options.data.limit
     )

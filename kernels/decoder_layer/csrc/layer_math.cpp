@@ -88,7 +88,9 @@ namespace portable_loops {
 #undef DOVETAIL_VECTOR
 }  // namespace portable_loops
 
-#define DOVETAIL_LAYER_MATH(LOOPS) {LOOPS::normalise, LOOPS::rotate, LOOPS::swiglu, LOOPS::store_row, LOOPS::attend_task, LOOPS::attend_chunk}
+#define DOVETAIL_LAYER_MATH(LOOPS)                                                                                    \
+  {LOOPS::normalise,   LOOPS::rotate,    LOOPS::swiglu,      LOOPS::silu,        LOOPS::blend, \
+   LOOPS::log_sum_exp, LOOPS::store_row, LOOPS::attend_task, LOOPS::attend_chunk}
 
 #if defined(__x86_64__) || defined(_M_X64)
 const LayerMath kAvx512Bf16 = DOVETAIL_LAYER_MATH(avx512_bf16_loops);

@@ -17,6 +17,12 @@ struct LayerMath {
   void (*rotate)(float* x, const float* cosine, const float* sine, int width);
   // out[i] = silu(gate[i]) * up[i]
   void (*swiglu)(const float* gate, const float* up, int width, float* out);
+  // x[i] = silu(x[i])
+  void (*silu)(float* x, int width);
+  // out[i] = second[i] + sigmoid(gate[i]) * (first[i] - second[i])
+  void (*blend)(const float* gate, const float* first, const float* second, int width, float* out);
+  // log(sum of exp(x[i])), count at least 1; NaN where any value is
+  float (*log_sum_exp)(const float* x, int64_t count);
   // One row of one key head to its place in the cache; int8 rows also leave their scale.
   void (*store_row)(const float* from, int width, CacheFormat format, void* to, float* scale);
   // A whole task; its partials count as the first chunks.

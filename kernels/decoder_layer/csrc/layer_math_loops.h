@@ -30,21 +30,60 @@ void rotate(float* x, const float* cosine, const float* sine, int width) {
   }
 }
 
-inline Vec silu_times(Vec gate, Vec up) {
-  const Vec falling = exponential2(multiply(gate, broadcast(-kLog2E)));
-  return multiply(divide(gate, add(broadcast(1.0f), falling)), up);
+// Up to kLanes floats of the `left` that remain; `rest` stands for what is missing.
+inline Vec load_some(const float* p, int64_t left, float rest = 0.0f) {
+  if (left >= kLanes) return load(p);
+  float lanes[kLanes];
+  store(lanes, broadcast(rest));
+  std::memcpy(lanes, p, static_cast<size_t>(left) * sizeof(float));
+  return load(lanes);
 }
 
+inline void store_some(float* p, int64_t left, Vec a) {
+  if (left >= kLanes) return store(p, a);
+  float lanes[kLanes];
+  store(lanes, a);
+  std::memcpy(p, lanes, static_cast<size_t>(left) * sizeof(float));
+}
+
+// x * sigmoid(gate)
+inline Vec gated(Vec x, Vec gate) { return divide(x, add(broadcast(1.0f), exponential2(multiply(gate, broadcast(-kLog2E))))); }
+
 void swiglu(const float* gate, const float* up, int width, float* out) {
-  int i = 0;
-  for (; i + kLanes <= width; i += kLanes) store(out + i, silu_times(load(gate + i), load(up + i)));
-  if (i == width) return;
-  float last[3][kLanes] = {};
-  const size_t left = static_cast<size_t>(width - i) * sizeof(float);
-  std::memcpy(last[0], gate + i, left);
-  std::memcpy(last[1], up + i, left);
-  store(last[2], silu_times(load(last[0]), load(last[1])));
-  std::memcpy(out + i, last[2], left);
+  for (int i = 0; i < width; i += kLanes) {
+    const Vec x = load_some(gate + i, width - i);
+    store_some(out + i, width - i, multiply(gated(x, x), load_some(up + i, width - i)));
+  }
+}
+
+void silu(float* x, int width) {
+  for (int i = 0; i < width; i += kLanes) {
+    const Vec part = load_some(x + i, width - i);
+    store_some(x + i, width - i, gated(part, part));
+  }
+}
+
+void blend(const float* gate, const float* first, const float* second, int width, float* out) {
+  for (int i = 0; i < width; i += kLanes) {
+    const Vec base = load_some(second + i, width - i);
+    const Vec change = subtract(load_some(first + i, width - i), base);
+    store_some(out + i, width - i, add(base, gated(change, load_some(gate + i, width - i))));
+  }
+}
+
+float log_sum_exp(const float* x, int64_t count) {
+  constexpr float nothing = -std::numeric_limits<float>::infinity();
+  Vec highest = broadcast(nothing);
+  for (int64_t i = 0; i < count; i += kLanes) highest = maximum(load_some(x + i, count - i, nothing), highest);
+  const float largest = largest_lane(highest);
+  Vec sum = broadcast(0.0f);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec below = subtract(load_some(x + i, count - i, nothing), broadcast(largest));
+    sum = add(sum, exponential2(multiply(below, broadcast(kLog2E))));
+  }
+  float sums[kLanes];
+  store(sums, sum);
+  return largest + std::log(add_lanes(sums));
 }
 
 void store_row(const float* from, int width, CacheFormat format, void* to, float* scale) {

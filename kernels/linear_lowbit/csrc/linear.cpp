@@ -44,20 +44,21 @@ Activations tile_at(const Activations& a, const Packed& w, int first) {
   return {a.values + first * w.columns() * w.element_bytes(), a.offsets + first * w.groups(), a.scales + first * w.spans()};
 }
 
+void encode_block_row(const Packed& w, const float* x, int row, int rows, const Activations& activations) {
+  int tile = 0;
+  TileRange range = tile_range(rows, tile);
+  while (row >= range.first + range.width) range = tile_range(rows, ++tile);
+  instruction_set().encode(x, w, range.width, row - range.first, tile_at(activations, w, range.first));
+}
+
+// Rows that a thread takes at a time when all it does is encode them: below it waking another costs more than it saves.
+static int64_t encode_grain(const Packed& w) { return std::max<int64_t>(1, 8192 / w.in); }
+
 void encode_rows(Pool& pool, const Packed& w, const float* x, int64_t stride, int rows, const Activations& activations) {
-  const EncodeFunction encode = instruction_set().encode;
   auto body = [&](int64_t begin, int64_t end) {
-    for (int tile = 0; tile < tile_count(rows); ++tile) {
-      const TileRange range = tile_range(rows, tile);
-      const Activations part = tile_at(activations, w, range.first);
-      for (int t = 0; t < range.width; ++t) {
-        const int64_t row = range.first + t;
-        if (row >= begin && row < end) encode(x + row * stride, w, range.width, t, part);
-      }
-    }
+    for (int64_t row = begin; row < end; ++row) encode_block_row(w, x + row * stride, static_cast<int>(row), rows, activations);
   };
-  const int64_t worth_sharing = 8192;  // values: below it waking another thread costs more than it saves
-  pool.run(rows, std::max<int64_t>(1, worth_sharing / w.in), body);
+  pool.run(rows, encode_grain(w), body);
 }
 
 namespace {
@@ -111,28 +112,30 @@ void multiply_panels(const Packed& w, const Activations& activations, int rows, 
     std::copy(start, start + num_tiles, tiles);
     std::memset(sums, 0, static_cast<size_t>(rows) * kPanel * sizeof(float));
     multiply_panel(w, w.data + panel * w.panel_bytes(), tiles, num_tiles);
-    const int64_t valid = std::min<int64_t>(kPanel, w.out - panel * kPanel);
+    const int64_t valid = w.out - panel * kPanel;
     for (int row = 0; row < rows; ++row) {
-      std::memcpy(y + row * stride + (panel - begin) * kPanel, sums + row * kPanel, static_cast<size_t>(valid) * sizeof(float));
+      float* out = y + row * stride + (panel - begin) * kPanel;
+      if (valid >= kPanel) {
+        std::memcpy(out, sums + row * kPanel, kPanel * sizeof(float));  // of known size: a call would cost as much as a row
+      } else {
+        std::memcpy(out, sums + row * kPanel, static_cast<size_t>(valid) * sizeof(float));
+      }
     }
   }
 }
 
-int64_t panel_grain(const Packed& w, int threads) {
-  const int64_t pieces_per_thread = 8;  // enough to even out threads of unequal speed, few enough to stream long runs
-  return std::max<int64_t>(1, w.panels() / (pieces_per_thread * threads));
+int64_t panel_grain(const Packed& w, int rows, int threads) {
+  const int64_t pieces_per_thread = 8;     // enough to even out threads of unequal speed, few enough to stream long runs
+  const int64_t worth_fetching = 1 << 18;  // multiply-adds, about a microsecond: below it fetching pieces is what takes time
+  const int64_t even = w.panels() / (pieces_per_thread * threads);
+  const int64_t worth = worth_fetching / (int64_t{kPanel} * w.in * rows);
+  const int64_t share = (w.panels() + threads - 1) / threads;
+  return std::max<int64_t>(1, std::min(std::max(even, worth), share));
 }
 
 void linear(Pool& pool, Workspace& workspace, const Packed& w, const float* x, int64_t stride, int64_t rows, float* y) {
-  for (int64_t first = 0; first < rows; first += kBlock) {
-    const int block = static_cast<int>(std::min<int64_t>(kBlock, rows - first));
-    const Activations activations = workspace.activations(w, block);
-    encode_rows(pool, w, x + first * stride, stride, block, activations);
-    auto body = [&](int64_t begin, int64_t end) {
-      multiply_panels(w, activations, block, begin, end, y + first * w.out + begin * kPanel, w.out);
-    };
-    pool.run(w.panels(), panel_grain(w, pool.threads()), body);
-  }
+  auto input = [&](int64_t row) { return x + row * stride; };
+  linear_of(pool, workspace, w, rows, encode_grain(w), input, y, w.out);
 }
 
 }  // namespace dovetail
@@ -144,7 +147,7 @@ extern "C" {
 using namespace dovetail;
 
 // What dovetail_abi answers: raised with every change of a structure or signature below.
-int dovetail_abi() { return 2; }
+int dovetail_abi() { return 3; }
 
 const char* dovetail_instruction_set() { return instruction_set().name; }
 

@@ -25,6 +25,9 @@ class Workspace {
 // The part of `activations` that belongs to the tile starting at row `first`.
 Activations tile_at(const Activations& activations, const Packed& w, int first);
 
+// Encodes x as row `row` of the `rows` (at most kBlock) of a block.
+void encode_block_row(const Packed& w, const float* x, int row, int rows, const Activations& activations);
+
 // Encodes `rows` (at most kBlock) rows of x, `stride` floats apart.
 void encode_rows(Pool& pool, const Packed& w, const float* x, int64_t stride, int rows, const Activations& activations);
 
@@ -32,9 +35,27 @@ void encode_rows(Pool& pool, const Packed& w, const float* x, int64_t stride, in
 void multiply_panels(const Packed& w, const Activations& activations, int rows, int64_t begin, int64_t end, float* y, int64_t stride);
 
 // How many panels a thread takes at a time.
-int64_t panel_grain(const Packed& w, int threads);
+int64_t panel_grain(const Packed& w, int rows, int threads);
 
-// All of it for any number of rows, in blocks of kBlock. Rows of x lie `stride` floats apart, rows of y behind one another.
+// y = W x for any number of rows, in blocks of kBlock; rows of y lie `stride` floats apart. x(row) makes a row's input and says
+// where it is: it is called once for each row, from any thread, `grain` rows at a time, and encoded while it is in cache.
+template <typename Input>
+void linear_of(Pool& pool, Workspace& workspace, const Packed& w, int64_t rows, int64_t grain, Input&& x, float* y, int64_t stride) {
+  for (int64_t first = 0; first < rows; first += kBlock) {
+    const int block = static_cast<int>(rows - first < kBlock ? rows - first : kBlock);
+    const Activations activations = workspace.activations(w, block);
+    auto encode = [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) encode_block_row(w, x(first + row), static_cast<int>(row), block, activations);
+    };
+    pool.run(block, grain, encode);
+    auto multiply = [&](int64_t begin, int64_t end) {
+      multiply_panels(w, activations, block, begin, end, y + first * stride + begin * kPanel, stride);
+    };
+    pool.run(w.panels(), panel_grain(w, block, pool.threads()), multiply);
+  }
+}
+
+// The same for rows that are there already, `stride` floats apart; rows of y lie behind one another.
 void linear(Pool& pool, Workspace& workspace, const Packed& w, const float* x, int64_t stride, int64_t rows, float* y);
 
 }  // namespace dovetail

@@ -1,14 +1,20 @@
 """Drafter training: alignment against the drafter at work, frozen parts, a run from recipe to a drafter that loads."""
 
 import json
+import re
 import shutil
+import signal
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from io import StringIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional
 
@@ -16,9 +22,12 @@ from drafters.dovetail import DovetailDrafter, load_drafter
 from drafters.drafter import DrafterError, DraftState, Observation
 from drafters.network import DovetailConfig, DovetailNetwork
 from drafters.proposal import Budget
-from drafters.train.drafter_task import DrafterTask, LossOptions, train_drafter
+from drafters.train import memory
+from drafters.train.drafter_task import DrafterTask, train_drafter
 from drafters.train.feature_source import DataOptions, FeatureSource, OnTheFlySource, packed_windows
+from drafters.train.options import LossOptions
 from kernels.training import RecipeError
+from kernels.training.run import last_checkpoint
 
 VOCAB, HIDDEN = 24, 16
 
@@ -31,16 +40,26 @@ class TinyTarget:
         self.embedding = torch.randn(VOCAB, HIDDEN, generator=generator)
         self.mix = torch.randn(HIDDEN, HIDDEN, generator=generator) / HIDDEN**0.5
 
+    def three_layers(self, token_ids: torch.Tensor) -> torch.Tensor:
+        last = self.features(token_ids)
+        before = functional.pad(last[:, :-1], (0, 0, 1, 0))
+        return torch.cat((last.sin(), 3 * before, last - before), dim=-1)
+
+    def layers(self, names: Sequence[str], token_ids: torch.Tensor) -> torch.Tensor:
+        last = self.features(token_ids)
+        return last if len(names) == 1 else torch.cat((self.three_layers(token_ids), last), dim=-1)
+
     def features(self, token_ids: torch.Tensor) -> torch.Tensor:
         embedded = functional.embedding(token_ids, self.embedding)
         before = functional.pad(embedded[:, :-1], (0, 0, 1, 0))
         return torch.tanh(embedded @ self.mix + 0.3 * before)
 
 
-def create_source(data: DataOptions) -> FeatureSource:
+def create_source(data: DataOptions, layers: Sequence[str]) -> FeatureSource:
     target = TinyTarget()
-    train, held_out = packed_windows(data)
-    return OnTheFlySource(target.features, target.embedding, target.embedding, "tiny", train, held_out)
+    load = partial(packed_windows, data, VOCAB)
+    compute = partial(target.layers, layers)
+    return OnTheFlySource(compute, target.embedding, target.embedding, "tiny", load)
 
 
 @pytest.fixture
@@ -59,11 +78,14 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def no_samples() -> Any:
+    return [], None
+
+
 def create_task(loss: LossOptions) -> DrafterTask:
     torch.manual_seed(0)
     target = TinyTarget()
-    samples: Any = []
-    source = OnTheFlySource(target.features, target.embedding, target.embedding, "tiny", samples)
+    source = OnTheFlySource(target.features, target.embedding, target.embedding, "tiny", no_samples)
     return DrafterTask(DovetailNetwork(DovetailConfig(HIDDEN, VOCAB, 32, 2, 1, 8, num_blocks=2)), source, loss)
 
 
@@ -114,6 +136,65 @@ def test_unrolled_steps_add_their_decayed_losses() -> None:
         want = want + weight * unrolled.step_figures(steps[step][:, step:], features[:, step + 1 :], ones)["loss"]
     torch.testing.assert_close(thrice["loss"], want)
     assert {"accuracy_2", "accuracy_3"} <= thrice.keys()
+
+
+def test_three_layers_predict_what_the_drafter_at_work_predicts() -> None:
+    torch.manual_seed(0)
+    target = TinyTarget()
+    compute = partial(target.layers, ("low", "mid", "high", "last"))
+    source = OnTheFlySource(compute, target.embedding, target.embedding, "tiny", no_samples)
+    network = DovetailNetwork(DovetailConfig(HIDDEN, VOCAB, 32, 2, 1, 8, features="low+mid+high"))
+    task = DrafterTask(network, source, LossOptions(unrolled_steps=2)).eval()
+    drafter = DovetailDrafter(network, task.embedding, task.lm_head, 1, 32)
+    assert drafter.feature_layers == ("low", "mid", "high")
+    token_ids, mask = torch.randint(0, VOCAB, (1, 9)), torch.ones(1, 9)
+    layers, last = target.three_layers(token_ids), target.features(token_ids)
+    first = task.predict(layers[:, :-1], token_ids[:, 1:])
+    regression = second = 0.0
+    for i in range(8):
+        drafter.observe([Observation(0, layers[0, i : i + 1], token_ids[0, i + 1 : i + 2].tolist())])
+        torch.testing.assert_close(drafter.last_outputs[0], first[0][0, i], atol=1e-5, rtol=1e-4)
+        regression += functional.smooth_l1_loss(drafter.last_outputs[0], last[0, i + 1]).item() / 8
+        # A drafted position reads the output of its parent, not a projection of anything.
+        drafted = torch.cat((network.project(layers[:, : i + 1]), drafter.last_outputs[None]), dim=1)
+        if i < 7:
+            embedded = task.embedding[token_ids[:, 1 : i + 3]]
+            again = network.forward_causal(drafted, embedded)[0, -1]
+            torch.testing.assert_close(again, first[1][0, i + 1], atol=1e-5, rtol=1e-4)
+            second += functional.smooth_l1_loss(again, last[0, i + 2]).item() / 7
+    got = task(token_ids, mask)
+    assert got["regression"].item() == pytest.approx(regression, rel=1e-4)
+    only_regression = DrafterTask(network, source, LossOptions(cross_entropy_weight=0.0, unrolled_steps=2)).eval()
+    assert only_regression(token_ids, mask)["loss"].item() == pytest.approx(regression + 0.8 * second, rel=1e-4)
+    got["loss"].backward()
+    assert network.feature_proj is not None
+    assert network.feature_proj.weight.grad is not None
+    assert bool((network.feature_proj.weight.grad != 0).any())
+
+
+@pytest.mark.parametrize("draft_vocab_size", [None, VOCAB // 2])
+def test_losses_in_chunks_equal_those_of_all_positions_at_once(
+    monkeypatch: pytest.MonkeyPatch, draft_vocab_size: int | None
+) -> None:
+    whole = create_task(LossOptions(acceptance_weight=1.0, unrolled_steps=2, noise=0.0))
+    network = DovetailNetwork(replace(whole.network.config, draft_vocab_size=draft_vocab_size))
+    network.load_state_dict(whole.network.state_dict(), strict=False)
+    target = TinyTarget()
+    source = OnTheFlySource(target.features, target.embedding, target.embedding, "tiny", no_samples)
+    task = DrafterTask(network, source, whole.loss)
+    token_ids, mask = torch.randint(0, VOCAB, (3, 12)), (torch.rand(3, 12) > 0.3).float()
+    want = task(token_ids, mask)
+    want["loss"].backward()
+    gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    monkeypatch.setattr(memory, "CHUNK_LOGITS", 5 * VOCAB)
+    got = task(token_ids, mask)
+    got["loss"].backward()
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-6)
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-6)
 
 
 def test_noise_while_training_only() -> None:
@@ -174,8 +255,8 @@ def test_choices_outside_a_trimmed_vocabulary_teach_nothing_and_count_as_missed(
     torch.manual_seed(0)
     network = DovetailNetwork(replace(whole.network.config, draft_vocab_size=VOCAB // 2))
     network.load_state_dict({**whole.network.state_dict(), "draft_ids": torch.arange(VOCAB // 2)})
-    target, samples = TinyTarget(), cast("Any", [])
-    source = OnTheFlySource(target.features, target.embedding, target.embedding, "tiny", samples)
+    target = TinyTarget()
+    source = OnTheFlySource(target.features, target.embedding, target.embedding, "tiny", no_samples)
     trimmed = DrafterTask(network, source, LossOptions())
     wanted, predicted = torch.randn(1, 40, HIDDEN), torch.randn(1, 40, HIDDEN)
     choices = (wanted[0] @ target.embedding.T).argmax(-1)
@@ -235,12 +316,91 @@ def load_state(output: Path) -> dict[str, torch.Tensor]:
         ("loss", {"acceptance_form": "exp"}, "'exp'; allowed are log, lambda"),
         ("drafter", {"draft_vocab_size": 99}, "draft_vocab_size is 99; allowed are 1 to the vocabulary, 24"),
         ("lose", {"noise": 0.0}, "unknown tables lose"),
+        ("drafter", {"features": "low+high"}, r"'low\+high'; allowed are last, low\+mid\+high"),
+        ("drafter", {"features": "low+mid+high"}, "needs loss.unrolled_steps of at least 2"),
+        ("data", {"answers": "a.jsonl"}, "needs data.conversations in a format with turns: sharegpt, messages"),
+        ("data", {"answer_tokens": 0}, "answer_tokens is 0"),
+        ("data", {"answer_temperature": -1.0}, "0 is greedy"),
     ],
 )
 def test_bad_recipes(recipe: dict[str, Any], table: str, changes: dict[str, Any], named: str) -> None:
     recipe[table] = {**recipe.get(table, {}), **changes}
     with pytest.raises((RecipeError, DrafterError), match=named):
         train_drafter(recipe, create_source)
+
+
+def test_tokens_of_another_vocabulary_are_refused(recipe: dict[str, Any], tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.full(200, VOCAB, dtype=np.uint16))
+    with pytest.raises(RecipeError, match=r"tokens\.npy gives token 24, and the target's vocabulary has 24"):
+        train_drafter(recipe, create_source)
+
+
+def test_a_changed_recipe_is_not_resumed_and_nothing_is_lost(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["training"] |= {"steps": 2, "save_every": 2}
+    train_drafter(recipe, create_source)
+    before = {file: file.read_bytes() for file in sorted((tmp_path / "run").rglob("*")) if file.is_file()}
+    recipe["loss"] = {"noise": 0.0}
+    with pytest.raises(RecipeError, match=r"the recipe changed since checkpoint-2 .*resume with the recipe that began"):
+        train_drafter(recipe, create_source, resume=True)
+    assert before == {file: file.read_bytes() for file in sorted((tmp_path / "run").rglob("*")) if file.is_file()}
+
+
+def test_ctrl_c_saves_a_drafter_and_a_resumed_run_equals_an_uninterrupted_one(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe["drafter"] |= {"features": "low+mid+high"}
+    recipe["loss"] = {"unrolled_steps": 2}
+    recipe["training"] |= {"steps": 4, "save_every": 4, "evaluate_every": 4}
+
+    def interrupted(data: DataOptions, layers: Sequence[str]) -> FeatureSource:
+        calls, source = 0, create_source(data, layers)
+
+        def compute(token_ids: torch.Tensor) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                signal.raise_signal(signal.SIGINT)
+            return source.features(token_ids)
+
+        return replace(source, compute=compute)  # type: ignore[type-var]
+
+    stopped = train_drafter(recipe, interrupted)
+    assert not stopped.finished
+    assert (Path(stopped.checkpoint) / "model.safetensors").is_file()
+    assert last_checkpoint(tmp_path / "run") not in (None, tmp_path / "run" / "checkpoint-4")
+    resumed = train_drafter(recipe, create_source, resume=True)
+    assert resumed.finished
+    recipe["training"]["output"] = str(tmp_path / "whole")
+    whole = train_drafter(recipe, create_source)
+    states = [load_file(Path(report.checkpoint) / "model.safetensors") for report in (resumed, whole)]
+    assert all(torch.equal(state, states[1][name]) for name, state in states[0].items())
+
+
+def test_progress_tells_loss_accuracy_per_depth_and_time_left(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["loss"] = {"unrolled_steps": 3}
+    recipe["training"] |= {"steps": 4, "log_every": 2}
+    screen = StringIO()
+    train_drafter(recipe, create_source, console=Console(file=screen, force_terminal=True, width=100))
+    shown = " ".join(re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", screen.getvalue()).split())
+    figures = r"loss [\d.]+ accuracy [\d.]+ accuracy_2 [\d.]+ accuracy_3 [\d.]+"
+    assert re.search(r"training ━+╺?━* 2/4 \d:\d\d:\d\d [\d:-]+ " + figures, shown)
+    assert (tmp_path / "run" / "training.png").stat().st_size > 1000
+    history = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert {"loss", "accuracy", "accuracy_2", "accuracy_3"} <= history[0].keys()
+
+
+def test_the_memory_is_told_before_the_samples_are_asked_for(
+    recipe: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def without_samples(data: DataOptions, layers: Sequence[str]) -> FeatureSource:
+        def load() -> Any:
+            raise RecipeError("asked for")
+
+        return replace(create_source(data, layers), load=load)  # type: ignore[type-var]
+
+    with caplog.at_level("INFO"), pytest.raises(RecipeError, match="asked for"):
+        train_drafter(recipe, without_samples)
+    assert "training takes about 0.00 GB (parameters" in caplog.text
 
 
 def test_files_that_hold_no_tokens(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
-from kernels.decoder_layer import LayerPass, PackedDecoderLayer, decoder_layer
+from kernels.decoder_layer import LayerPass, LayerStack, PackedDecoderLayer, decoder_layers
 from kernels.linear_lowbit import pack
 from kernels.tree_attention import KVSlots, Segment, causal_segment, tree_segment
 from kernels.tree_attention.reference import tree_attention_reference
@@ -60,7 +60,7 @@ class Attention:
         width = self.slots.keys.shape[-1]
         out = hidden.clone()
         row_pass = LayerPass(self.slots, segments, torch.ones(len(hidden), width), torch.zeros(len(hidden), width))
-        decoder_layer(out, self.layer, 0, row_pass)
+        decoder_layers(out, LayerStack([self.layer]), row_pass)
         return (out - hidden)[:, : self.sizes[0]]
 
     def reference(self, hidden: Tensor, segments: Sequence[Segment]) -> Tensor:

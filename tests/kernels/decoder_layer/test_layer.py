@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from transformers.models.gemma2 import Gemma2Config, Gemma2Model
 from kernels import native
 from kernels.decoder_layer import (
     LayerPass,
+    LayerStack,
     PackedDecoderLayer,
     UnsupportedLayer,
     check_layer,
-    decoder_layer,
+    decoder_layers,
     head_argmax,
     layer_from_tensors,
     layer_tensors,
@@ -60,7 +62,8 @@ class Machine:
     def run(self, hidden: Tensor, segments: Sequence[Segment], positions: Sequence[int]) -> Tensor:
         cosine, sine = self.model.rotary_emb(hidden[None], torch.tensor([list(positions)]))
         out = hidden.clone()
-        decoder_layer(out, self.layer, 1, LayerPass(self.slots, segments, cosine[0], sine[0]))
+        row_pass = LayerPass(self.slots, segments, cosine[0], sine[0])
+        decoder_layers(out, LayerStack([self.layer]), row_pass, first_slot_layer=1)
         return out
 
     def prefill(self, slot: int, hidden: Tensor, chunk: int) -> Tensor:
@@ -186,16 +189,59 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     table = torch.zeros(2, 16)
     row_pass = LayerPass(machine.slots, [causal_segment(0, 0, 2)], table, table)
     with pytest.raises(ValueError, match=r"hidden must be fp32 \[2, 64\]"):
-        decoder_layer(torch.zeros(3, 64), machine.layer, 0, row_pass)
+        decoder_layers(torch.zeros(3, 64), LayerStack([machine.layer]), row_pass)
     with pytest.raises(ValueError, match="contiguous"):
-        decoder_layer(torch.zeros(64, 2).t(), machine.layer, 0, row_pass)
-    with pytest.raises(ValueError, match="cosine and sine must be"):
+        decoder_layers(torch.zeros(64, 2).t(), LayerStack([machine.layer]), row_pass)
+    with pytest.raises(ValueError, match=r"cosine and sine must be \[n, 16\]"):
+        LayerPass(machine.slots, [causal_segment(0, 0, 2)], table[:, :8], table[:, :8])
+    with pytest.raises(ValueError, match="3 rows want as many positions below 2"):
         LayerPass(machine.slots, [causal_segment(0, 0, 3)], table, table)
+    with pytest.raises(ValueError, match="2 rows want as many positions below 2"):
+        LayerPass(machine.slots, [causal_segment(0, 0, 2)], table, table, [1, 2])
     with pytest.raises(SlotError, match="400 rows"):
         LayerPass(machine.slots, [causal_segment(0, 399, 2)], table, table)
     other = KVSlots(1, 8, 1, 1, 16, torch.float32, CPU)
     with pytest.raises(ValueError, match="2 key heads of 16, the slots hold 1"):
-        decoder_layer(torch.zeros(2, 64), machine.layer, 0, LayerPass(other, [causal_segment(0, 0, 2)], table, table))
+        other_pass = LayerPass(other, [causal_segment(0, 0, 2)], table, table)
+        decoder_layers(torch.zeros(2, 64), LayerStack([machine.layer]), other_pass)
+    with pytest.raises(ValueError, match="layers 1 to 2: the slots hold 2 layers"):
+        decoder_layers(torch.zeros(2, 64), LayerStack([machine.layer] * 2), row_pass, first_slot_layer=1)
+    with pytest.raises(ValueError, match="layers of one stack share"):
+        LayerStack([machine.layer, dataclasses.replace(machine.layer, head_dim=32)])
+
+
+def test_layers_in_one_call_equal_one_call_for_each() -> None:
+    model = build("llama", num_hidden_layers=2)
+    layers = [pack_decoder_layer(layer, 8) for layer in model.layers]
+    stack, hidden = LayerStack(layers), torch.randn(6, 64)
+    table = torch.randn(9, 16)
+    slots = [KVSlots(1, 20, 2, 2, 16, torch.bfloat16, CPU) for _ in range(3)]
+    outs = []
+    for store, calls in zip(slots, ([range(2)], [range(1), range(1, 2)], None), strict=True):
+        row_pass = LayerPass(store, [causal_segment(0, 0, 6)], table, table, [8, 1, 0, 3, 3, 5])
+        outs.append(hidden.clone())
+        if calls is None:
+            for index, layer in enumerate(layers):
+                decoder_layers(outs[-1], LayerStack([layer]), row_pass, first_slot_layer=index)
+        else:
+            for layers_of_call in calls:
+                decoder_layers(outs[-1], stack, row_pass, layers_of_call)
+    for out, store in zip(outs[1:], slots[1:], strict=True):
+        assert torch.equal(out, outs[0])
+        assert torch.equal(store.keys, slots[0].keys)
+        assert torch.equal(store.values, slots[0].values)
+
+
+def test_attention_without_a_norm_before_it_reads_the_rows_as_they_are() -> None:
+    machine = Machine(build("llama"))
+    hidden = (
+        torch.nn.functional.normalize(torch.randn(5, 64), dim=-1) * 8
+    )  # rows whose norm with weight 1 changes nothing
+    machine.layer = dataclasses.replace(machine.layer, input_norm=torch.ones(64))
+    wanted = machine.prefill(0, hidden, 5)
+    machine.layer = dataclasses.replace(machine.layer, input_norm=None)
+    torch.testing.assert_close(machine.prefill(1, hidden, 5), wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(machine.prefill(1, 2 * hidden, 5) - hidden, wanted, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

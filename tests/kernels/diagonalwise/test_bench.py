@@ -7,6 +7,8 @@ from torch import nn
 
 from kernels.diagonalwise import bench
 from kernels.diagonalwise.bench import (
+    BATCHES,
+    DTYPES,
     GRID,
     BenchOptions,
     Cell,
@@ -18,9 +20,10 @@ from kernels.diagonalwise.bench import (
     ideal_megabytes,
     layer_contenders,
     layer_step,
+    not_run,
 )
-from kernels.diagonalwise.bench_report import summarise, verdict, write_report
-from kernels.diagonalwise.timing import Timing
+from kernels.diagonalwise.bench_report import markdown, summarise, verdict, write_report
+from kernels.diagonalwise.timing import Timing, compare
 
 CPU = torch.device("cpu")
 
@@ -57,11 +60,12 @@ def test_a_small_grid_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert set(nets["tiny"]) == {
         f"{a}_{b}" for a in ("native", "refactored", "tuned") for b in ("nchw", "channels_last")
     }
-    report = write_report(cells, nets, CPU, tmp_path / "out" / "bench.json")
+    report = write_report(cells, nets, {"tf32": "no GPU"}, {"cpu": "some"}, tmp_path / "out" / "bench.json")
     kept = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert kept["verdict"] == report["verdict"]
     assert len(kept["cells"]) == len(cells)
-    assert {"hardware", "threads", "torch", "summary", "networks"} <= kept.keys()
+    assert (kept["hardware"], kept["not_run"]) == ({"cpu": "some"}, {"tf32": "no GPU"})
+    assert {"summary", "networks"} <= kept.keys()
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -105,8 +109,61 @@ def test_summary_and_verdict() -> None:
     assert (rows["step", "diagonalwise_m8"]["best"], rows["step", "diagonalwise_m8"]["worst"]) == (0.5, 2.0)
     assert rows["step", "masked"]["geometric_mean_ratio"] == pytest.approx(4.0)
     assert rows["forward", "diagonalwise_m8"]["cells"] == 1
-    assert "in 1 of 2 training steps of a layer; its time is 1.00 of native's" in verdict(cells)
-    assert "No whole training steps" in verdict(cells[2:])
+    table = markdown(summarise(cells)).splitlines()
+    assert table[0] == "| pass | type | layout | diagonalwise_m8 | masked |"
+    assert table[2:] == ["| step | fp32 | nchw | 1.00 | 4.00 |", "| forward | fp32 | nchw | 3.00 | - |"]
+    said = verdict(cells, {})
+    assert "in 1 of 2 training steps of a layer (fp32 nchw stride 1: 1 of 2); its time is 1.00 of native's" in said
+    assert "Whole networks were not measured" in said
+    assert "No whole training steps" in verdict(cells[2:], {})
+    assert "in 0 of 1 training steps of a layer; its time is 2.00" in verdict(cells[1:], {})
+    nets = {"net": {"native_nchw": exactly(9), "native_channels_last": exactly(4), "refactored_nchw": exactly(6),
+                    "refactored_channels_last": exactly(8), "tuned_nchw": exactly(9)}}  # fmt: skip
+    assert "native's time: net 1.50 refactored, 2.25 tuned." in verdict(cells, nets)
+
+
+def test_what_is_not_run_is_said_with_the_reason() -> None:
+    whole = BenchOptions(batches=BATCHES, dtypes=tuple(DTYPES), compiled=True)
+    assert set(not_run(whole, CPU)) == {"tf32", "triton", "max-autotune", "cudnn"}
+    assert not_run(whole, torch.device("cuda")) == {}
+    part = not_run(BenchOptions(("snet146",), (1, 64), ("fp32",), ("nchw",), ("step",)), torch.device("cuda"))
+    assert set(part) == {
+        "networks fd_mobilenet_x1_0, menet_228_12x1_g3, mobilenet_v1_x1_0", "batches 16, 256",
+        "dtypes bf16, fp16, tf32", "layouts channels_last", "passes forward, input_gradient, weight_gradient",
+        "torch.compile",
+    }  # fmt: skip
+
+
+def test_tf32_is_allowed_in_its_own_cells_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.GRID, "snet146", (Geometry(4, 5, 1, 5),))
+    allowed: list[bool] = []
+
+    def compare(*_: object) -> dict[str, Timing]:
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return {"native": exactly(1)}
+
+    monkeypatch.setattr(bench, "compare", compare)
+    monkeypatch.setattr(bench, "needs_gpu", lambda _: {})
+    bench_layers(BenchOptions(("snet146",), (1,), ("fp32", "tf32"), ("nchw",), ("step",)), CPU)
+    assert allowed == [False, True]
+
+
+def test_compiled_contenders_are_compiled_in_both_modes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(nn.Conv2d, "compile", lambda self, mode: asked.append(mode))
+    for device in (CPU, torch.device("cuda")):
+        builders = layer_contenders(Geometry(8, 8, 1), device, compiled=True)
+        for name, build in builders.items():
+            if name.endswith("compiled"):
+                build(Geometry(8, 8, 1).build())
+    assert asked == ["default"] * 2 + ["default", "max-autotune"] * 2
+
+
+def test_a_cell_ends_when_its_time_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    compare(steps, CPU, warmups=1, repeats=100, limit_s=0.0)
+    assert calls == ["a", "b"] * 4, "one warm-up and the fewest repeats"
 
 
 def test_unknown_parts_of_the_grid_are_named() -> None:

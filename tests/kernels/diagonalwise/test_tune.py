@@ -1,3 +1,4 @@
+import random
 from collections.abc import Mapping
 
 import pytest
@@ -6,7 +7,7 @@ from torch import nn
 
 from kernels.diagonalwise import DiagonalwiseConv2d, TuningTable, tune
 from kernels.diagonalwise.timing import Step, Timing, compare
-from kernels.diagonalwise.tune import NATIVE, Choice
+from kernels.diagonalwise.tune import NATIVE, Choice, fastest
 
 IMAGES = torch.zeros(2, 8, 6, 6)
 
@@ -53,6 +54,17 @@ def test_native_stays_unless_beaten_beyond_noise(rival: Timing) -> None:
     (choice,) = run(model, Scripted(native=Timing(9, 10, 11), diagonalwise_m8=rival))
     assert choice.chosen == NATIVE
     assert model[0] is layer
+
+
+def test_what_is_chosen_is_never_slower_than_native_in_the_measurement() -> None:
+    generator = random.Random(0)
+    for _ in range(200):
+        timings = {}
+        for name in (NATIVE, "diagonalwise_m8", "diagonalwise_m16", "triton"):
+            timings[name] = Timing(*sorted(generator.uniform(1, 5) for _ in range(3)))
+        chosen = fastest(timings)
+        assert timings[chosen].median_ms <= timings[NATIVE].median_ms
+        assert chosen == NATIVE or timings[chosen].upper_ms < timings[NATIVE].lower_ms
 
 
 def test_equal_layers_are_measured_once_and_tables_are_reused() -> None:

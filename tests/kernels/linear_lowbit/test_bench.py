@@ -1,45 +1,64 @@
-import io
-from pathlib import Path
+import importlib.util
 
 import pytest
-from rich.console import Console
+import torch
 
 from kernels import native
-from kernels.linear_lowbit import bench
+from kernels.linear_lowbit import bench, bench_peers
 
 TINY = bench.ModelShape(64, 96, 2, 4, 2, 128)
+QUIET = pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning", "ignore::UserWarning")
 
 
-@pytest.fixture
-def result(monkeypatch: pytest.MonkeyPatch) -> dict:
+@QUIET
+def test_every_engine_and_number_of_rows_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
-    return bench.bench_kernels(["tiny"], rows=(1, 3), rounds=1)
-
-
-@pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_every_engine_and_number_of_rows_is_reported(result: dict) -> None:
-    seen = {(entry["weights"], entry["engine"], entry["rows"]) for entry in result["results"]}
-    engines = {"int4": "torch int4pack", "int8": "torch dynamic int8", "bf16": "torch bf16"}
-    assert seen == {(w, e, r) for w, peer in engines.items() for e in ("ours", peer) for r in (1, 3)}
-    assert all(entry["ms"] > 0 and entry["scope"] == "products" for entry in result["results"])
+    limits, said = bench.Limits(), []
+    options = bench.BenchOptions(["tiny"], rows=(1, 3), rounds=1, layers=1)
+    results, skipped = bench.bench_products(options, limits, said.append)
+    seen = {(entry["weights"], entry["engine"], entry["rows"]) for entry in results}
+    engines = {("int4", "torch int4pack"), ("int8", "torch dynamic int8"), ("bf16", "torch bf16")}
+    engines |= {(weights, "ours") for weights in bench.BITS}
+    for weights, name in (("int4", "ONNX Runtime"), ("int4", "OpenVINO"), ("int8", "OpenVINO")):
+        assert (name in skipped) == ((weights, name, 1) not in seen)
+        engines |= set() if name in skipped else {(weights, name)}
+    assert seen == {(w, e, r) for w, e in engines for r in (1, 3)}
+    assert all(entry["ms"] > 0 and entry["layers"] == 1 for entry in results) and len(said) == 3
     if native.library() is not None:
-        assert result["stream_gb_per_s"] > 0 and native.instruction_set() in result["hardware"]
+        machine = bench.describe_machine(limits)
+        assert machine["stream_gb_per_s"] > 0 and native.instruction_set() in machine["hardware"]
+        assert len(limits.dots) == 6
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_table_and_plot(result: dict, tmp_path: Path) -> None:
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(bench.table(result))
-    assert "torch int4pack" in console.export_text()
-    bench.plot(result, tmp_path / "curve.png")
-    assert (tmp_path / "curve.png").stat().st_size > 1000
+def test_missing_engines_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for create, name in ((bench_peers.openvino("int4"), "openvino"), (bench_peers.onnxruntime_int4, "onnxruntime")):
+        with pytest.raises(bench_peers.EngineMissing, match=f"NOT INSTALLED: pip install {name}"):
+            create([(32, 32)], 1)
 
 
-def test_unknown_shapes_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="unknown: 2B; known are 1B, 3B, 7B"):
-        bench.bench_kernels(["2B"])
+def test_onnxruntime_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    engine = bench_peers.onnxruntime_int4([(32, 64), (96, 32)], 1)
+    outputs = engine.run({64: torch.randn(3, 64), 32: torch.randn(3, 32)})
+    assert [out.shape for out in outputs] == [(3, 32), (3, 96)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shapes": ["2B"]}, "unknown: 2B; known are 1B, 3B, 7B"),
+        ({"weights": ["int3"]}, "unknown: int3; known are int4, int8, bf16"),
+        ({"groups": [48]}, "unknown: 48; known are 32, 64, 128"),
+        ({"rows": [0]}, "must be at least 1"),
+        ({"layers": 0}, "must be at least 1"),
+    ],
+)
+def test_unknown_settings_are_refused_by_name(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench.BenchOptions(**fields)
 
 
 def test_a_shape_lists_every_product() -> None:
     assert len(bench.SHAPES["1B"].matrices()) == 65
+    assert bench.BenchOptions(layers=3).shape("1B").num_layers == 3

@@ -200,6 +200,21 @@ def test_importance_moves_the_error_to_where_it_matters_less() -> None:
 
 
 @needs_native
+def test_a_processor_without_any_fast_path_has_the_portable_kernels() -> None:
+    assert SETS[-1] == "portable"
+    x, weight = example(8, 3, 40, 64)
+    packed = pack(weight, 4, 32)
+    with native.use_instruction_set("portable"):
+        assert native.instruction_set() == "portable"
+        assert relative(linear(x, packed), cpu._reference(x, packed)) < TOLERANCE[4]
+    with (
+        pytest.raises(ValueError, match=r"no instruction set 'mmx' here; available: .*portable"),
+        native.use_instruction_set("mmx"),
+    ):
+        pass
+
+
+@needs_native
 def test_callers_on_several_threads_get_their_own_rows() -> None:
     x, weight = example(7, 16, 256, 256)
     packed = pack(weight, 4, 32)

@@ -96,3 +96,16 @@ def test_step_schedule() -> None:
         schedule.step()
     assert rates == pytest.approx([0.05, 0.1, 0.1, 0.01, 0.01, 0.01, 0.001])
     assert create_schedule(optimizer, options()) is None
+
+
+def test_the_learning_rate_drops_at_the_listed_steps() -> None:
+    changes = {"schedule": "step", "schedule_options": {"at": [4, 7], "factor": 0.1}, "warmup_steps": 1}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = create_schedule(optimizer, options(**changes))
+    assert schedule is not None
+    rates = []
+    for _ in range(9):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.5, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])

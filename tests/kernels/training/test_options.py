@@ -1,6 +1,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -57,6 +57,7 @@ def test_a_table_must_be_a_table() -> None:
     ({"steps": 0}, "steps is 0; it must be at least 1"),
     ({"evaluate_every": 0}, "evaluate_every is 0"),
     ({"schedule": "step"}, "needs schedule_options"),
+    ({"schedule": "step", "schedule_options": {"every": 2, "at": [3], "factor": 0.1}}, "needs schedule_options"),
 ])  # fmt: skip
 def test_values_that_are_not_allowed(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
@@ -71,3 +72,14 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
         load_recipe(tmp_path / "bad.toml")
     (tmp_path / "good.toml").write_text('[training]\noutput = "x"\nsteps = 3\nbetas = [0.9, 0.99]\n')
     assert take_table(load_recipe(tmp_path / "good.toml"), "training", TrainingOptions).betas == (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class WithLiteral:
+    resize: Literal["stretch", "letterbox"] = "stretch"
+
+
+def test_a_literal_takes_values_of_its_type() -> None:
+    assert take_table({"data": {"resize": "letterbox"}}, "data", WithLiteral) == WithLiteral("letterbox")
+    with pytest.raises(RecipeError, match=r"data\.resize is 3, a int"):
+        take_table({"data": {"resize": 3}}, "data", WithLiteral)

@@ -40,12 +40,17 @@ def until_fixture() -> Callable[[Callable[[], Any]], Any]:
 def connect(
     make_settings: Callable[..., Settings],
 ) -> Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]:
-    """``connect(model, **settings)``: a client of the app in this process; with ``ready=False`` it does not wait."""
+    """``connect(model, **settings)``: a client of the app in this process; with ``ready=False`` it does not wait.
+
+    ``model`` None serves ``vision`` alone.
+    """
 
     @asynccontextmanager
-    async def open_client(model: Any, ready: bool = True, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-        load = model if callable(model) else lambda _: model
-        app: FastAPI = create_app(make_settings(**settings), load)
+    async def open_client(
+        model: Any, ready: bool = True, vision: Any = None, **settings: Any
+    ) -> AsyncIterator[httpx.AsyncClient]:
+        load = model if callable(model) or model is None else lambda _: model
+        app: FastAPI = create_app(make_settings(**settings), load, vision=vision)
         async with (
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,

@@ -20,8 +20,8 @@ def source(count: int = 8) -> ArraySource:
 
 
 def folder(tmp_path: Path) -> FolderSource:
+    (tmp_path / "a").mkdir(parents=True, exist_ok=True)
     for n in range(3):
-        (tmp_path / "a").mkdir(exist_ok=True)
         Image.new("L", (20, 20), 50 * n).save(tmp_path / "a" / f"{n}.png")
     (tmp_path / "a" / "1.png").write_bytes(b"broken")
     return FolderSource(tmp_path)
@@ -91,3 +91,22 @@ def test_splits_default_to_the_kinds_own(tmp_path: Path) -> None:
     options = DataOptions("folder", str(tmp_path))
     assert (options.open_train().class_names, options.open_eval().class_names) == (("train",), ("val",))
     assert DataOptions("folder", str(tmp_path), eval_split="test").open_eval().class_names == ("test",)
+
+
+def test_images_in_memory_are_decoded_once_and_give_the_same_views(tmp_path: Path) -> None:
+    folder(tmp_path / "train" / "x")
+    split = tmp_path / "train"
+    disk = DataOptions("folder", str(tmp_path)).open_train()
+    kept = DataOptions("folder", str(tmp_path), in_memory=True).open_train()
+    augmentation = AugmentationOptions(color_jitter=0.2)
+    first = [ClassificationData(kept, PREPROCESSING, augmentation)[n] for n in (0, 1, 2)]
+    expected = [ClassificationData(disk, PREPROCESSING, augmentation)[n] for n in (0, 1, 2)]
+    for file in split.rglob("*.png"):
+        file.unlink()
+    again = [ClassificationData(kept, PREPROCESSING, augmentation)[n] for n in (0, 1, 2)]
+    for views in (first, again):
+        assert isinstance(views[1], Skipped), "what cannot be read is tried again"
+        for view, other in ((views[0], expected[0]), (views[2], expected[2])):
+            assert isinstance(view, Sample)
+            assert isinstance(other, Sample)
+            assert torch.equal(view.image, other.image)

@@ -225,11 +225,14 @@ def test_schedules():
 
 def test_random_sample_bounds_the_foreground():
     inputs = regions(foreground=0.9)
-    sampler = RandomSample(64, 0.25)
+    sampler = RandomSample(64, 0.25, torch.Generator().manual_seed(3))
     first, second = sampler(*inputs, 0.0), sampler(*inputs, 0.0)
     assert (inputs[3][first] > 0).sum() == 16
     assert not torch.equal(first, second)
-    assert torch.equal(RandomSample(64, 0.25)(*inputs, 0.0), first)
+    again = RandomSample(64, 0.25, torch.Generator().manual_seed(3))
+    assert torch.equal(again(*inputs, 0.0), first)
+    torch.manual_seed(3)
+    assert torch.equal(RandomSample(64, 0.25)(*inputs, 0.0), first), "without a generator it is torch's own"
 
 
 def test_focal_loss_equals_the_definition():

@@ -176,6 +176,19 @@ def test_mixup_mixes_images_and_losses_alike(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(out["loss"], expected)
 
 
+def test_memory_format_changes_the_layout_alone() -> None:
+    torch.manual_seed(0)
+    model = create_backbone("fd_mobilenet_x0_25", 3)
+    images = torch.randint(0, 256, (4, 3, 32, 40), dtype=torch.uint8)
+    given = {"images": images, "labels": torch.tensor([0, 1, 2, 1]), "skipped": torch.tensor([0])}
+    layouts: list[bool] = []
+    model.stem.register_forward_hook(lambda _, x, y: layouts.append(y.is_contiguous(memory_format=torch.channels_last)))
+    plain, last = (ClassificationTask(model, TaskOptions(), wish)(**given)["loss"] for wish in (False, True))
+    assert layouts == [False, True]
+    torch.testing.assert_close(last, plain)
+    assert all(p.is_contiguous() for p in model.parameters()), "safetensors takes no other"
+
+
 @pytest.mark.parametrize("depthwise", ["diagonalwise", "tuned"])
 def test_depthwise_choice_leaves_plain_weights(
     tiny_recipe: Recipe, depthwise: str, monkeypatch: pytest.MonkeyPatch

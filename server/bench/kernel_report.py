@@ -1,0 +1,142 @@
+"""``dovetail bench kernels`` as one report: products and whole models, checked, as a table and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from kernels.linear_lowbit.bench import OURS, SHAPES, BenchOptions, Entry, Limits, Say, bench_products, describe_machine
+from server.bench.whole_model import bench_models
+
+HONEST = 1.05  # T(1) may be so much above T(2) and T(4): a slow T(1) would flatter every ratio
+CURVE = ("shape", "scope", "weights", "group", "context", "engine", "layers")
+
+
+def bench_kernels(options: BenchOptions, scopes: Sequence[str], contexts: Sequence[int], say: Say) -> dict[str, Any]:
+    """The JSON of ``bench kernels``. Errors: ValueError for a scope that is not known."""
+    if unknown := set(scopes) - {"products", "model"}:
+        raise ValueError(f"unknown: {', '.join(sorted(unknown))}; known are products, model")
+    limits = Limits()
+    results: list[Entry] = []
+    skipped: dict[str, str] = {}
+    outside: list[Entry] = []
+    if "products" in scopes:
+        found, missing = bench_products(options, limits, say)
+        results, skipped = results + found, skipped | missing
+    if "model" in scopes:
+        models = bench_models(options, contexts, limits, say)
+        results, skipped, outside = results + models.results, skipped | models.skipped, models.outside
+    report = describe_machine(limits) | {"results": results, "skipped": skipped, "outside_products": outside}
+    return report | {"checks": honest_checks(results)}
+
+
+def curves(results: Sequence[Entry]) -> dict[tuple[Any, ...], dict[int, float]]:
+    """Milliseconds by number of rows for each engine and setting."""
+    found: dict[tuple[Any, ...], dict[int, float]] = {}
+    for entry in results:
+        found.setdefault(tuple(entry[name] for name in CURVE), {})[entry["rows"]] = entry["ms"]
+    return found
+
+
+def honest_checks(results: Sequence[Entry]) -> list[Entry]:
+    """Whether each of our curves has T(1) <= 1.05 min(T(2), T(4)), where those were measured."""
+    checks = []
+    for setting, curve in curves(results).items():
+        named = dict(zip(CURVE, setting, strict=True))
+        if named["engine"] == OURS and {1, 2, 4} <= curve.keys():
+            ratio = curve[1] / min(curve[2], curve[4])
+            checks.append(named | {"t1_over_min_t2_t4": round(ratio, 3), "holds": ratio <= HONEST})
+    return checks
+
+
+def table(report: dict[str, Any]) -> Table:
+    """Milliseconds and T(n) / T(1), one line for each engine; what could not take part is named.
+
+    ``read`` is the share of the streaming bandwidth at which one row of ours reads its weights.
+    """
+    results = report["results"]
+    rows = sorted({entry["rows"] for entry in results})
+    limits = f"{report['stream_gb_per_s']} GB/s streamed, {report['dot_gmac_per_s']} G multiply-adds/s"
+    view = Table(title=f"{report['hardware']}: {limits}")
+    view.add_column("ms, T(n)/T(1)", no_wrap=True)
+    view.add_column("engine", no_wrap=True)
+    for count in rows:
+        view.add_column(f"{count} rows", justify="right", no_wrap=True)
+    view.add_column("read", justify="right")
+    shares = stream_shares(report)
+    for setting, curve in curves(results).items():
+        named = dict(zip(CURVE, setting, strict=True))
+        first = curve[min(curve)]
+        cells = [f"{curve[count]:.1f} x{curve[count] / first:.2f}" if count in curve else "" for count in rows]
+        share = shares.get(setting)
+        view.add_row(describe_setting(named), named["engine"], *cells, "" if share is None else f"{share:.0%}")
+    for name, reason in report["skipped"].items():
+        view.add_row(reason, name)
+    return view
+
+
+def describe_setting(named: Entry) -> str:
+    """What was measured, short: ``1B model int4/32 at 1024``, with the number of layers where it is a share."""
+    layers = "" if named["layers"] == SHAPES[named["shape"]].num_layers else f" ({named['layers']} layers)"
+    group = "" if named["group"] is None else f"/{named['group']}"
+    context = f" at {named['context']}" if named["scope"] == "model" else ""
+    return f"{named['shape']}{layers} {named['scope']} {named['weights']}{group}{context}"
+
+
+def stream_shares(report: dict[str, Any]) -> dict[tuple[Any, ...], float]:
+    """Of the streaming bandwidth, what one row of ours reads its weights at."""
+    stream = report["stream_gb_per_s"]
+    return {
+        tuple(entry[name] for name in CURVE): entry["bytes"] / entry["ms"] / 1e6 / stream
+        for entry in report["results"]
+        if stream and entry["rows"] == 1 and "bytes" in entry
+    }
+
+
+def remarks(report: dict[str, Any]) -> list[str]:
+    """What stands below the table: the honesty of T(1), and milliseconds per layer outside the products."""
+    lines = []
+    for check in report["checks"]:
+        verdict = "holds" if check["holds"] else "FAILS: the ratios of this curve flatter"
+        setting = (
+            f"{check['shape']} {check['scope']} {check['weights']} group {check['group']} context {check['context']}"
+        )
+        lines.append(f"T(1) <= {HONEST} min(T(2), T(4)): {check['t1_over_min_t2_t4']:.3f} {verdict}, {setting}")
+    for entry in report["outside_products"]:
+        lines.append(
+            f"{describe_setting(entry)}: {entry['ms_per_layer']:.3f} ms a layer outside the products at "
+            f"{entry['rows']} rows"
+        )
+    return lines
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """T(n) / T(1) over n as an image, one panel for each scope and context; needs matplotlib (extra ``train``)."""
+    from matplotlib.figure import Figure
+
+    found = curves(report["results"])
+    panels = list(dict.fromkeys((setting[0], setting[1], setting[4]) for setting in found))
+    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for setting, curve in found.items():
+            if (setting[0], setting[1], setting[4]) != panel:
+                continue
+            named = dict(zip(CURVE, setting, strict=True))
+            first = curve[min(curve)]
+            label = f"{named['engine']} {named['weights']}" + (
+                "" if named["group"] in (None, 32) else f"/{named['group']}"
+            )
+            style = "-" if named["engine"] == OURS else "--"
+            axes.plot(list(curve), [ms / first for ms in curve.values()], style, marker="o", label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xlabel("rows in one pass")
+        axes.set_ylabel("time / time of one row")
+        axes.set_title(f"{panel[0]} {panel[1]}" + (f", context {panel[2]}" if panel[1] == "model" else ""))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.suptitle(report["hardware"], fontsize=9)
+    figure.savefig(path, dpi=130)

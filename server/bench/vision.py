@@ -1,0 +1,251 @@
+"""What ``dovetail bench vision`` measures: a detector alone, the endpoint under load, and text beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from server.bench.hardware import measure_hardware
+from server.bench.vision_peer import PeerDetector, export_peer
+from vision.images import decode_image
+from vision.predict import VisionModel, load_vision_model
+
+PICTURE_SIZE = (640, 480)
+DETECTION_ROUTE = "/v1/vision/detections"
+PROMPT = "def fibonacci(n):\n"
+START_TIMEOUT_S = 120.0
+POLL_S = 0.1
+LOW_THRESHOLD = 0.05
+TEXT_CLIENTS_BESIDE = 4
+
+
+@dataclass(frozen=True)
+class VisionBenchOptions:
+    """``detector``: folder or file; ``clients``: loads of the endpoint; ``seconds``: of each measurement.
+
+    ``repeats``: single-thread images, and turns of text with and without vision. ``target`` None is the bundled one.
+    """
+
+    detector: Path
+    clients: tuple[int, ...] = (1, 4, 8)
+    seconds: float = 4.0
+    repeats: int = 3
+    peer: bool = True
+    text: bool = True
+    target: str | None = None
+    max_tokens: int = 128
+
+
+Progress = Callable[[str], None]
+
+
+def measure_vision(options: VisionBenchOptions, progress: Progress) -> dict[str, Any]:
+    """The whole report."""
+    picture = sample_picture()
+    report: dict[str, Any] = {"hardware": measure_hardware().json()}
+    progress("one thread")
+    report["single_thread"] = measure_single_thread(options, picture)
+    with running_server(options) as port:
+        report["endpoint"] = {}
+        for count in options.clients:
+            progress(f"endpoint, {count} clients")
+            report["endpoint"][str(count)] = measure_endpoint(port, picture, count, options.seconds)
+        if options.text:
+            progress("text with and without vision")
+            report["text"] = measure_text(port, picture, options)
+    return report
+
+
+def sample_picture() -> bytes:
+    """A JPEG with the structure of a photograph's frequencies, always the same."""
+    generator = np.random.default_rng(0)
+    total = np.zeros((PICTURE_SIZE[1], PICTURE_SIZE[0], 3))
+    for cells in (4, 16, 64):
+        noise = Image.fromarray(generator.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        total += np.asarray(noise.resize(PICTURE_SIZE, Image.Resampling.BICUBIC), dtype=float) / cells**0.5
+    buffer = io.BytesIO()
+    Image.fromarray((255 * total / total.max()).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def measure_single_thread(options: VisionBenchOptions, picture: bytes) -> dict[str, Any]:
+    """Milliseconds an image on one thread from the file's bytes to boxes; detector and peer take turns."""
+    model = load_vision_model(options.detector, num_threads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        peer = None
+        if options.peer:
+            file = Path(folder) / "peer.onnx"
+            export_peer(file, model.info.image_size)
+            peer = PeerDetector(file, model.info.image_size)
+        times: dict[str, list[float]] = {"ours": [], "peer": []}
+        for _ in range(10 * options.repeats):
+            times["ours"].append(timed(lambda: detect(model, picture)))
+            if peer is not None:
+                times["peer"].append(timed(lambda: peer.run(prepare(model, picture).pixels)))
+    result = {
+        "model": model.info.name,
+        "runtime": model.info.runtime,
+        "image_size": model.info.image_size,
+        "ms_per_image": round(statistics.median(times["ours"]), 2),
+        "decode_and_resize_ms": round(statistics.median(timed(lambda: prepare(model, picture)) for _ in range(10)), 2),
+    }
+    if times["peer"]:
+        peer_ms = statistics.median(times["peer"])
+        result["peer"] = {"name": "NanoDet-m structure, random weights", "ms_per_image": round(peer_ms, 2)}
+        result["peer_over_ours"] = round(peer_ms / statistics.median(times["ours"]), 3)
+    return result
+
+
+def prepare(model: VisionModel, picture: bytes) -> Any:
+    """Bytes to the network's input."""
+    decoded = decode_image(picture, enough=model.info.image_size)
+    return model.prepare(decoded, {"score_threshold": LOW_THRESHOLD})
+
+
+def detect(model: VisionModel, picture: bytes) -> None:
+    """Bytes to boxes."""
+    model.predict([prepare(model, picture)])
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Milliseconds of one call."""
+    started = time.perf_counter()
+    work()
+    return (time.perf_counter() - started) * 1e3
+
+
+@contextlib.contextmanager
+def running_server(options: VisionBenchOptions) -> Iterator[int]:
+    """``dovetail serve`` as a user starts it, on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    what = [*([options.target] if options.target else [])] if options.text else ["--no-llm"]
+    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", *what, "--drafter", "none"]
+    command += ["--vision", str(options.detector), "--port", str(port)]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not is_healthy(port):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the server did not come up; `dovetail serve` with the same model says why")
+            time.sleep(POLL_S)
+        yield port
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def is_healthy(port: int) -> bool:
+    """Whether everything is loaded."""
+    try:
+        return request(port, "GET", "/health", b"", "text/plain")[0] == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def request(port: int, method: str, route: str, body: bytes, kind: str) -> tuple[int, bytes]:
+    """One request on a connection of its own."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_TIMEOUT_S)
+    try:
+        connection.request(method, route, body, {"Content-Type": kind})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+class Load:
+    """``count`` clients, each sending the next image as soon as its last is answered."""
+
+    def __init__(self, port: int, picture: bytes, count: int) -> None:
+        self.port = port
+        edge = "dovetail-bench"
+        head = f'--{edge}\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n'
+        self.body = f"{head}Content-Type: image/jpeg\r\n\r\n".encode() + picture + f"\r\n--{edge}--\r\n".encode()
+        self.kind = f"multipart/form-data; boundary={edge}"
+        self.stopping = threading.Event()
+        self.times: list[float] = []
+        self.failures: list[float] = []
+        self.threads = [threading.Thread(target=self._send) for _ in range(count)]
+
+    def __enter__(self) -> Load:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopping.set()
+        for thread in self.threads:
+            thread.join()
+
+    def _send(self) -> None:
+        while not self.stopping.is_set():
+            started = time.perf_counter()
+            status, _ = request(self.port, "POST", DETECTION_ROUTE, self.body, self.kind)
+            (self.times if status == 200 else self.failures).append(time.perf_counter() - started)
+
+
+def measure_endpoint(port: int, picture: bytes, count: int, seconds: float) -> dict[str, Any]:
+    """Images per second and the clients' waiting times."""
+    with Load(port, picture, 1) as warm:
+        while not (warm.times or warm.failures):
+            time.sleep(POLL_S)
+    started = time.perf_counter()
+    with Load(port, picture, count) as load:
+        time.sleep(seconds)
+    taken = time.perf_counter() - started
+    times = sorted(load.times)
+    return {
+        "images_per_s": round(len(times) / taken, 2),
+        "p50_ms": round(statistics.median(times) * 1e3, 1) if times else None,
+        "max_ms": round(times[-1] * 1e3, 1) if times else None,
+        "failures": len(load.failures),
+    }
+
+
+def measure_text(port: int, picture: bytes, options: VisionBenchOptions) -> dict[str, Any]:
+    """Tokens per second of one text, in turns alone and beside ``TEXT_CLIENTS_BESIDE`` vision clients."""
+    alone: list[float] = []
+    beside: list[float] = []
+    images = 0
+    tokens_per_s(port, options.max_tokens)
+    for _ in range(options.repeats):
+        alone.append(tokens_per_s(port, options.max_tokens))
+        with Load(port, picture, TEXT_CLIENTS_BESIDE) as load:
+            time.sleep(2 * POLL_S)
+            beside.append(tokens_per_s(port, options.max_tokens))
+        images += len(load.times)
+    loss = 1 - statistics.median(beside) / statistics.median(alone)
+    return {
+        "alone_tokens_per_s": round(statistics.median(alone), 1),
+        "beside_tokens_per_s": round(statistics.median(beside), 1),
+        "loss": round(loss, 3),
+        "vision_clients": TEXT_CLIENTS_BESIDE,
+        "images_meanwhile": images,
+    }
+
+
+def tokens_per_s(port: int, max_tokens: int) -> float:
+    """The speed that one answer reports."""
+    models = json.loads(request(port, "GET", "/v1/models", b"", "text/plain")[1])["data"]
+    body = {"model": models[0]["id"], "prompt": PROMPT, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    _, answer = request(port, "POST", "/v1/completions", json.dumps(body).encode(), "application/json")
+    speed: float = json.loads(answer)["timings"]["tokens_per_s"]
+    return speed

@@ -1,0 +1,349 @@
+"""The server's side of the vision process: a bounded queue, batches over requests, and a process that may die.
+
+One thread takes jobs from the queue, hands a batch to the process and waits for the answers. While it waits, the next
+batch gathers in the queue, so that batches grow with the load by themselves. No torch here, nor in that thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from vision.images import ImageLimits
+from vision.predict import ModelInfo
+
+logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 10.0
+GRACE_S = 0.5  # what a process gets to notice that its pipe is closed
+IDLE_POLL_S = 0.5
+MAX_RETRY_AFTER_S = 120.0
+FIRST_GUESS_S = 0.05
+
+
+class VisionError(Exception):
+    """Base of what the worker refuses or fails with."""
+
+
+class VisionQueueFull(VisionError):
+    """As many vision requests wait as may. ``retry_after_s`` is an estimate for the client."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class VisionStopped(VisionError):
+    """The vision process does not run and will not be started again."""
+
+
+class ImageCrashed(VisionError):
+    """The vision process died, or did not come back, while it worked on this image alone."""
+
+
+class ProcessDied(VisionError):
+    """The pipe broke or nothing came in time. Never leaves this file."""
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Bounds of the queue and of a batch.
+
+    ``max_requests`` with ``max_bytes`` of bodies may be in the server at once. A batch takes up to ``max_batch``
+    images; ``window_s`` is what its first image waits for company when the process is idle. ``answer_timeout_s`` after
+    a batch was handed over the process counts as hung. Loading may take ``load_timeout_s``.
+    """
+
+    max_requests: int = 64
+    max_bytes: int = 256 * 2**20
+    max_batch: int = 8
+    window_s: float = 0.002
+    answer_timeout_s: float = 60.0
+    load_timeout_s: float = 300.0
+    niceness: int = 19
+    limits: ImageLimits = field(default_factory=ImageLimits)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image as a file's bytes, what is asked of it, and "JPEG" or "PNG" where a picture is wanted."""
+
+    model: str
+    data: bytes
+    options: Mapping[str, Any]
+    draw: str | None = None
+
+    def header(self) -> dict[str, Any]:
+        """All but the bytes."""
+        return {"model": self.model, "options": dict(self.options), "draw": self.draw}
+
+
+@dataclass(frozen=True)
+class JobAnswer:
+    """The process's header for one job (``answer, width, height, timings`` or ``error``) and the drawn picture."""
+
+    header: dict[str, Any]
+    picture: bytes
+
+
+@dataclass
+class Pending:
+    """A job in the queue."""
+
+    job: Job
+    future: Future[JobAnswer] = field(default_factory=Future)
+    submitted: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """How busy the worker is; ``restarts`` counts processes that died."""
+
+    requests: int
+    images: int
+    restarts: int
+
+
+class VisionWorker:
+    """Owns the vision process. ``admit`` and ``submit`` may be called anywhere.
+
+    ``models`` maps served names to paths, as ``vision.predict.load_vision_model`` takes them.
+    """
+
+    def __init__(self, models: Mapping[str, Path], options: WorkerOptions = WorkerOptions()) -> None:
+        self.names = tuple(models)
+        self.paths = {name: str(path) for name, path in models.items()}
+        self.options = options
+        self.models: tuple[ModelInfo, ...] = ()
+        self.failure = ""
+        self.stopping = False
+        self.restarts = 0
+        self.seconds_per_image = FIRST_GUESS_S
+        self.lock = threading.Lock()
+        self.num_requests = self.num_images = self.num_bytes = 0
+        self.inbox: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
+        self.process: BaseProcess | None = None
+        self.connection: Connection | None = None
+        self.thread = threading.Thread(target=self._run, name="dovetail-vision", daemon=True)
+        self.on_loaded: Callable[[Exception | None], None] = lambda _: None
+
+    def start(self, on_loaded: Callable[[Exception | None], None] | None = None) -> None:
+        """Start thread and process; ``on_loaded`` is called in that thread once, with None or with why not."""
+        self.on_loaded = on_loaded or self.on_loaded
+        self.thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be answered, now or once a process that died is back."""
+        return self.thread.is_alive() and not self.stopping and not self.failure
+
+    def status(self) -> WorkerStatus:
+        """Numbers for health checks."""
+        with self.lock:
+            return WorkerStatus(self.num_requests, self.num_images, self.restarts)
+
+    @contextlib.contextmanager
+    def admit(self, num_bytes: int) -> Iterator[None]:
+        """A request's place, held from before its body of ``num_bytes`` is read until it is answered.
+
+        Errors: VisionQueueFull, VisionStopped.
+        """
+        if not self.alive:
+            raise self._stopped()
+        with self.lock:
+            if self.num_requests >= self.options.max_requests or self.num_bytes + num_bytes > self.options.max_bytes:
+                wait_s = min(MAX_RETRY_AFTER_S, self.seconds_per_image * (self.num_images + 1))
+                message = f"{self.num_requests} vision requests are waiting already; try again in {wait_s:.0f} s"
+                raise VisionQueueFull(message, wait_s)
+            self.num_requests += 1
+            self.num_bytes += num_bytes
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.num_requests -= 1
+                self.num_bytes -= num_bytes
+
+    def submit(self, jobs: Sequence[Job]) -> list[Future[JobAnswer]]:
+        """Queue images. A future raises VisionStopped or ImageCrashed; cancelling it before its turn drops the job."""
+        waiting = [Pending(job) for job in jobs]
+        with self.lock:
+            self.num_images += len(waiting)
+        for entry in waiting:
+            entry.future.add_done_callback(self._count_down)
+            self.inbox.put(entry)
+        if not self.alive:  # the thread may have emptied the queue for the last time before these came in
+            self._refuse_waiting()
+        return [entry.future for entry in waiting]
+
+    def stop(self) -> None:
+        """Answer the batch in hand, refuse the rest, end the process. May be called again."""
+        self.stopping = True
+        self.inbox.put(None)
+        if self.thread.is_alive():
+            self.thread.join(STOP_TIMEOUT_S if self.models else 0)
+            # Still loading or hung: the thread sees the pipe break and ends.
+            if self.thread.is_alive() and (process := self.process) is not None:
+                process.kill()
+            self.thread.join(STOP_TIMEOUT_S)
+        self._refuse_waiting()
+
+    def _count_down(self, _: Future[JobAnswer]) -> None:
+        with self.lock:
+            self.num_images -= 1
+
+    def _run(self) -> None:
+        try:
+            self._start_process()
+            self.on_loaded(None)
+            while not self.stopping:
+                batch = self._next_batch()
+                try:
+                    self._answer(batch)
+                finally:
+                    fail(batch, self._stopped())
+        except VisionStopped as error:
+            self.failure = str(error)
+            if self.models:
+                logger.error("the vision process could not be started again: %s", error)
+            else:
+                self.on_loaded(error)
+        finally:
+            self._end_process()
+            self._refuse_waiting()
+
+    def _stopped(self) -> VisionStopped:
+        return VisionStopped(self.failure or "the vision process has stopped; restart the server")
+
+    def _next_batch(self) -> list[Pending]:
+        """The first job, and what comes within the window; jobs whose client left are dropped."""
+        batch: list[Pending] = []
+        deadline = time.monotonic() + IDLE_POLL_S
+        while len(batch) < self.options.max_batch and not self.stopping:
+            try:
+                entry = self.inbox.get(timeout=max(deadline - time.monotonic(), 0))
+            except queue.Empty:
+                break
+            if entry is not None and entry.future.set_running_or_notify_cancel():
+                if not batch:
+                    deadline = time.monotonic() + self.options.window_s
+                batch.append(entry)
+        return batch
+
+    def _answer(self, batch: list[Pending]) -> None:
+        """Exchange a batch. Where the process dies over it, its jobs are tried again one by one, so that only the
+
+        image that kills it fails. Errors: VisionStopped where no new process comes up.
+        """
+        if not batch:
+            return
+        if self.process is None or not self.process.is_alive():
+            self._restart(ProcessDied("while it was idle"), 0)
+        started = time.monotonic()
+        try:
+            answers = self._exchange([entry.job for entry in batch])
+        except ProcessDied as death:
+            self._restart(death, len(batch))
+            if len(batch) == 1:
+                fail(batch, ImageCrashed("the vision process failed on this image"))
+            else:
+                for entry in batch:
+                    self._answer([entry])
+            return
+        taken = time.monotonic() - started
+        self.seconds_per_image += 0.2 * (taken / len(batch) - self.seconds_per_image)
+        for entry, answer in zip(batch, answers, strict=True):
+            answer.header.setdefault("timings", {})["queue_ms"] = round((started - entry.submitted) * 1e3, 3)
+            entry.future.set_result(answer)
+
+    def _exchange(self, jobs: Sequence[Job]) -> list[JobAnswer]:
+        """Errors: ProcessDied."""
+        assert self.connection is not None
+        try:
+            self.connection.send_bytes(json.dumps({"jobs": [job.header() for job in jobs]}).encode())
+            for job in jobs:
+                self.connection.send_bytes(job.data)
+            headers = self._receive(self.options.answer_timeout_s)["answers"]
+            return [JobAnswer(header, self.connection.recv_bytes()) for header in headers]
+        except (EOFError, OSError) as error:
+            raise ProcessDied(f"the pipe broke: {error}") from error
+
+    def _receive(self, timeout_s: float) -> dict[str, Any]:
+        """One JSON header. Errors: ProcessDied where none comes in time; EOFError, OSError."""
+        assert self.connection is not None
+        if not self.connection.poll(timeout_s):
+            raise ProcessDied(f"no answer within {timeout_s:.0f} s")
+        header: dict[str, Any] = json.loads(self.connection.recv_bytes())
+        return header
+
+    def _start_process(self) -> None:
+        """Start the process and wait until its models are loaded. Errors: VisionStopped."""
+        from server.vision_process import run_vision_process
+
+        # A fresh interpreter: a fork would copy the engine's threads' locks in whatever state they are.
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=run_vision_process,
+            args=(theirs, self.paths, self.options.limits, self.options.niceness),
+            name="dovetail-vision",
+            daemon=True,
+        )
+        self.process.start()
+        theirs.close()
+        try:
+            hello = self._receive(self.options.load_timeout_s)
+        except (ProcessDied, EOFError, OSError) as error:
+            raise VisionStopped(f"the vision process ended while it loaded its models ({error})") from error
+        if "failed" in hello:
+            raise VisionStopped(hello["failed"])
+        self.models = tuple(
+            ModelInfo(**(model | {"class_names": tuple(model["class_names"])})) for model in hello["models"]
+        )
+
+    def _restart(self, death: ProcessDied, num_images: int) -> None:
+        """A new process for the dead one. Errors: VisionStopped."""
+        self._end_process()
+        if self.stopping:
+            raise self._stopped()
+        self.restarts += 1
+        logger.error("the vision process died over %d images (%s); starting another", num_images, death)
+        self._start_process()
+
+    def _end_process(self) -> None:
+        """Close the pipe, which ends the process where it still listens; kill it where it does not."""
+        if self.connection is not None:
+            self.connection.close()
+        if self.process is not None:
+            self.process.join(GRACE_S)
+            self.process.kill()
+            self.process.join(STOP_TIMEOUT_S)
+        self.process = self.connection = None
+
+    def _refuse_waiting(self) -> None:
+        while True:
+            try:
+                entry = self.inbox.get_nowait()
+            except queue.Empty:
+                return
+            if entry is not None and entry.future.set_running_or_notify_cancel():
+                fail([entry], self._stopped())
+
+
+def fail(batch: Sequence[Pending], error: VisionError) -> None:
+    """Give ``error`` to whichever jobs of ``batch`` are not answered yet."""
+    for entry in batch:
+        if not entry.future.done():
+            entry.future.set_exception(error)

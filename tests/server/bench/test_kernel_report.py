@@ -1,0 +1,56 @@
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from kernels import native
+from kernels.linear_lowbit import bench
+from server.bench import kernel_report
+
+TINY = bench.ModelShape(64, 96, 2, 4, 2, 128)
+
+
+def entry(engine: str, rows: int, ms: float, **fields: object) -> dict:
+    fixed = {"shape": "1B", "scope": "products", "weights": "int4", "group": 32, "context": 0, "layers": 16}
+    return fixed | {"engine": engine, "rows": rows, "ms": ms, "ms_best": ms} | fields
+
+
+def test_a_slow_first_row_is_called_out() -> None:
+    results = [entry("ours", rows, ms) for rows, ms in ((1, 12.0), (2, 10.0), (4, 11.0))]
+    results += [entry("ours", rows, ms, scope="model") for rows, ms in ((1, 10.4), (2, 10.0), (4, 11.0))]
+    results += [entry("torch int4pack", rows, ms) for rows, ms in ((1, 90.0), (2, 10.0), (4, 11.0))]
+    checks = kernel_report.honest_checks(results)
+    assert [(check["scope"], check["t1_over_min_t2_t4"], check["holds"]) for check in checks] == [
+        ("products", 1.2, False), ("model", 1.04, True),
+    ]  # fmt: skip
+
+
+def test_shares_of_the_bandwidth() -> None:
+    report = {"stream_gb_per_s": 40.0, "results": [entry("ours", 1, 10.0, bytes=360_000_000)]}
+    assert list(kernel_report.stream_shares(report).values()) == [pytest.approx(0.9)]
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_products_and_models_in_one_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
+    options = bench.BenchOptions(["tiny"], ["int4", "bf16"], rows=(1, 2, 4), rounds=1, groups=(32,))
+    report = kernel_report.bench_kernels(options, ["products", "model"], [8, 4], lambda _: None)
+    seen = {(e["scope"], e["context"], e["engine"], e["weights"]) for e in report["results"]}
+    assert {("model", context, "ours", w) for context in (4, 8) for w in ("int4", "bf16")} <= seen
+    assert ("llama.cpp" in report["skipped"]) == (("model", 4, "llama.cpp", "int4") not in seen)
+    assert len(report["checks"]) == 6 and len(report["outside_products"]) == 12
+    assert all(entry["ms"] > 0 for entry in report["results"])
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(kernel_report.table(report | {"skipped": {"OpenVINO": "NOT INSTALLED: pip install openvino"}}))
+    text = console.export_text()
+    assert "NOT INSTALLED: pip install openvino" in text and "torch int4pack" in text
+    assert len(kernel_report.remarks(report)) == 18
+    kernel_report.plot(report, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_unknown_scopes_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="unknown: head; known are products, model"):
+        kernel_report.bench_kernels(bench.BenchOptions(), ["head"], [64], lambda _: None)

@@ -1,0 +1,186 @@
+"""VOC, COCO and YOLO folders, whole and broken."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vision.data.detection_sources import open_detection
+from vision.data.sources import DataError
+
+
+def voc_object(name: str, box: tuple[int, int, int, int], difficult: int = 0) -> str:
+    corners = "".join(
+        f"<{key}>{value}</{key}>" for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    )
+    return f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{corners}</bndbox></object>"
+
+
+def write_voc(
+    root: Path, objects: dict[str, list[str]], folders: tuple[str, str] = ("Annotations", "JPEGImages")
+) -> None:
+    for folder in folders:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for stem, found in objects.items():
+        Image.new("RGB", (60, 40)).save(root / folders[1] / f"{stem}.jpg")
+        size = "<size><width>60</width><height>40</height></size>"
+        (root / folders[0] / f"{stem}.xml").write_text(f"<annotation>{size}{''.join(found)}</annotation>")
+
+
+def write_list(root: Path, split: str, stems: list[str]) -> None:
+    (root / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
+    (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(f"{stem} 1" for stem in stems) + "\n")
+
+
+def test_voc_counts_from_one_and_includes_the_last_pixel(tmp_path: Path) -> None:
+    write_voc(tmp_path, {"a": [voc_object("cat", (1, 1, 60, 40)), voc_object("dog", (11, 6, 20, 8), difficult=1)]})
+    write_list(tmp_path, "train", ["a"])
+    source = open_detection("voc", tmp_path, "train")
+    (image,) = source.images
+    assert source.class_names == ("cat", "dog")
+    assert image.boxes.tolist() == [[0, 0, 60, 40], [10, 5, 20, 8]]
+    assert image.labels.tolist() == [0, 1]
+    assert image.ignored.tolist() == [False, True]
+    assert image.areas.tolist() == [2400, 30]
+
+
+def test_degenerate_boxes_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flat, swapped, outside = (5, 5, 5, 5), (20, 10, 10, 20), (61, 10, 80, 20)
+    write_voc(tmp_path, {"a": [voc_object("cat", box) for box in (flat, swapped, outside)], "b": []})
+    write_list(tmp_path, "train", ["a", "b"])
+    source = open_detection("voc", tmp_path, "train", ("cat",))
+    assert source.degenerate == 3
+    assert [image.boxes.shape for image in source.images] == [(0, 4), (0, 4)]
+    assert "dropped 3 boxes" in caplog.text
+
+
+def test_voc_splits_of_several_folders_are_joined(tmp_path: Path) -> None:
+    for year, stems in (("VOC2007", ["a", "b"]), ("VOC2012", ["c"])):
+        write_voc(tmp_path / year, {stem: [voc_object("cat", (1, 1, 9, 9))] for stem in stems})
+        write_list(tmp_path / year, "trainval", stems)
+    source = open_detection("voc", tmp_path, "VOC2007/trainval+VOC2012/trainval")
+    assert [image.path.stem for image in source.images] == ["a", "b", "c"]
+    with pytest.raises(DataError, match=r"test\.txt does not exist; splits of .*VOC2007 are trainval"):
+        open_detection("voc", tmp_path, "VOC2007/test")
+
+
+def test_own_images_without_lists_are_split_once_and_for_all(tmp_path: Path) -> None:
+    write_voc(tmp_path, {f"{n:02}": [voc_object("cat", (1, 1, 9, 9))] for n in range(20)}, ("annotations", "images"))
+    train, val = (
+        {image.path.stem for image in open_detection("voc", tmp_path, split).images} for split in ("train", "val")
+    )
+    assert len(val) == 4 and len(train) == 16 and not train & val
+    assert val == {image.path.stem for image in open_detection("voc", tmp_path, "val").images}
+    assert len(open_detection("voc", tmp_path, "all").images) == 20
+    with pytest.raises(DataError, match="its splits are train, val and all, not 'test'"):
+        open_detection("voc", tmp_path, "test")
+
+
+def test_unknown_classes_are_refused_by_name(tmp_path: Path) -> None:
+    write_voc(tmp_path, {"a": [voc_object("cat", (1, 1, 9, 9)), voc_object("cow", (1, 1, 9, 9))]})
+    write_list(tmp_path, "val", ["a"])
+    with pytest.raises(DataError, match=r"a\.jpg names the class 'cow'; known are cat, dog"):
+        open_detection("voc", tmp_path, "val", ("cat", "dog"))
+
+
+@pytest.mark.parametrize("content", [
+    "<annotation><object>", "<annotation><object><name>cat</name></object></annotation>",
+    "<annotation><object><name>cat</name><bndbox><xmin>a</xmin></bndbox></object></annotation>",
+])  # fmt: skip
+def test_broken_voc_annotations_are_named(tmp_path: Path, content: str) -> None:
+    write_voc(tmp_path, {"a": []})
+    write_list(tmp_path, "train", ["a"])
+    (tmp_path / "Annotations" / "a.xml").write_text(content)
+    with pytest.raises(DataError, match=r"a\.xml is not a VOC annotation"):
+        open_detection("voc", tmp_path, "train")
+
+
+def coco_content() -> dict[str, object]:
+    return {
+        "images": [{"id": 7, "file_name": "x.jpg", "width": 60, "height": 40},
+                   {"id": 9, "file_name": "y.jpg", "width": 8, "height": 8}],
+        "categories": [{"id": 18, "name": "dog"}, {"id": 3, "name": "car"}],
+        "annotations": [
+            {"image_id": 7, "category_id": 18, "bbox": [10.5, 4, 20, 10], "iscrowd": 0, "area": 120.5},
+            {"image_id": 7, "category_id": 3, "bbox": [0, 0, 60, 40], "iscrowd": 1},
+            {"image_id": 7, "category_id": 3, "bbox": [5, 5, 0.5, 9], "iscrowd": 0},
+        ],
+    }  # fmt: skip
+
+
+def test_coco_boxes_crowds_and_gaps_between_ids(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "instances_val.json").write_text(json.dumps(coco_content()))
+    source = open_detection("coco", tmp_path, "val")
+    first, second = source.images
+    assert source.class_names == ("car", "dog")
+    assert first.boxes.tolist() == [[10.5, 4, 30.5, 14], [0, 0, 60, 40]]
+    assert (first.labels.tolist(), first.ignored.tolist()) == ([1, 0], [False, True])
+    assert first.areas.tolist() == [120.5, 2400]
+    assert (source.degenerate, len(second.labels), second.path.name) == (1, 0, "y.jpg")
+
+
+def test_broken_coco_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with pytest.raises(DataError, match=r"neither .*instances_val\.json"):
+        open_detection("coco", tmp_path, "val")
+    for content in ("{", "{}", json.dumps({**coco_content(), "categories": []})):
+        (tmp_path / "instances_val.json").write_text(content)
+        with pytest.raises(DataError, match="is not a COCO annotation file"):
+            open_detection("coco", tmp_path, "val")
+
+
+def write_yolo(root: Path, lines: str) -> None:
+    for folder in ("images/train", "labels/train"):
+        (root / folder).mkdir(parents=True)
+    (root / "data.yaml").write_text("names: {0: cat, 1: dog}\n")
+    for name in ("a", "b"):
+        Image.new("RGB", (60, 40)).save(root / "images/train" / f"{name}.png")
+    (root / "labels/train/a.txt").write_text(lines)
+
+
+def test_yolo_boxes_are_shares_of_the_image(tmp_path: Path) -> None:
+    write_yolo(tmp_path, "1 0.5 0.5 0.5 0.25\n\n0 0 0 0.5 1\n")
+    (tmp_path / "images/train/c.jpg").write_bytes(b"broken")
+    source = open_detection("yolo", tmp_path, "train")
+    first, second = source.images
+    np.testing.assert_allclose(first.boxes, [[15, 15, 45, 25], [0, 0, 15, 20]])
+    assert first.labels.tolist() == [1, 0]
+    assert len(second.boxes) == 0
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    ("0 0.5 0.5 0.5\n", r"a\.txt, line 1: expected a class id and four numbers"),
+    ("0 0.5 0.5 0.5 0.5\n0 0.1 0.1 0.2 0.1 0.2 0.2\n", r"a\.txt, line 2: expected"),
+    ("2 0.5 0.5 0.5 0.5\n", r"line 1: class 2 is beyond the 2 names"),
+])  # fmt: skip
+def test_broken_yolo_labels_are_named(tmp_path: Path, lines: str, message: str) -> None:
+    write_yolo(tmp_path, lines)
+    with pytest.raises(DataError, match=message):
+        open_detection("yolo", tmp_path, "train")
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'tfrecord' is not known; allowed are voc, coco, yolo"):
+        open_detection("tfrecord", tmp_path, "train")
+    with pytest.raises(DataError, match="is not a folder"):
+        open_detection("voc", tmp_path / "none", "train")
+    with pytest.raises(DataError, match="none of the folders Annotations, annotations"):
+        open_detection("voc", tmp_path, "train")
+
+
+def test_blood_cells(test_data: Path, tmp_path: Path) -> None:
+    archive = test_data / "detection" / "bccd_voc.tar.gz"
+    if not archive.is_file():
+        pytest.skip(f"{archive} is not there")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, [member for member in tar if "JPEGImages/" not in member.name], filter="data")
+        (tmp_path / "bccd/BCCD/JPEGImages").mkdir(exist_ok=True)
+    splits = [open_detection("voc", tmp_path / "bccd/BCCD", split) for split in ("trainval", "test")]
+    assert [len(split.images) for split in splits] == [292, 72]
+    assert sum(split.degenerate for split in splits) == 2
+    assert sum(len(image.boxes) for split in splits for image in split.images) == 4886
+    assert splits[0].class_names == ("Platelets", "RBC", "WBC")

@@ -1,0 +1,198 @@
+import json
+import signal
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from kernels.training import RecipeError, TrainingReport, callbacks
+from vision.backbones import UnknownBackboneError, create_backbone
+from vision.backbones.checkpoint import save_backbone
+from vision.data.detection_sources import DetectionSource
+from vision.data.sources import DataError
+from vision.detection.checkpoint import load_detector
+from vision.detection.report import evaluate_detector, markdown
+from vision.detection.thundernet import ThunderNet
+from vision.tasks.detection import DetectionTask, train_detector
+from vision.tasks.detection_recipe import DetectorRecipe, build_model
+
+Recipe = Callable[..., dict[str, Any]]
+YOLO = {"architecture": "yolo_v2", "anchors": [[0.8, 0.8], [1.2, 1.2]]}
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than these runs; it is tested with the trainer."""
+    monkeypatch.setattr(callbacks, "plot", lambda *_: None)
+
+
+def train(recipe: dict[str, Any], **kwargs: Any) -> TrainingReport:
+    return train_detector(recipe, console=Console(file=StringIO()), **kwargs)
+
+
+def weights(folder: str) -> dict[str, Tensor]:
+    return load_detector(Path(folder)).model.state_dict()
+
+
+@pytest.mark.parametrize(("model", "mining"), [
+    ({}, {"regions": "none"}),
+    ({}, {"regions": "random", "map": "focal"}),
+    ({}, {"regions": "s-ohem", "map": "lrm"}),
+    ({"architecture": "yolo_v2"}, {}), (YOLO, {"map": "lrm", "share": 0.5}), (YOLO, {"map": "focal"}),
+], ids=["none", "random-focal", "s-ohem-lrm", "yolo", "yolo-lrm", "yolo-focal"])  # fmt: skip
+def test_every_miner_trains_saves_and_evaluates(
+    detector_recipe: Recipe, tmp_path: Path, model: dict[str, Any], mining: dict[str, Any]
+) -> None:
+    report = train(detector_recipe(model=model, mining=mining))
+    assert report.finished and report.checkpoint == str(tmp_path / "run" / "model")
+    assert {"map50", "map60", "map70", "eval_map50", "eval_loss"} <= report.final.keys()
+    assert load_detector(Path(report.checkpoint)).config.class_names == ("disc", "square")
+
+
+def test_the_saved_detector_is_measured_again_alike(
+    detector_recipe: Recipe, shapes_folder: Path, tmp_path: Path
+) -> None:
+    (shapes_folder / "JPEGImages" / "val0.jpg").write_bytes(b"broken")
+    (shapes_folder / "JPEGImages" / "train0.jpg").write_bytes(b"")
+    report = train(detector_recipe(training={"steps": 3}, model={"licence": "MIT"}))
+    assert report.final["skipped_images"] == 1, "three batches of four see each of the twelve images once"
+    again = evaluate_detector(Path(report.checkpoint), "voc", shapes_folder, "val", output=tmp_path / "out")
+    assert again.map50 == report.final["map50"]
+    assert (again.images, len(again.skipped)) == (5, 1) and "val0.jpg" in again.skipped[0]
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert written["per_class"]["disc"]["boxes"] == again.per_class["disc"].boxes > 0
+    assert (tmp_path / "out" / "precision_recall.png").stat().st_size > 1000
+    assert len(list((tmp_path / "out").glob("val*.jpg"))) == 5
+    assert "| disc |" in markdown(again)
+
+
+def no_images(*class_names: str) -> DetectionSource:
+    return DetectionSource(class_names, (), 0)
+
+
+def interrupt_training_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = 0
+    original = DetectionTask.forward
+
+    def forward(self: DetectionTask, **batch: Tensor) -> dict[str, Tensor]:
+        nonlocal seen
+        seen += self.training
+        if self.training and seen == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, **batch)
+
+    monkeypatch.setattr(DetectionTask, "forward", forward)
+
+
+def test_resumed_training_equals_the_uninterrupted_one(
+    detector_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a moving average, random regions, several sizes and a schedule that drops."""
+    changes: dict[str, dict[str, Any]] = {
+        "task": {"ema_decay": 0.8}, "mining": {"regions": "random"}, "data": {"train_sizes": [64, 96]},
+    }  # fmt: skip
+    drops = {"schedule": "step", "schedule_options": {"at": [2], "factor": 0.1}}
+    whole = train(detector_recipe(**changes, training={"output": str(tmp_path / "whole"), **drops}))
+    recipe = detector_recipe(**changes, training={"output": str(tmp_path / "broken"), **drops})
+    with monkeypatch.context() as patch:
+        interrupt_training_at(2, patch)
+        assert not train(recipe).finished
+    resumed = train(recipe, resume=True)
+    expected = weights(whole.checkpoint)
+    assert all(torch.equal(value, expected[key]) for key, value in weights(resumed.checkpoint).items())
+    assert resumed.final["learning_rate"] == pytest.approx(3e-4)
+
+
+def test_a_batch_is_brought_to_one_of_the_training_sizes(detector_recipe: Recipe) -> None:
+    recipe = DetectorRecipe.parse(detector_recipe(data={"train_sizes": [64, 96, 128]}))
+    task = DetectionTask(build_model(recipe, no_images("a"))[0], recipe)
+    boxes = torch.tensor([[[32.0, 32, 64, 128]]])
+    sizes = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        images, scaled = task.resize(torch.zeros(1, 3, 128, 128), boxes)
+        sizes.add(images.shape[-1])
+        assert torch.equal(scaled, boxes * images.shape[-1] / 128)
+    assert sizes == {64, 96, 128}
+
+
+def test_ignored_boxes_and_padding_do_not_reach_the_losses(detector_recipe: Recipe) -> None:
+    recipe = DetectorRecipe.parse(detector_recipe())
+    torch.manual_seed(0)
+    task = DetectionTask(build_model(recipe, no_images("a", "b"))[0], recipe).eval()
+    batch = {
+        "images": torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8),
+        "boxes": torch.tensor([[[10.0, 10, 50, 50], [60, 60, 90, 90]], [[20, 20, 70, 70], [0, 0, 0, 0]]]),
+        "labels": torch.tensor([[0, 1], [1, -1]]),
+        "ignored": torch.tensor([[False, True], [False, False]]),
+        "skipped": torch.tensor([0]),
+    }
+    torch.manual_seed(1)
+    with torch.no_grad():
+        first = task(**batch)
+    batch |= {"boxes": batch["boxes"][:, :1], "labels": batch["labels"][:, :1], "ignored": batch["ignored"][:, :1]}
+    torch.manual_seed(1)
+    with torch.no_grad():
+        assert task(**batch)["loss"] == first["loss"]
+    assert [len(truth.boxes) for _, truth in task.found] == [2, 1, 1, 1]
+    assert 0 <= task.take_map50() <= 1 and task.found == []
+
+
+def test_a_trained_backbone_is_taken_over(detector_recipe: Recipe, tmp_path: Path) -> None:
+    backbone = create_backbone("fd_mobilenet_x0_25", 5)
+    save_backbone(backbone, tmp_path / "backbone")
+    recipe = detector_recipe(model={"start_from": str(tmp_path / "backbone")})
+    model, _ = build_model(DetectorRecipe.parse(recipe), no_images("a"))
+    assert isinstance(model, ThunderNet)
+    own = {f"backbone.{key}": value for key, value in backbone.state_dict().items() if not key.startswith("head.")}
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in own.items())
+    with pytest.raises(RecipeError, match=r"holds fd_mobilenet_x0_25; model\.backbone is 'snet49'"):
+        build_model(DetectorRecipe.parse(recipe | {"model": recipe["model"] | {"backbone": "snet49"}}), no_images("a"))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model": {"architecture": "ssd"}}, "architecture is 'ssd'"),
+    ({"model": {"anchor_scales": [0]}}, "must hold numbers above 0"),
+    ({"model": {"head": "heavy"}}, r"model\.head is 'heavy'"),
+    ({"model": {**YOLO, "anchors": [[1.0]]}}, r"model\.anchors must be pairs"),
+    ({"model": YOLO, "data": {"image_size": 100}}, "image_size is 100"),
+    ({"mining": {"regions": "hard"}}, r"mining\.regions is 'hard'; allowed are none, random, ohem, s-ohem"),
+    ({"mining": {"map": "ohem"}}, r"mining\.map is 'ohem'; allowed are none, lrm, focal"),
+    ({"task": {"ema_decay": 1.0}}, r"task\.ema_decay is 1\.0"),
+    ({"augmentation": {"expand": 0.5}}, "expand is 0.5"),
+    ({"data": {"kind": "zip"}}, r"data\.kind is 'zip'"),
+    ({"network": {}}, "unknown tables network; allowed are model"),
+    ({"training": {"schedule": "step"}}, "needs schedule_options"),
+])  # fmt: skip
+def test_recipes_that_are_refused(detector_recipe: Recipe, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        train(detector_recipe(**changes))
+
+
+def test_unknown_backbones_and_classes_are_named(detector_recipe: Recipe, shapes_folder: Path) -> None:
+    with pytest.raises(UnknownBackboneError, match="'resnet50'; known are snet49"):
+        train(detector_recipe(model={"backbone": "resnet50"}))
+    with pytest.raises(DataError, match="names the class 'disc'; known are square"):
+        train(detector_recipe(data={"class_names": ["square"]}))
+    report = train(detector_recipe(training={"steps": 1}))
+    annotation = shapes_folder / "Annotations" / "val1.xml"
+    annotation.write_text(annotation.read_text().replace("disc", "star").replace("square", "star"))
+    with pytest.raises(DataError, match="'star'; known are disc, square"):
+        evaluate_detector(Path(report.checkpoint), "voc", shapes_folder, "val")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [{}, YOLO], ids=["thundernet", "yolo"])
+def test_learns_shapes(detector_recipe: Recipe, model: dict[str, Any]) -> None:
+    """About a minute each."""
+    recipe = detector_recipe(
+        model={"backbone": "snet49", **model},
+        augmentation={"photometric": False},
+        training={"steps": 250, "batch_size": 6, "learning_rate": 2e-3},
+    )
+    assert train(recipe).final["map50"] > 0.8

@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+
+import vision
+from kernels.training import load_recipe
+from kernels.training.study import expand
+from vision.data.detection_sources import DetectionSource
+from vision.tasks.detection_recipe import DetectorRecipe, build_model
+
+FOLDER = Path(vision.__file__).parent / "recipes"
+DETECTORS = sorted(
+    path
+    for path in FOLDER.glob("*.toml")
+    if {"mining", "augmentation"} & load_recipe(path).keys() and "architecture" in load_recipe(path).get("model", {})
+)
+PUBLISHED = {"voc0712_thundernet_snet146": 62_500, "coco_thundernet_snet146": 375_000, "voc0712_yolo_v2": 80_200}
+
+
+def recipes(path: Path) -> list[dict[str, object]]:
+    recipe = load_recipe(path)
+    return [cell.recipe for cell in expand(recipe)] if "study" in recipe else [recipe]
+
+
+@pytest.mark.parametrize("path", DETECTORS, ids=lambda path: path.stem)
+def test_every_recipe_is_whole(path: Path) -> None:
+    for recipe in recipes(path):
+        DetectorRecipe.parse(recipe)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_drop_the_learning_rate_where_the_papers_do(name: str) -> None:
+    options = DetectorRecipe.parse(load_recipe(FOLDER / f"{name}.toml")).training
+    assert (options.steps, options.batch_size) == (PUBLISHED[name], 64)
+    first, second = options.schedule_options["at"]
+    assert first / options.steps == pytest.approx(0.5, abs=0.002)
+    assert second / options.steps == pytest.approx(0.75, abs=0.003)
+
+
+def test_the_mining_study_compares_all_samplers_under_one_budget() -> None:
+    cells = [DetectorRecipe.parse(recipe) for recipe in recipes(FOLDER / "detector_mining_study.toml")]
+    assert len(cells) == (2 * 6 + 5) * 3
+    assert len({(cell.training.steps, cell.training.batch_size) for cell in cells}) == 1
+    assert {cell.mining.regions for cell in cells} == {"none", "random", "ohem", "s-ohem"}
+    assert {cell.mining.map for cell in cells} == {"none", "lrm", "focal"}
+
+
+def test_small_recipes_build_small_networks() -> None:
+    recipe = DetectorRecipe.parse(load_recipe(FOLDER / "bccd_thundernet_snet49.toml"))
+    model, config = build_model(recipe, DetectionSource(("Platelets", "RBC", "WBC"), (), 0))
+    assert config.head.anchors.num_per_cell == 21  # type: ignore[union-attr]
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1_100_000

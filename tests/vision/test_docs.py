@@ -1,0 +1,43 @@
+"""The tables of docs/vision.md are what the code and the reports say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from kernels.diagonalwise import bench_report
+from vision.backbones import create_backbone, list_backbones
+from vision.backbones.complexity import count
+from vision.tasks import study
+
+DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
+PAGE = (DOCS / "vision.md").read_text(encoding="utf-8")
+
+
+def between_markers(name: str) -> str:
+    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", PAGE, flags=re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_every_network_stands_with_its_size() -> None:
+    for name in list_backbones():
+        whole, small = count(create_backbone(name)), count(create_backbone(name, 10), 64)
+        row = f"| `{name}` | {whole.parameters:,} | {whole.macs / 1e6:.1f} | {small.macs / 1e6:.2f} |"
+        assert row in PAGE, row
+
+
+def test_the_study_is_its_report() -> None:
+    report = json.loads((DOCS / "vision" / "cifar10_study.json").read_text(encoding="utf-8"))
+    assert between_markers("cifar10_study") == study.markdown(report["rows"])
+
+
+def test_the_depthwise_benchmark_is_its_report() -> None:
+    report = json.loads((DOCS / "vision" / "diagonalwise.json").read_text(encoding="utf-8"))
+    assert between_markers("diagonalwise") == f"{bench_report.markdown(report['summary'])}\n\n{report['verdict']}"
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGE))))
+def test_links_lead_somewhere(link: str) -> None:
+    assert (DOCS / link).exists()

@@ -1,0 +1,91 @@
+"""How an image becomes a network's square input, and where its boxes go.
+
+Everything geometric is one rectangle: stretching shows the whole image, a letterbox shows a square around it, zooming
+out shows more than there is, cropping shows less. The visible part is resized once and laid on a plain canvas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Boxes = NDArray[np.float32]
+Colour = tuple[int, int, int]
+Resize = Literal["stretch", "letterbox"]
+
+RESIZES: tuple[Resize, ...] = ("stretch", "letterbox")
+# darknet's canvas; the network sees it as a nearly neutral colour.
+GREY: Colour = (128, 128, 128)
+
+
+@dataclass(frozen=True)
+class View:
+    """A rectangle in an image's pixels, which may reach beyond the image; it fills a network's input."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def __post_init__(self) -> None:
+        if not (self.right > self.left and self.bottom > self.top):
+            raise ValueError(f"a view from ({self.left}, {self.top}) to ({self.right}, {self.bottom}) shows nothing")
+
+    @property
+    def corner(self) -> Boxes:
+        """(left, top, left, top), to be taken off boxes."""
+        return np.array([self.left, self.top, self.left, self.top], dtype=np.float32)
+
+    def scale(self, size: int) -> Boxes:
+        """Pixels of an input of ``size`` for each pixel of the image, for x1, y1, x2 and y2."""
+        x, y = size / (self.right - self.left), size / (self.bottom - self.top)
+        return np.array([x, y, x, y], dtype=np.float32)
+
+    def boxes_in(self, boxes: Boxes, size: int) -> Boxes:
+        """``boxes`` [G, 4] of the image in the pixels of an input of ``size``; nothing is clipped."""
+        return (boxes - self.corner) * self.scale(size)
+
+    def boxes_out(self, boxes: Boxes, size: int) -> Boxes:
+        """The inverse of ``boxes_in``."""
+        return boxes / self.scale(size) + self.corner
+
+
+def whole_image(width: int, height: int, resize: Resize) -> View:
+    """The view of test time. "stretch" gives up the aspect (ThunderNet), "letterbox" keeps it by borders (YOLOv2)."""
+    if resize == "stretch":
+        return View(0, 0, width, height)
+    side = max(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return View(left, top, left + side, top + side)
+
+
+def render(image: Image.Image, view: View, size: int, fill: Colour = GREY) -> Image.Image:
+    """RGB ``image`` as ``view`` shows it, ``size`` pixels square; beyond the image lies ``fill``."""
+    scale_x, scale_y, _, _ = (float(value) for value in view.scale(size))
+    left, right = _visible(view.left, scale_x, image.width, size)
+    top, bottom = _visible(view.top, scale_y, image.height, size)
+    if left >= right or top >= bottom:
+        return Image.new("RGB", (size, size), fill)
+    # The source of exactly these target pixels; at the image's border that may be a fraction of a pixel too much.
+    source = (
+        max(0.0, view.left + left / scale_x),
+        max(0.0, view.top + top / scale_y),
+        min(float(image.width), view.left + right / scale_x),
+        min(float(image.height), view.top + bottom / scale_y),
+    )
+    visible = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=source)
+    if visible.size == (size, size):
+        return visible
+    canvas = Image.new("RGB", (size, size), fill)
+    canvas.paste(visible, (left, top))
+    return canvas
+
+
+def _visible(start: float, scale: float, length: int, size: int) -> tuple[int, int]:
+    """First and last + 1 target pixel that the image covers along one axis, to the nearest pixel."""
+    first, last = -start * scale, (length - start) * scale
+    return max(0, round(first)), min(size, round(last))

@@ -1,0 +1,77 @@
+"""Detectors on disk: ``model.safetensors`` beside ``config.json``, which holds what the weights need to be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from vision.backbones.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    check_state,
+    read_config,
+    read_weights,
+)
+from vision.backbones.preprocessing import Normalization
+from vision.detection.detector import ARCHITECTURES, DetectorConfig, Head, LoadedDetector, Network, build_detector
+from vision.detection.rpn import AnchorGrid, ProposalBudget
+from vision.detection.thundernet import ThunderNetConfig
+from vision.detection.yolo_v2 import YOLOv2Config
+
+FORMAT = "dovetail-detector"
+
+
+def save_detector(model: Network, config: DetectorConfig, folder: Path) -> None:
+    """Write weights and description into ``folder``, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS_FILE, {"format": "pt"})
+    values = {"format": FORMAT, **dataclasses.asdict(config)}
+    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def load_detector(folder: Path) -> LoadedDetector:
+    """The detector saved in ``folder``, in evaluation mode, on the CPU. Errors: CheckpointError."""
+    config = read_detector_config(folder)
+    model = build_detector(config)
+    state = read_weights(folder / WEIGHTS_FILE)
+    check_state(model.state_dict(), state, source=str(folder), network=f"{config.architecture} on {config.backbone}")
+    model.load_state_dict(state)
+    return LoadedDetector(model.eval(), config)
+
+
+def read_detector_config(folder: Path) -> DetectorConfig:
+    """The description of the detector in ``folder``; no weights are read. Errors: CheckpointError."""
+    file = folder / CONFIG_FILE
+    values = read_config(file)
+    if values.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{file} does not describe a detector; `dovetail train detector` writes one")
+    try:
+        architecture = values.pop("architecture")
+        constants = values.pop("normalization")
+        return DetectorConfig(
+            architecture=architecture,
+            head=_head(architecture, values.pop("head")),
+            normalization=Normalization(**_tuples(constants)),
+            **_tuples(values),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} does not describe a detector ({type(error).__name__}: {error})") from error
+
+
+def _head(architecture: str, values: dict[str, Any]) -> Head:
+    if ARCHITECTURES[architecture] is YOLOv2Config:
+        anchors = tuple((float(width), float(height)) for width, height in values.pop("anchors"))
+        return YOLOv2Config(anchors=anchors, **values)
+    anchor_grid = AnchorGrid(**_tuples(values.pop("anchors")))
+    return ThunderNetConfig(anchors=anchor_grid, test_budget=ProposalBudget(**values.pop("test_budget")), **values)
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where the dataclasses have tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -1,0 +1,241 @@
+"""ThunderNet as one ONNX graph with a fixed number of proposals, checked against torch.
+
+Everything is plain ONNX operators. Position-sensitive RoI align, which ONNX lacks, is the same gathers as in torch;
+the proposals' suppression is the standard NonMaxSuppression, made to answer a fixed number of rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vision.backbones.checkpoint import WEIGHTS_FILE
+from vision.detection.boxes import clip_boxes, decode_boxes
+from vision.detection.checkpoint import load_detector
+from vision.detection.detector import LoadedDetector
+from vision.detection.psroi_align import Reduction, axis_samples
+from vision.detection.rpn import ProposalBudget
+from vision.detection.thundernet import REGION_STDS, DenseMaps, ThunderNet
+from vision.export import OPSET, ExportError, require_packages
+from vision.predict import ONNX_FILE
+
+CHECKED_BATCHES = (1, 3)
+SAMPLES = 2  # points of a bin along each axis, as ``psroi_align`` has by default
+# A row of the file that no row of torch comes this near to is unmatched (reference: half a pixel, a thousandth).
+BOX_TOLERANCE_PX = 0.5
+SCORE_TOLERANCE = 1e-3
+# Two overlaps may lie on either side of the suppression's threshold by rounding alone.
+MAX_UNMATCHED = 0.02
+# Scores below every real one: rows that only fill up, and boxes without area, which must not even do that.
+FILLER_SCORE, NO_AREA_SCORE = -1e8, -1e9
+
+
+@dataclass(frozen=True)
+class DetectorExportReport:
+    """``box_difference_px`` and ``score_difference`` are the largest between matched rows of the file and of torch."""
+
+    file: str
+    opset: int
+    image_size: int
+    proposals: int
+    box_difference_px: float
+    score_difference: float
+    unmatched_share: float
+    bytes: int
+
+
+class FixedRegions(nn.Module):
+    """A ThunderNet up to its regions: what is left to do is the threshold and Soft-NMS.
+
+    Images [B, 3, S, S], RGB in [0, 1], to boxes [B, P, 4] in input pixels and class probabilities [B, P, classes]; P is
+    the test budget's number of proposals. Rows that were not needed have probability 0.
+    """
+
+    def __init__(self, loaded: LoadedDetector) -> None:
+        super().__init__()
+        if not isinstance(loaded.model, ThunderNet):
+            raise ExportError(f"{loaded.config.architecture} cannot be exported; only thundernet can")
+        self.model = loaded.model
+        self.normalization = loaded.config.normalization
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes and class probabilities."""
+        maps = self.model.dense(self.normalization(images))
+        proposals, is_real = propose_fixed(maps, self.model.config.test_budget)
+        num_images, num_proposals, _ = proposals.shape
+        image_ids = torch.arange(num_images).repeat_interleave(num_proposals)
+        regions = proposals.flatten(0, 1)
+        config = self.model.config
+        pooled = pool_by_rows(maps.f_sam, regions, image_ids, config.anchors.stride, config.bins, config.reduction)
+        logits, deltas = self.model.classify_pooled(pooled)
+        boxes = clip_boxes(decode_boxes(deltas, regions, REGION_STDS), *maps.image_size)
+        probabilities = logits.softmax(dim=-1)[:, 1:].reshape(num_images, num_proposals, -1)
+        return boxes.view(proposals.shape), probabilities * is_real
+
+
+def pool_by_rows(
+    features: Tensor, boxes: Tensor, image_ids: Tensor, stride: int, bins: int, reduction: Reduction
+) -> Tensor:
+    """``psroi_align`` with the channels of a bin beside each other: ONNX Runtime's Gather copies them as one row.
+
+    That is three times as fast there as the layout torch likes, which is why there are two.
+    """
+    num_images, channels, height, width = features.shape
+    depth = channels // (bins * bins)
+    rows = features.reshape(num_images, depth, bins * bins * height * width).transpose(1, 2).reshape(-1, depth)
+    y_cells, y_weights = axis_samples(boxes[:, 1], boxes[:, 3], height, stride, bins, SAMPLES)
+    x_cells, x_weights = axis_samples(boxes[:, 0], boxes[:, 2], width, stride, bins, SAMPLES)
+    bin_ids = torch.arange(bins * bins).view(1, bins, 1, bins, 1)
+    first_row = (image_ids.view(-1, 1, 1, 1, 1) * bins * bins + bin_ids) * (height * width)
+    sampled = features.new_zeros(())
+    for y in range(2):
+        for x in range(2):
+            places = first_row + y_cells[y][:, :, :, None, None] * width + x_cells[x][:, None, None, :, :]
+            weights = y_weights[y][:, :, :, None, None] * x_weights[x][:, None, None, :, :]
+            sampled = sampled + rows[places] * weights.unsqueeze(-1)
+    pooled = sampled.amax(dim=(2, 4)) if reduction == "max" else sampled.mean(dim=(2, 4))
+    return pooled.permute(0, 3, 1, 2)
+
+
+def propose_fixed(maps: DenseMaps, budget: ProposalBudget) -> tuple[Tensor, Tensor]:
+    """Exactly ``budget.after_nms`` proposals an image [B, P, 4], and which of them are real [B, P, 1], as 0 or 1.
+
+    Boxes that overlap nothing stand behind the candidates with scores below all of theirs, so that the suppression
+    finds enough to keep on every image.
+    """
+    scores = maps.objectness[..., 1] - maps.objectness[..., 0]
+    best = scores.topk(min(budget.before_nms, scores.shape[1]))
+    deltas = maps.deltas.gather(1, best.indices.unsqueeze(-1).expand(-1, -1, 4))
+    boxes = clip_boxes(decode_boxes(deltas, maps.anchors[best.indices]), *maps.image_size)
+    has_area = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+    filler_corners = -2.0 * torch.arange(1, budget.after_nms + 1)[:, None].expand(-1, 2)
+    fillers = torch.cat([filler_corners - 1, filler_corners], dim=-1).expand(boxes.shape[0], -1, -1)
+    boxes = torch.cat([boxes, fillers], dim=1)
+    scores = functional.pad(best.values.where(has_area, NO_AREA_SCORE), (0, budget.after_nms), value=FILLER_SCORE)
+    kept = onnx_nms(boxes, scores, budget)
+    proposals = boxes.gather(1, kept.unsqueeze(-1).expand(-1, -1, 4))
+    return clip_boxes(proposals, *maps.image_size), (scores.gather(1, kept) > FILLER_SCORE).float().unsqueeze(-1)
+
+
+def onnx_nms(boxes: Tensor, scores: Tensor, budget: ProposalBudget) -> Tensor:
+    """Indices [B, P] of the boxes [B, M, 4] that ONNX's NonMaxSuppression keeps; at least P must survive.
+
+    The operator has no twin in torch, so this runs only in an exported file.
+    """
+    num_images, num_kept = boxes.shape[0], budget.after_nms
+    selected = torch.onnx.ops.symbolic(
+        "NonMaxSuppression",
+        [boxes, scores.unsqueeze(1), torch.tensor([num_kept]), torch.tensor([budget.nms_threshold])],
+        dtype=torch.int64,
+        shape=[num_images * num_kept, 3],
+        version=OPSET,
+    )
+    return selected[:, 2].view(num_images, num_kept)
+
+
+def export_detector(checkpoint: Path, output: Path | None = None) -> DetectorExportReport:
+    """Write the detector saved in ``checkpoint`` as the ONNX file ``output``, and check it with ONNX Runtime.
+
+    ``output`` None writes it beside the weights, where the server looks for it. Input and outputs are those of
+    ``FixedRegions``, for any number of images; config.json and a digest of the weights are in the file's metadata.
+    Errors: CheckpointError; ExportError where a package is missing, the architecture has no export, or the file's
+    answers are not torch's (it is then removed).
+    """
+    require_packages()
+    loaded = load_detector(checkpoint)
+    regions = FixedRegions(loaded).eval()
+    output = output or checkpoint / ONNX_FILE
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write(regions, loaded, output, weights_digest(checkpoint))
+    box_difference, score_difference, unmatched = compare(loaded, output)
+    if not (box_difference <= BOX_TOLERANCE_PX and score_difference <= SCORE_TOLERANCE and unmatched <= MAX_UNMATCHED):
+        output.unlink()
+        raise ExportError(
+            f"{output} answered apart from torch: boxes {box_difference:.2g} px, scores {score_difference:.2g}, "
+            f"{unmatched:.1%} of the rows without a counterpart; it was removed"
+        )
+    return DetectorExportReport(
+        file=str(output),
+        opset=OPSET,
+        image_size=loaded.config.image_size,
+        proposals=regions.model.config.test_budget.after_nms,
+        box_difference_px=box_difference,
+        score_difference=score_difference,
+        unmatched_share=unmatched,
+        bytes=output.stat().st_size,
+    )
+
+
+def weights_digest(checkpoint: Path) -> str:
+    """SHA-256 of the weights' file: tells whether an exported file still belongs to them."""
+    with (checkpoint / WEIGHTS_FILE).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(regions: FixedRegions, loaded: LoadedDetector, output: Path, digest: str) -> None:
+    """Trace with a free batch size and save one file that holds the weights."""
+    size = loaded.config.image_size
+    program = torch.onnx.export(
+        regions, (torch.rand(2, 3, size, size),), dynamo=True, opset_version=OPSET, verbose=False,
+        input_names=["images"], output_names=["boxes", "probabilities"],
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+    )  # fmt: skip
+    if program is None:
+        raise ExportError("torch returned no ONNX program")
+    program.model.metadata_props["detector"] = json.dumps(dataclasses.asdict(loaded.config))
+    program.model.metadata_props["weights_sha256"] = digest
+    program.save(output, external_data=False)
+
+
+@torch.no_grad()
+def compare(loaded: LoadedDetector, file: Path) -> tuple[float, float, float]:
+    """The file's rows against torch's on smooth random images: largest difference of a box in pixels and of a score
+
+    among the rows that have a counterpart, and the share that has none.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    model, size = loaded.model, loaded.config.image_size
+    assert isinstance(model, ThunderNet)
+    box_differences, score_differences, num_unmatched, num_rows = [0.0], [0.0], 0, 0
+    for num_images in CHECKED_BATCHES:
+        coarse = torch.rand(num_images, 3, 8, 8, generator=generator)
+        images = functional.interpolate(coarse, size=(size, size), mode="bilinear")
+        boxes, probabilities = session.run(None, {"images": images.numpy()})
+        maps = model.dense(loaded.config.normalization(images))
+        proposals = model.propose(maps, model.config.test_budget)
+        outputs = (torch.split(part, [len(part) for part in proposals]) for part in model.classify(maps, proposals))
+        for index, (regions, logits, deltas) in enumerate(zip(proposals, *outputs, strict=True)):
+            expected = clip_boxes(decode_boxes(deltas, regions, REGION_STDS), size, size).numpy()
+            expected_scores = logits.softmax(dim=-1)[:, 1:].numpy()
+            box_difference, nearest = nearest_rows(expected, boxes[index])
+            score_difference = np.abs(expected_scores - probabilities[index][nearest]).max(axis=1)
+            matched = box_difference <= BOX_TOLERANCE_PX
+            box_differences += box_difference[matched].tolist()
+            score_differences += score_difference[matched].tolist()
+            num_unmatched += int((~matched).sum())
+            num_rows += len(matched)
+    return max(box_differences), max(score_differences), num_unmatched / max(num_rows, 1)
+
+
+def nearest_rows(
+    expected: NDArray[np.float32], found: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """For each ``expected`` box [N, 4] its largest coordinate difference to the nearest of ``found`` [M, 4], and where
+
+    that lies.
+    """
+    distances = np.abs(expected[:, None] - found[None]).max(axis=2)
+    nearest = distances.argmin(axis=1)
+    return distances[np.arange(len(expected)), nearest], nearest

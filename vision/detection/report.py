@@ -1,0 +1,170 @@
+"""A saved detector measured over a data set: figures, table, curves and pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from vision.data.detection_sources import DetectionSource, LabelledImage, open_detection
+from vision.data.sources import DataError, UnreadableImageError, read_image
+from vision.detection.checkpoint import load_detector
+from vision.detection.coco import CocoFigures, evaluate_coco
+from vision.detection.detections import Detections
+from vision.detection.detector import LoadedDetector, detect_images
+from vision.detection.evaluate import OVERLAPS, ClassDetections, Truth, match_class, mean_present
+from vision.detection.pictures import draw_comparison, plot_curves
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "report.json"
+CURVES_FILE = "precision_recall.png"
+PICTURES = 8
+
+
+@dataclass(frozen=True)
+class ClassFigures:
+    """One class: boxes to find, and the area under precision and recall at each overlap; None without boxes."""
+
+    boxes: int
+    ap50: float | None
+    ap60: float | None
+    ap70: float | None
+
+
+@dataclass(frozen=True)
+class DetectorReport:
+    """How good a detector is over ``images`` images.
+
+    ``map50``, ``map60``, ``map70`` are means over the classes of VOC's area measure at overlaps of 0.5, 0.6 and 0.7,
+    ``voc07_map50`` is the 11-point measure of VOC 2007. ``map`` and ``coco`` are COCO's, None without pycocotools.
+    ``skipped`` names images that could not be read; ``degenerate`` counts true boxes that were dropped.
+    """
+
+    map: float | None
+    map50: float
+    map60: float
+    map70: float
+    voc07_map50: float
+    per_class: dict[str, ClassFigures]
+    coco: CocoFigures | None
+    images: int
+    degenerate: int
+    skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Every readable image of a split with what was found on it."""
+
+    images: tuple[LabelledImage, ...]
+    detections: tuple[Detections, ...]
+    skipped: tuple[str, ...]
+
+    @property
+    def truths(self) -> list[Truth]:
+        """What should have been found."""
+        return [Truth(image.boxes, image.labels, image.ignored) for image in self.images]
+
+
+def evaluate_detector(
+    checkpoint: Path, kind: str, root: Path, split: str, *, output: Path | None = None, batch_size: int = 8
+) -> DetectorReport:
+    """Measure the detector saved in ``checkpoint`` over ``split`` of the data of ``kind`` in ``root``.
+
+    With ``output`` the folder receives the report, the curves and a few pictures. Errors: CheckpointError; DataError
+    where the data hold a class that the detector does not know.
+    """
+    loaded = load_detector(checkpoint)
+    source = open_detection(kind, root, split, loaded.config.class_names)
+    return evaluate_source(loaded, source, output=output, batch_size=batch_size)
+
+
+def evaluate_source(
+    loaded: LoadedDetector, source: DetectionSource, *, output: Path | None = None, batch_size: int = 8
+) -> DetectorReport:
+    """Measure ``loaded``, where it is, over all images of ``source``. Errors: DataError where none can be read."""
+    findings = find_all(loaded, source, batch_size)
+    truths, names = findings.truths, source.class_names
+    matches = {name: match_class(findings.detections, truths, class_id) for class_id, name in enumerate(names)}
+    coco = None
+    if find_spec("pycocotools") is not None:
+        coco, _ = evaluate_coco(findings.detections, truths, names, [image.areas for image in findings.images])
+    else:
+        logger.warning("pycocotools is not installed (extra train): COCO's figures are left out")
+    maps = [mean_present([match.curve(overlap).area() for match in matches.values()]) for overlap in OVERLAPS]
+    report = DetectorReport(
+        map=None if coco is None else coco.ap,
+        map50=maps[0],
+        map60=maps[1],
+        map70=maps[2],
+        voc07_map50=mean_present([match.curve(0.5).interpolated() for match in matches.values()]),
+        per_class={name: class_figures(match) for name, match in matches.items()},
+        coco=coco,
+        images=len(findings.images),
+        degenerate=source.degenerate,
+        skipped=findings.skipped,
+    )
+    if output is not None:
+        write_report(report, findings, matches, names, output)
+    return report
+
+
+def find_all(loaded: LoadedDetector, source: DetectionSource, batch_size: int) -> Findings:
+    """Run the detector over all images; unreadable ones are named and left out."""
+    images: list[LabelledImage] = []
+    detections: list[Detections] = []
+    skipped: list[str] = []
+    for start in range(0, len(source.images), batch_size):
+        pictures = []
+        for image in source.images[start : start + batch_size]:
+            try:
+                pictures.append(read_image(image.path))
+                images.append(image)
+            except UnreadableImageError as error:
+                logger.warning("skipped: %s", error)
+                skipped.append(str(error))
+        detections += detect_images(loaded, pictures)
+    if not images:
+        raise DataError(f"none of the {len(source.images)} images can be read; the first: {skipped[0]}")
+    return Findings(tuple(images), tuple(detections), tuple(skipped))
+
+
+def class_figures(match: ClassDetections) -> ClassFigures:
+    """The row of one class."""
+    areas = [match.curve(overlap).area() for overlap in OVERLAPS]
+    boxes = match.curve(0.5).num_boxes
+    return ClassFigures(boxes, *(area if boxes else None for area in areas))
+
+
+def write_report(
+    report: DetectorReport,
+    findings: Findings,
+    matches: dict[str, ClassDetections],
+    class_names: Sequence[str],
+    output: Path,
+) -> None:
+    """``report.json``, ``precision_recall.png`` (with matplotlib) and pictures of evenly spread images."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n", encoding="utf-8")
+    if find_spec("matplotlib") is not None:
+        plot_curves({name: match.curve(0.5) for name, match in matches.items()}, output / CURVES_FILE)
+    truths, count = findings.truths, len(findings.images)
+    for place in range(0, count, max(1, count // PICTURES)):
+        image = findings.images[place]
+        picture = draw_comparison(read_image(image.path), findings.detections[place], truths[place], class_names)
+        picture.save(output / f"{image.path.stem}.jpg", quality=88)
+
+
+def markdown(report: DetectorReport) -> str:
+    """The table of classes."""
+    lines = ["| class | boxes | AP50 | AP60 | AP70 |", "|---|---|---|---|---|"]
+    for name, row in report.per_class.items():
+        cells = ["-" if value is None else f"{value:.3f}" for value in (row.ap50, row.ap60, row.ap70)]
+        lines.append(f"| {name} | {row.boxes} | {' | '.join(cells)} |")
+    lines.append(f"| mean | | {report.map50:.3f} | {report.map60:.3f} | {report.map70:.3f} |")
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""Image in, result out: what the server and ``dovetail detect`` call. torch is imported only where it must compute.
+
+A detector whose folder holds an exported model.onnx runs on ONNX Runtime, which is faster on a CPU and spares torch's
+memory; any other runs in torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from vision.images import Picture
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE, WEIGHTS_FILE, ONNX_FILE = "config.json", "model.safetensors", "model.onnx"
+
+
+class ModelError(ValueError):
+    """A vision model cannot be found, read or run; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model says of itself. ``kind``: what it answers ("detector"); ``runtime``: onnxruntime or torch."""
+
+    name: str
+    kind: str
+    class_names: tuple[str, ...]
+    licence: str
+    image_size: int
+    runtime: str
+    description: str = ""
+
+    def json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+
+class VisionModel(Protocol):
+    """Any model that answers for single images. Options and answers are JSON objects; ``kind`` says which keys."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What it is."""
+
+    def prepare(self, picture: Picture, options: Mapping[str, Any]) -> Any:
+        """The small input that is kept of a decoded image. Errors: ModelError for options that are not its own."""
+
+    def predict(self, prepared: Sequence[Any]) -> list[dict[str, Any]]:
+        """One answer for each of the prepared inputs, which run as one batch."""
+
+    def draw(self, image: Image.Image, answer: Mapping[str, Any]) -> Image.Image:
+        """The upright image with its answer drawn on it."""
+
+
+def load_vision_model(path: Path, num_threads: int = 1, name: str | None = None) -> VisionModel:
+    """The detector in a folder, or in an exported .onnx file; ``name`` None takes the folder's or the file's.
+
+    Errors: ModelError; CheckpointError of ``vision.detection.checkpoint``.
+    """
+    from vision.onnx_runtime import belongs_to, load_onnx
+
+    if path.is_file() and path.suffix == ".onnx":
+        return load_onnx(path, num_threads, name or path.stem)
+    if not (path / CONFIG_FILE).is_file():
+        raise ModelError(f"{path} is no vision model: neither a folder with {CONFIG_FILE} nor an .onnx file")
+    name = name or path.resolve().name
+    exported = path / ONNX_FILE
+    if exported.is_file() and find_spec("onnxruntime") is not None:
+        if belongs_to(exported, path / WEIGHTS_FILE):
+            return load_onnx(exported, num_threads, name)
+        logger.warning("%s was made from other weights than lie beside it; run dovetail export detector", exported)
+    from vision.detection.predict import load_torch
+
+    return load_torch(path, num_threads, name)

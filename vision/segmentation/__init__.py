@@ -1,0 +1,1 @@
+"""Semantic segmentation: a pyramid-pooling head on the compact backbones, its data and its measure."""

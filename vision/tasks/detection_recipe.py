@@ -1,0 +1,235 @@
+"""What a detector's recipe may say, and the network and miners it asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernels.training import RecipeError, TrainingOptions, take_table
+from vision.backbones.backbone import BackboneError
+from vision.backbones.checkpoint import load_backbone
+from vision.data.detection import DetectionDataOptions
+from vision.data.detection_augmentation import DetectionAugmentation
+from vision.data.detection_sources import DetectionSource
+from vision.detection.anchors import cluster_shapes, shapes_in_cells
+from vision.detection.detector import DARKNET, DetectorConfig, Head, Network, build_detector
+from vision.detection.psroi_align import Reduction
+from vision.detection.rpn import TRAINING_BUDGET, AnchorGrid, ProposalBudget
+from vision.detection.thundernet import ThunderNetConfig
+from vision.detection.thundernet_loss import AnchorMiner, RegionMiner, Reweighing
+from vision.detection.yolo_loss import MapMiner
+from vision.detection.yolo_v2 import PUBLISHED_HEAD, VOC_ANCHORS, YOLOv2Config
+from vision.mining import OHEM, AllRegions, LossRankMiner, RandomSample, StratifiedOHEM, focal_loss, loss_rank_mining
+from vision.mining.loss_rank_mining import Element
+
+REGION_SAMPLERS = ("none", "random", "ohem", "s-ohem")
+MAP_SAMPLERS = ("none", "lrm", "focal")
+HEADS = ("light", "published")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which detector: ``architecture`` "thundernet" or "yolo_v2" on ``backbone``.
+
+    ``start_from`` is a folder with a trained backbone of that name, for instance from ImageNet; without it training
+    starts from nothing. ``anchor_scales`` and ``anchor_ratios`` are ThunderNet's anchors, in pixels of the input and
+    height over width. The paper's are meant for 320 pixels and photographs; take smaller ones where the smallest
+    objects are much smaller than 32 pixels (ours). ``anchors`` are YOLOv2's, width and height in cells of 32 pixels;
+    without them five are clustered from the training boxes. ``head`` is YOLOv2's: "light" (ours) or "published".
+    ``licence`` and ``description`` are written into the saved detector.
+    """
+
+    backbone: str
+    architecture: str = "thundernet"
+    start_from: str | None = None
+    anchor_scales: tuple[float, ...] = AnchorGrid.scales
+    anchor_ratios: tuple[float, ...] = AnchorGrid.ratios
+    reduction: Reduction = "max"
+    anchors: tuple[tuple[float, float], ...] | None = None
+    head: str = "light"
+    test_proposals: int = 200
+    licence: str = "unknown"
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise RecipeError(f"model.head is {self.head!r}; allowed are {', '.join(HEADS)}")
+        if self.reduction not in ("max", "mean"):
+            raise RecipeError(f"model.reduction is {self.reduction!r}; allowed are max, mean")
+        if min((*self.anchor_scales, *self.anchor_ratios), default=0.0) <= 0:
+            raise RecipeError("model.anchor_scales and model.anchor_ratios must hold numbers above 0")
+        if self.anchors is not None and not (
+            self.anchors and all(len(anchor) == 2 and min(anchor) > 0 for anchor in self.anchors)
+        ):
+            raise RecipeError("model.anchors must be pairs of width and height in cells, above 0")
+
+    def detector_head(self, anchors: tuple[tuple[float, float], ...] | None) -> Head:
+        """Sizes, anchors and thresholds of the detection part; ``anchors`` are for YOLOv2 where the recipe has none."""
+        if self.architecture == "thundernet":
+            return ThunderNetConfig(
+                reduction=self.reduction,
+                anchors=AnchorGrid(scales=self.anchor_scales, ratios=self.anchor_ratios),
+                test_budget=ProposalBudget(10 * self.test_proposals, self.test_proposals),
+            )
+        size = PUBLISHED_HEAD if self.head == "published" else YOLOv2Config()
+        return dataclasses.replace(
+            size, anchors=tuple((float(w), float(h)) for w, h in self.anchors or anchors or VOC_ANCHORS)
+        )
+
+
+@dataclass(frozen=True)
+class MiningOptions:
+    """Which examples train.
+
+    ``regions`` is for ThunderNet's second stage: "none" (all regions), "random" (at most a quarter foreground),
+    "ohem" (the paper's) or "s-ohem", choosing ``regions_per_image``. ``map`` is for the dense map, ThunderNet's anchors
+    or YOLOv2's predictions: "none" (ThunderNet then draws ``anchors_per_image`` at random, YOLOv2 keeps all), "lrm"
+    (``anchors_per_image`` anchors, or a ``share`` of the predictions, of largest loss) or "focal" (all, weighted by
+    their difficulty). ``element`` is what loss rank mining ranks in YOLOv2: "prediction" or "cell". ``nms_threshold``
+    thins out what overlaps before ranking.
+    """
+
+    regions: str = "ohem"
+    regions_per_image: int = 256
+    map: str = "none"
+    anchors_per_image: int = 256
+    share: float = 0.15
+    element: Element = "prediction"
+    nms_threshold: float = 0.7
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("regions", REGION_SAMPLERS), ("map", MAP_SAMPLERS)):
+            if getattr(self, name) not in allowed:
+                raise RecipeError(f"mining.{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
+        if min(self.regions_per_image, self.anchors_per_image) < 1:
+            raise RecipeError("mining.regions_per_image and mining.anchors_per_image must be at least 1")
+
+    @property
+    def region_miner(self) -> RegionMiner:
+        """The choice of ThunderNet's regions."""
+        if self.regions == "none":
+            return AllRegions()
+        if self.regions == "random":
+            return RandomSample(self.regions_per_image)
+        miner = OHEM if self.regions == "ohem" else StratifiedOHEM
+        return miner(self.regions_per_image, nms_threshold=self.nms_threshold)
+
+    @property
+    def anchor_miner(self) -> AnchorMiner | None:
+        """The choice of ThunderNet's anchors; None draws them."""
+        if self.map != "lrm":
+            return None
+        return lambda loss, boxes: loss_rank_mining(loss, boxes, self.anchors_per_image, self.nms_threshold)
+
+    @property
+    def prediction_miner(self) -> MapMiner | None:
+        """The choice of YOLOv2's predictions; None keeps all."""
+        return LossRankMiner(self.share, self.nms_threshold, self.element) if self.map == "lrm" else None
+
+    @property
+    def reweighing(self) -> Reweighing | None:
+        """How ThunderNet's anchors are weighted by their difficulty; None for not at all."""
+        return focal_loss if self.map == "focal" else None
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What is optimised, beside mining.
+
+    ``proposals_before`` and ``proposals_after`` suppression feed ThunderNet's second stage in training; 600 and 300 do
+    on a CPU. ``ema_decay`` keeps an exponential average of weights and statistics, which is then what is evaluated and
+    saved. ``warm_up_images`` is darknet's: so long YOLOv2's predictions are also drawn to their anchors, unmined.
+    """
+
+    proposals_before: int = TRAINING_BUDGET.before_nms
+    proposals_after: int = TRAINING_BUDGET.after_nms
+    ema_decay: float | None = None
+    warm_up_images: int = 12_800
+
+    def __post_init__(self) -> None:
+        if min(self.proposals_before, self.proposals_after) < 1 or self.warm_up_images < 0:
+            raise RecipeError("[task] proposals must be at least 1 and warm_up_images at least 0")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise RecipeError(f"task.ema_decay is {self.ema_decay}; it must be between 0 and 1, or left out")
+
+    @property
+    def budget(self) -> ProposalBudget:
+        """The proposals of training."""
+        return ProposalBudget(self.proposals_before, self.proposals_after)
+
+
+@dataclass(frozen=True)
+class DetectorRecipe:
+    """All tables of a recipe, checked."""
+
+    model: ModelOptions
+    data: DetectionDataOptions
+    augmentation: DetectionAugmentation
+    mining: MiningOptions
+    task: TaskOptions
+    training: TrainingOptions
+
+    @classmethod
+    def parse(cls, recipe: dict[str, Any]) -> DetectorRecipe:
+        """Read every table. Errors: RecipeError naming the table and the key."""
+        tables = {
+            "model": ModelOptions,
+            "data": DetectionDataOptions,
+            "augmentation": DetectionAugmentation,
+            "mining": MiningOptions,
+            "task": TaskOptions,
+            "training": TrainingOptions,
+        }
+        unknown = sorted(set(recipe) - set(tables))
+        if unknown:
+            raise RecipeError(f"the recipe has unknown tables {', '.join(unknown)}; allowed are {', '.join(tables)}")
+        try:
+            return cls(**{name: take_table(recipe, name, table) for name, table in tables.items()})
+        except ValueError as error:
+            raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
+
+
+def build_model(recipe: DetectorRecipe, source: DetectionSource) -> tuple[Network, DetectorConfig]:
+    """The network of a recipe for the classes of ``source``, and its description.
+
+    YOLOv2's anchors come from the boxes of ``source`` where the recipe has none. Errors: RecipeError, BackboneError.
+    """
+    options, data = recipe.model, recipe.data
+    try:
+        clustered = None
+        if options.architecture == "yolo_v2" and options.anchors is None:
+            clustered = cluster_shapes(shapes_in_cells(source, data.image_size, data.resize))
+        config = DetectorConfig(
+            architecture=options.architecture,
+            backbone=options.backbone,
+            class_names=source.class_names,
+            image_size=data.image_size,
+            resize=data.resize,
+            normalization=data.constants,
+            licence=options.licence,
+            description=options.description,
+            head=options.detector_head(clustered),
+        )
+        model = build_detector(config)
+    except BackboneError:
+        raise
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    if options.start_from is not None:
+        load_features(model, options)
+    return model, config
+
+
+def load_features(model: Network, options: ModelOptions) -> None:
+    """Copy the trained backbone of ``options.start_from`` into the detector. Errors: RecipeError, CheckpointError."""
+    folder = Path(str(options.start_from)).expanduser()
+    if options.backbone == DARKNET:
+        raise RecipeError(f"model.start_from cannot be used with {DARKNET}: no classifier is trained on it here")
+    trained = load_backbone(folder)
+    if trained.name != options.backbone:
+        raise RecipeError(f"{folder} holds {trained.name}; model.backbone is {options.backbone!r}")
+    state = {key: value for key, value in trained.state_dict().items() if not key.startswith("head.")}
+    assert hasattr(model.backbone, "load_state_dict")
+    model.backbone.load_state_dict(state)

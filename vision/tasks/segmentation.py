@@ -1,0 +1,191 @@
+"""Train a segmenter, alone or with the help of a teacher.
+
+The recipe's tables: ``[model]``, ``[data]``, ``[teacher]`` with ``[[terms]]`` (both or neither), ``[loss]`` (optional),
+``[training]``. Divergences are means over the labelled pixels at the logits' own resolution, so that a weight means the
+same here as for whole images (a mean over all elements would be smaller by the number of classes).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from kernels.losses import BatchTooSmall
+from kernels.training import AfterStep, RecipeError, TrainingOptions, TrainingReport, run, take_table
+from vision.data.segmentation import FolderMasks, MaskSource, SegmentationData, ShapeScenes, collate_masks
+from vision.distillation.teacher import Teacher
+from vision.distillation.terms import Answers, DecoupledTerm, MimicTerm, Term, parse_terms, wants_pairs
+from vision.evaluate import default_device
+from vision.segmentation.measure import IGNORED, ConfusionMatrix, SegmentationReport
+from vision.segmentation.pspnet import Segmenter, SegmenterConfig, load_segmenter, save_segmenter
+
+TABLES = ("model", "data", "teacher", "terms", "loss", "training")
+
+
+@dataclass(frozen=True)
+class SegmenterOptions:
+    """A recipe's ``[model]`` table."""
+
+    backbone: str
+    width: int = 128
+    normalization: str = "imagenet"
+
+
+@dataclass(frozen=True)
+class SegmentationDataOptions:
+    """A recipe's ``[data]`` table: ``root`` names a folder of images and masks; without it, scenes of shapes are made.
+
+    ``train_images``, ``eval_images`` and ``scene_seed`` belong to the made scenes.
+    """
+
+    image_size: int
+    root: str | None = None
+    train_split: str = "train"
+    eval_split: str = "val"
+    train_images: int = 1000
+    eval_images: int = 200
+    scene_seed: int = 0
+
+    def sources(self) -> tuple[MaskSource, MaskSource]:
+        """(training, evaluation). Errors: DataError."""
+        if self.root is None:
+            # Far apart, so that no count of images makes the two overlap.
+            evaluation = ShapeScenes(self.eval_images, self.image_size, self.scene_seed + 1_000_003)
+            return ShapeScenes(self.train_images, self.image_size, self.scene_seed), evaluation
+        root = Path(self.root).expanduser()
+        return FolderMasks(root, self.train_split), FolderMasks(root, self.eval_split)
+
+
+@dataclass(frozen=True)
+class SegmenterTeacher:
+    """A recipe's ``[teacher]`` table: a folder that ``train segmenter`` saved."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class SegmentationLoss:
+    """A recipe's ``[loss]`` table: the weight of the labels beside the terms."""
+
+    cross_entropy_weight: float = 1.0
+
+
+class SegmentationTask(nn.Module):
+    """Cross-entropy of every labelled pixel at the labels' resolution, and distillation terms at the logits'."""
+
+    steps_done: Tensor
+
+    def __init__(
+        self, model: Segmenter, loss: SegmentationLoss, teacher: Teacher | None, terms: Mapping[str, Term]
+    ) -> None:
+        super().__init__()
+        self.model, self.loss, self.teacher, self.terms = model, loss, teacher, dict(terms)
+        self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
+
+    def forward(self, images: Tensor, masks: Tensor) -> dict[str, Tensor]:
+        """``images`` uint8 [B, 3, H, W], ``masks`` uint8 [B, H, W] -> ``loss``, its parts, ``pixel_accuracy``."""
+        logits, embedding = self.model.answer(images)
+        full = F.interpolate(logits.float(), masks.shape[1:], mode="bilinear")
+        counted = masks != IGNORED
+        cross_entropy = F.cross_entropy(full, masks.long(), ignore_index=IGNORED)
+        right = (full.argmax(dim=1) == masks) & counted
+        figures = {"pixel_accuracy": right.sum() / counted.sum().clamp_min(1)}
+        if not self.training or self.teacher is None:
+            return {"loss": cross_entropy, **figures}
+        teacher_logits, teacher_embedding = self.teacher(images)
+        labels = F.interpolate(masks[:, None].float(), logits.shape[2:], mode="nearest")[:, 0].long()
+        answers = Answers(logits, teacher_logits, embedding, teacher_embedding, labels, labels != IGNORED)
+        losses = {name: term.loss(answers) for name, term in self.terms.items()}
+        step = int(self.steps_done) + 1
+        total = self.loss.cross_entropy_weight * cross_entropy
+        total = total + sum(self.terms[name].weight_at(step) * loss for name, loss in losses.items())
+        figures |= {"cross_entropy": cross_entropy, **losses}
+        return {"loss": total, **{name: value.detach() for name, value in figures.items()}}
+
+    def after_step(self) -> None:
+        """Count the step; called after each optimiser step."""
+        self.steps_done += 1
+
+
+def segmenter_teacher(folder: Path) -> Teacher:
+    """A saved segmenter as a teacher; it normalises its images itself. Errors: CheckpointError."""
+    network = load_segmenter(folder)
+    names = network.config.class_names
+    return Teacher(network, network.answer, lambda images: images * 255, len(names), names)
+
+
+def parse_teacher(recipe: dict[str, Any], class_names: tuple[str, ...]) -> tuple[Teacher | None, dict[str, Term]]:
+    """Teacher and terms of a recipe, both or neither. Errors: RecipeError, TeacherError, CheckpointError."""
+    terms = parse_terms(recipe.get("terms", []))
+    if ("teacher" in recipe) != bool(terms):
+        raise RecipeError("[teacher] and [[terms]] belong together; give both, or neither")
+    unfit = [name for name, term in terms.items() if isinstance(term, DecoupledTerm | MimicTerm)]
+    if unfit:
+        raise RecipeError(f"terms {', '.join(unfit)} compare whole images; pixels take kd, bdd and cckd")
+    if wants_pairs(terms) and take_table(recipe, "training", TrainingOptions).batch_size < 2:
+        raise BatchTooSmall("training.batch_size is 1; a correlation term compares samples and needs at least 2")
+    if not terms:
+        return None, terms
+    teacher = segmenter_teacher(Path(take_table(recipe, "teacher", SegmenterTeacher).path).expanduser())
+    teacher.check_classes(class_names)
+    return teacher, terms
+
+
+def train_segmenter(recipe: dict[str, Any], *, resume: bool = False, console: Console | None = None) -> TrainingReport:
+    """Run a recipe; ``output/model`` then holds the segmenter, which ``checkpoint`` names.
+
+    ``final`` gains ``mean_iou`` and ``pixel_accuracy`` over the evaluation split. Errors: RecipeError, DataError,
+    TeacherError, BackboneError, TrainingDivergedError.
+    """
+    if unknown := sorted(set(recipe) - set(TABLES)):
+        raise RecipeError(f"the recipe has unknown tables {', '.join(unknown)}; allowed are {', '.join(TABLES)}")
+    shape = take_table(recipe, "model", SegmenterOptions)
+    data = take_table(recipe, "data", SegmentationDataOptions)
+    options = take_table(recipe, "training", TrainingOptions)
+    train_source, eval_source = data.sources()
+    teacher, terms = parse_teacher(recipe, train_source.class_names)
+    torch.manual_seed(options.seed)
+    model = Segmenter(SegmenterConfig(shape.backbone, train_source.class_names, shape.width, shape.normalization))
+    task = SegmentationTask(model, take_table(recipe, "loss", SegmentationLoss), teacher, terms)
+    eval_data = SegmentationData(eval_source, data.image_size)
+    report = run(
+        task,
+        SegmentationData(train_source, data.image_size, mirrored=True, seed=options.seed),
+        options,
+        eval_data=eval_data,
+        collate=collate_masks,
+        callbacks=[AfterStep(task.after_step)],
+        recipe=recipe,
+        resume=resume,
+        console=console,
+    )
+    if not report.finished:
+        return report
+    folder = Path(options.output) / "model"
+    figures: dict[str, float] = {}
+    if PartialState().is_main_process:
+        save_segmenter(model, folder)
+        measured = evaluate_segmenter(model, eval_data, options.batch_size)
+        figures = {"mean_iou": measured.mean_iou, "pixel_accuracy": measured.pixel_accuracy}
+    PartialState().wait_for_everyone()
+    return dataclasses.replace(report, final={**report.final, **figures}, checkpoint=str(folder))
+
+
+@torch.no_grad()
+def evaluate_segmenter(model: Segmenter, data: SegmentationData, batch_size: int = 16) -> SegmentationReport:
+    """Mean intersection over union of ``model`` over all of ``data``."""
+    model.to(default_device()).eval()
+    matrix = ConfusionMatrix(len(model.config.class_names))
+    for batch in DataLoader(data, batch_size, collate_fn=collate_masks):
+        matrix.add(model(batch["images"].to(default_device())).cpu(), batch["masks"])
+    return matrix.report(model.config.class_names)
