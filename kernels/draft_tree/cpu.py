@@ -90,11 +90,8 @@ class DraftModel:
         parts += [] if self.draft_ids is None else [self.draft_ids]
         if not all(part.is_contiguous() and part.device.type == "cpu" for part in parts):
             raise ValueError("embedding, angles, draft ids and slots must be contiguous and on the CPU")
-        if self.embedding.dtype not in _FLOATS or slots.keys.dtype not in CACHE_FORMATS:
-            raise ValueError(
-                f"the embedding must be fp32 or bf16, slots fp32, bf16 or int8: {self.embedding.dtype}, "
-                f"{slots.keys.dtype}"
-            )
+        if self.embedding.dtype not in _FLOATS or slots.keys.dtype not in _FLOATS:
+            raise ValueError(f"embedding and slots must be fp32 or bf16: {self.embedding.dtype}, {slots.keys.dtype}")
 
     @functools.cached_property
     def descriptor(self) -> _ModelDescriptor:
