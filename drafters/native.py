@@ -18,7 +18,7 @@ from drafters.proposal import Budget, Proposal
 from kernels import native
 from kernels.decoder_layer import LayerStack, PackedDecoderLayer
 from kernels.draft_tree import DraftModel, GrownTree, PackedFusion, gated_fusion, linear_fusion
-from kernels.linear_lowbit import PackedWeight, pack
+from kernels.linear_lowbit import PackedWeight, linear, pack
 from kernels.tree_attention import KVSlots
 
 GROUP_SIZE = 32
@@ -58,6 +58,8 @@ class NativeDrafter(FeatureDrafter):
             num_slots, capacity, config.num_blocks, config.num_kv_heads, config.head_dim, torch.float32, cpu
         )
         super().__init__(config, network.feature_layers, slots, torch.zeros(num_slots, config.hidden_size))
+        several = network.feature_proj
+        self.projection = None if several is None else pack(several.weight.detach(), bits, GROUP_SIZE)
         cosine, sine = rotary_table(config, capacity, torch.float32, cpu)
         half = config.head_dim // 2
         self.model = DraftModel(
@@ -82,7 +84,10 @@ class NativeDrafter(FeatureDrafter):
         num_rows = [len(observation.next_ids) for observation in batch]
         next_ids = [token_id for observation in batch for token_id in observation.next_ids]
         features = batch[0].features if len(batch) == 1 else torch.cat([observation.features for observation in batch])
-        self.model.observe(slots, num_rows, next_ids, features.float(), self.last_outputs)
+        features = features.float()
+        if self.projection is not None:
+            features = linear(features, self.projection)
+        self.model.observe(slots, num_rows, next_ids, features, self.last_outputs)
 
 
 def as_proposal(tree: GrownTree) -> Proposal:

@@ -102,6 +102,17 @@ def test_a_draft_vocabulary_and_a_bf16_embedding() -> None:
     assert set(trees[1].token_ids) <= set(ids.tolist())
 
 
+def test_three_feature_layers_are_projected_as_the_torch_network_does() -> None:
+    pair = create_pair(features="low+mid+high")
+    observed = replace(observation(1, 5), features=torch.randn(5, 192, generator=torch.Generator().manual_seed(3)))
+    budget = Budget(8, 3, 2)
+    for drafter in pair:
+        drafter.observe([observed])
+    torch.testing.assert_close(pair[1].last_outputs[1], pair[0].last_outputs[1], rtol=1e-3, atol=1e-4)
+    plain, fast = (drafter.propose(states([1]), budget)[0] for drafter in pair)
+    assert fast.token_ids == plain.token_ids
+
+
 @pytest.mark.parametrize(("bits", "bound"), [(16, 0.02), (8, 0.03)])
 def test_low_precision_stays_near(bits: int, bound: float) -> None:
     exact, low = create_pair(bits)

@@ -94,7 +94,8 @@ def test_flags_become_settings(launch, make_model):
 
 def test_serve_hands_its_settings_on(launch, monkeypatch, make_settings):
     served = []
-    monkeypatch.setattr("server.app.serve", lambda settings, load: served.append((settings, load)))
+    monkeypatch.setattr("server.app.serve", lambda settings, load, worker: served.append((settings, load)))
+    launch.vision_worker = lambda settings: None
     run("serve", "some/model", "--port", "0", "--lenient", "--max-seqs", "2", "--api-key", "k", "--vram", "1GiB")
     (settings, load) = served[0]
     assert load is launch.load_model

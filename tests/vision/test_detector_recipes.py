@@ -8,7 +8,7 @@ from kernels.training.study import expand
 from vision.data.detection_sources import DetectionSource
 from vision.tasks.detection_recipe import DetectorRecipe, build_model
 
-FOLDER = Path(vision.__file__).parent / "recipes"
+FOLDER = Path(vision.__file__).parent / "recipes" / "detection"
 DETECTORS = sorted(
     path
     for path in FOLDER.glob("*.toml")
