@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from drafters.proposal import Budget, Proposal
 from kernels.tree_attention import KVSlots, causal_segment
 
 
-class FeatureDrafter:
+class FeatureDrafter(ABC):
     """Slots of committed rows, and for each the prediction behind its last row, from which its next tree grows.
 
     Subclasses store rows (``extend``) and grow trees (``grow``). The pair (feature f_i, token t_{i+1}) sits at row and
@@ -55,13 +56,13 @@ class FeatureDrafter:
             self.slots.lengths[observation.slot] += len(observation.next_ids)
             self.ready.add(observation.slot)
 
+    @abstractmethod
     def extend(self, batch: Sequence[Observation]) -> None:
         """Store the rows of all observations behind the committed ones, and each slot's last output."""
-        raise NotImplementedError
 
+    @abstractmethod
     def grow(self, slots: Sequence[int], budget: Budget) -> list[Proposal]:
         """One tree for each of these slots, which have all observed something."""
-        raise NotImplementedError
 
     def fork(self, source: int, slot: int, length: int) -> None:
         """Copy the first ``length`` pairs of ``source``.

@@ -6,6 +6,7 @@ attention; drafting hands in flattened rows [n, H] and attention over slots. Bot
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -140,7 +141,7 @@ class LlamaBlock(nn.Module):
         return output
 
 
-class FeatureNetwork(nn.Module):
+class FeatureNetwork(nn.Module, ABC):
     """A drafter that reads the target's features: what training and drafting ask of one.
 
     Subclasses give ``forward``; embedding and, unless they have their own, LM head are the target's and not part of
@@ -157,9 +158,9 @@ class FeatureNetwork(nn.Module):
         size = config.draft_vocab_size
         self.register_buffer("draft_ids", None if size is None else torch.arange(size))
 
+    @abstractmethod
     def forward(self, features: Tensor, embeddings: Tensor, angles: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
         """Row i holds the feature of position i and the embedding of the token after it; all [..., n, H]."""
-        raise NotImplementedError
 
     def project(self, features: Tensor) -> Tensor:
         """The target's features [..., n, width of ``feature_layers``] -> [..., n, H], as ``forward`` takes them."""

@@ -10,7 +10,7 @@ from drafters.network import FEATURES, DovetailConfig
 from drafters.train.feature_source import DataOptions
 from drafters.train.memory import MemoryEstimate, estimate_memory
 from kernels.losses.drafting import acceptance_loss, blended_acceptance_loss
-from kernels.training import RecipeError, TrainingOptions, take_table
+from kernels.training import RecipeError, TrainingOptions, check_tables, take_table
 from kernels.training.processes import num_processes
 
 TABLES = ("drafter", "loss", "data", "training")
@@ -87,8 +87,7 @@ class DrafterRecipe:
     @classmethod
     def read(cls, recipe: dict[str, Any]) -> DrafterRecipe:
         """The tables of a TOML recipe. Errors: RecipeError naming table and key."""
-        if unknown := sorted(set(recipe) - set(TABLES)):
-            raise RecipeError(f"the recipe has unknown tables {', '.join(unknown)}; allowed are {', '.join(TABLES)}")
+        check_tables(recipe, TABLES)
         return cls(
             take_table(recipe, "drafter", DrafterShape),
             take_table(recipe, "loss", LossOptions),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -84,6 +84,13 @@ def load_recipe(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not TOML: {error}") from error
+
+
+def check_tables(recipe: Mapping[str, Any], allowed: Iterable[str]) -> None:
+    """Refuse a recipe with tables that nobody would read."""
+    names = tuple(allowed)
+    if unknown := sorted(set(recipe) - set(names)):
+        raise RecipeError(f"the recipe has unknown tables {', '.join(unknown)}; allowed are {', '.join(names)}")
 
 
 def take_table(recipe: dict[str, Any], name: str, table: type[Table]) -> Table:

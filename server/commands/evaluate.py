@@ -15,6 +15,11 @@ from server.commands.options import Target, Threads
 
 app = typer.Typer(no_args_is_help=True, help="Measure a trained model.")
 
+Images = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of images.")]
+Kind = Annotated[str, typer.Option(help="How the data lie: folder, cifar10, cifar100 or idx.")]
+Split = Annotated[str, typer.Option(help="Split to measure on.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+
 
 app.command("drafter")(evaluate_drafter)
 app.command("drafter-study")(evaluate_drafter_study)
@@ -23,10 +28,10 @@ app.command("drafter-study")(evaluate_drafter_study)
 @app.command("classifier")
 def evaluate_classifier(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained classifier.")],
-    data: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of images.")],
-    kind: Annotated[str, typer.Option(help="How the data lie: folder, cifar10, cifar100 or idx.")] = "folder",
-    split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    data: Images,
+    kind: Kind = "folder",
+    split: Split = "val",
+    batch_size: BatchSize = 64,
 ) -> None:
     """Top-1 and top-5 accuracy of a classifier."""
     from vision.evaluate import evaluate_classifier
@@ -38,10 +43,10 @@ def evaluate_classifier(
 @app.command("retrieval")
 def evaluate_retrieval(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained backbone.")],
-    data: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of images.")],
-    kind: Annotated[str, typer.Option(help="How the data lie: folder, cifar10, cifar100 or idx.")] = "folder",
-    split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    data: Images,
+    kind: Kind = "folder",
+    split: Split = "val",
+    batch_size: BatchSize = 64,
 ) -> None:
     """Rank-1 and mean average precision of a backbone's embeddings, on classes it need not know."""
     from vision.retrieval import evaluate_retrieval
@@ -112,11 +117,11 @@ def evaluate_detector(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained detector.")],
     data: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of images and annotations.")],
     kind: Annotated[str, typer.Option(help="How the data lie: voc, coco or yolo.")] = "voc",
-    split: Annotated[str, typer.Option(help="Split to measure on.")] = "test",
+    split: Split = "test",
     output: Annotated[
         Path | None, typer.Option(help="Folder for report, curves and pictures.", show_default=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    batch_size: BatchSize = 8,
 ) -> None:
     """Average precision of a detector, overall and by class."""
     from vision.detection.report import evaluate_detector, markdown

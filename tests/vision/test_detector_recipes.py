@@ -5,6 +5,7 @@ import pytest
 import vision
 from kernels.training import load_recipe
 from kernels.training.study import expand
+from vision.backbones import list_backbones
 from vision.data.detection_sources import DetectionSource
 from vision.tasks.detection_recipe import DetectorRecipe, build_model
 
@@ -25,7 +26,7 @@ def recipes(path: Path) -> list[dict[str, object]]:
 @pytest.mark.parametrize("path", DETECTORS, ids=lambda path: path.stem)
 def test_every_recipe_is_whole(path: Path) -> None:
     for recipe in recipes(path):
-        DetectorRecipe.parse(recipe)
+        assert DetectorRecipe.parse(recipe).model.backbone in list_backbones()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ class InputShapeError(BackboneError):
     """Images the network cannot take: not three channels, or smaller than its stride."""
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """Base of all families.
 
     A family sets ``config_type`` and ``variants`` (published name -> configuration), fills ``feature_channels`` and
@@ -69,13 +70,13 @@ class Backbone(nn.Module):
         found = (name for name, config in self.variants.items() if config == self.config)
         return next(found, f"custom {type(self).__name__}")
 
+    @abstractmethod
     def stage_maps(self, images: Tensor) -> FeatureMaps:
         """The family's own forward pass up to the classifier."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rename_author_key(self, key: str) -> str:
         """The name in this layout of a tensor of the authors' published checkpoint (same shape, same meaning)."""
-        raise NotImplementedError
 
     def forward_features(self, images: Tensor) -> FeatureMaps:
         """Normalised ``images`` [B, 3, H, W] -> maps [B, ``feature_channels``[i], H/8 | H/16 | H/32, ...], rounded up.

@@ -8,6 +8,7 @@ relational and reverse terms are large while the student knows nothing.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class Answers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Term:
+class Term(ABC):
     """One addend. ``weight`` has no default: it decides more than the choice of the loss does."""
 
     weight: float
@@ -52,9 +53,9 @@ class Term:
             raise RecipeError(f"a term has weight {self.weight} and warmup_steps {self.warmup_steps}; leave out a term "
                               "rather than weigh it 0")  # fmt: skip
 
+    @abstractmethod
     def loss(self, answers: Answers) -> Tensor:
         """The unweighted loss, a scalar."""
-        raise NotImplementedError
 
     def weight_at(self, step: int) -> float:
         """The weight of the ``step``-th optimiser step, counted from 1."""

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader
 
 from kernels.diagonalwise import refactorize, tune
-from kernels.training import AfterStep, RecipeError, TrainingOptions, TrainingReport, run, take_table
+from kernels.training import AfterStep, RecipeError, TrainingOptions, TrainingReport, check_tables, run, take_table
 from vision.backbones import create_backbone
 from vision.backbones.backbone import Backbone
 from vision.backbones.checkpoint import load_backbone, save_backbone
@@ -143,10 +143,7 @@ class ClassifierRecipe:
     @classmethod
     def parse(cls, recipe: dict[str, Any]) -> ClassifierRecipe:
         """Read every table. Errors: RecipeError naming the table and the key."""
-        unknown = sorted(set(recipe) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            allowed = ", ".join(field.name for field in dataclasses.fields(cls))
-            raise RecipeError(f"the recipe has unknown tables {', '.join(unknown)}; allowed are {allowed}")
+        check_tables(recipe, (field.name for field in dataclasses.fields(cls)))
         try:
             return cls(
                 model=take_table(recipe, "model", ModelOptions),

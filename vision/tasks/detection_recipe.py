@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernels.training import RecipeError, TrainingOptions, take_table
+from kernels.training import RecipeError, TrainingOptions, check_tables, take_table
 from vision.backbones.backbone import BackboneError
 from vision.backbones.checkpoint import load_backbone
 from vision.data.detection import DetectionDataOptions
@@ -182,9 +182,7 @@ class DetectorRecipe:
             "task": TaskOptions,
             "training": TrainingOptions,
         }
-        unknown = sorted(set(recipe) - set(tables))
-        if unknown:
-            raise RecipeError(f"the recipe has unknown tables {', '.join(unknown)}; allowed are {', '.join(tables)}")
+        check_tables(recipe, tables)
         try:
             return cls(**{name: take_table(recipe, name, table) for name, table in tables.items()})
         except ValueError as error:

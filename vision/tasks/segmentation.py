@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kernels.losses import BatchTooSmall
-from kernels.training import AfterStep, RecipeError, TrainingOptions, TrainingReport, run, take_table
+from kernels.training import AfterStep, RecipeError, TrainingOptions, TrainingReport, check_tables, run, take_table
 from vision.data.segmentation import FolderMasks, MaskSource, SegmentationData, ShapeScenes, collate_masks
 from vision.distillation.teacher import Teacher
 from vision.distillation.terms import Answers, DecoupledTerm, MimicTerm, Term, parse_terms, wants_pairs
@@ -147,8 +147,7 @@ def train_segmenter(recipe: dict[str, Any], *, resume: bool = False, console: Co
     ``final`` gains ``mean_iou`` and ``pixel_accuracy`` over the evaluation split. Errors: RecipeError, DataError,
     TeacherError, BackboneError, TrainingDivergedError.
     """
-    if unknown := sorted(set(recipe) - set(TABLES)):
-        raise RecipeError(f"the recipe has unknown tables {', '.join(unknown)}; allowed are {', '.join(TABLES)}")
+    check_tables(recipe, TABLES)
     shape = take_table(recipe, "model", SegmenterOptions)
     data = take_table(recipe, "data", SegmentationDataOptions)
     options = take_table(recipe, "training", TrainingOptions)
