@@ -242,11 +242,13 @@ def bench_nets(
     warmups: int = 1,
     repeats: int = 10,
     limit_s: float = math.inf,
+    compiled: bool = False,
 ) -> dict[str, dict[str, Timing]]:
     """One training step (forward, loss, gradients) of whole networks: native, refactored, tuned; both layouts.
 
     ``networks`` makes classifiers of images [B, 3, H, W] by name. A win of a layer that vanishes here is no win.
-    ``limit_s`` bounds the time of each network's comparison, and of each layer's when tuning is measured.
+    ``limit_s`` bounds the time of each network's comparison, and of each layer's when tuning is measured. ``compiled``
+    adds the native and the refactored network under torch.compile.
     """
     measure = partial(compare, warmups=1, repeats=repeats, limit_s=limit_s / TUNED_LAYERS)
     results = {}
@@ -261,10 +263,20 @@ def bench_nets(
             plain.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch takes it, its stubs do not
             tuned = deepcopy(plain)
             tune(tuned, images, measure=measure)
-            for label, model in ((NATIVE, plain), ("refactored", refactorize(deepcopy(plain))), ("tuned", tuned)):
-                steps[f"{label}_{layout}"] = partial(net_step, model, images, labels)
+            ways = {NATIVE: plain, "refactored": refactorize(deepcopy(plain)), "tuned": tuned}
+            if compiled:
+                ways |= {f"compiled_{way}": compile_copy(ways[way]) for way in (NATIVE, "refactored")}
+            steps |= {f"{way}_{layout}": partial(net_step, model, images, labels) for way, model in ways.items()}
+        torch.compiler.reset()
         results[name] = compare(steps, device, warmups, repeats, limit_s)
     return results
+
+
+def compile_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` under torch.compile; its first step compiles."""
+    copy = deepcopy(model)
+    copy.compile()
+    return copy
 
 
 def net_step(model: nn.Module, images: Tensor, labels: Tensor) -> None:

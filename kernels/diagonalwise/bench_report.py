@@ -71,12 +71,12 @@ def verdict_on_nets(nets: Mapping[str, Mapping[str, Timing]]) -> str:
         return " Whole networks were not measured."
     parts = []
     for net, timings in nets.items():
-        best = {
-            way: min(timing.median_ms for name, timing in timings.items() if name.startswith(way))
-            for way in (NATIVE, "refactored", "tuned")
-        }
-        refactored, tuned = best["refactored"] / best[NATIVE], best["tuned"] / best[NATIVE]
-        parts.append(f"{net} {refactored:.2f} refactored, {tuned:.2f} tuned")
+        best: dict[str, float] = {}
+        for name, timing in timings.items():
+            way = name.removesuffix("_nchw").removesuffix("_channels_last").replace("_", " ")
+            best[way] = min(timing.median_ms, best.get(way, timing.median_ms))
+        shares = (f"{median / best[NATIVE]:.2f} {way}" for way, median in best.items() if way != NATIVE)
+        parts.append(f"{net} {', '.join(shares)}")
     return f" Training steps of whole networks, as shares of native's time: {'; '.join(parts)}."
 
 

@@ -37,17 +37,18 @@ def compare(
 ) -> dict[str, Timing]:
     """Time every step ``repeats`` times after ``warmups``, turn by turn, so that a slow moment meets all alike.
 
-    Once ``limit_s`` have passed no turn begins, but each step is timed three times in any case.
+    Once ``limit_s`` have passed since the warm-up no turn begins, but each step is timed three times in any case.
     """
     samples: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(warmups):
+        for step in steps.values():
+            time_once(step, device)
     started = time.perf_counter()
-    for turn in range(warmups + repeats):
-        if turn >= warmups + FEWEST_REPEATS and time.perf_counter() - started > limit_s:
+    for turn in range(repeats):
+        if turn >= FEWEST_REPEATS and time.perf_counter() - started > limit_s:
             break
         for name, step in steps.items():
-            milliseconds = time_once(step, device)
-            if turn >= warmups:
-                samples[name].append(milliseconds)
+            samples[name].append(time_once(step, device))
     return {name: quartiles(times) for name, times in samples.items()}
 
 

@@ -96,7 +96,7 @@ def diagonalwise(
     device, console = default_device(), Console(stderr=True)
     cells = bench.bench_layers(options, device, lambda cell: console.print(cell.network, cell.geometry, cell.work))
     makers = {name: partial(create_backbone, name) for name in chosen if net_batch}
-    nets = bench.bench_nets(makers, device, batch=net_batch, repeats=repeats, limit_s=10 * limit)
+    nets = bench.bench_nets(makers, device, batch=net_batch, repeats=repeats, limit_s=10 * limit, compiled=compiled)
     left_out = bench.not_run(options, device) | ({} if nets else {"whole networks": "not asked for"})
     report = write_report(cells, nets, left_out, measure_hardware().json(), json_file)
     typer.echo(f"{markdown(report['summary'])}\n\n{report['verdict']}", err=True)

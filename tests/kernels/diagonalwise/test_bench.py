@@ -23,6 +23,7 @@ from kernels.diagonalwise.bench import (
     not_run,
 )
 from kernels.diagonalwise.bench_report import markdown, summarise, verdict, write_report
+from kernels.diagonalwise.layer import DiagonalwiseConv2d
 from kernels.diagonalwise.timing import Timing, compare
 
 CPU = torch.device("cpu")
@@ -57,9 +58,7 @@ def test_a_small_grid_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         {"tiny": lambda: nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.AdaptiveAvgPool2d(1), nn.Flatten())},
         CPU, batch=2, image_size=8, warmups=0, repeats=1,
     )  # fmt: skip
-    assert set(nets["tiny"]) == {
-        f"{a}_{b}" for a in ("native", "refactored", "tuned") for b in ("nchw", "channels_last")
-    }
+    assert set(nets["tiny"]) == ways("native", "refactored", "tuned")
     report = write_report(cells, nets, {"tf32": "no GPU"}, {"cpu": "some"}, tmp_path / "out" / "bench.json")
     kept = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert kept["verdict"] == report["verdict"]
@@ -67,6 +66,22 @@ def test_a_small_grid_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (kept["hardware"], kept["not_run"]) == ({"cpu": "some"}, {"tf32": "no GPU"})
     assert {"summary", "networks"} <= kept.keys()
     assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def ways(*names: str) -> set[str]:
+    return {f"{name}_{layout}" for name in names for layout in ("nchw", "channels_last")}
+
+
+def test_compiled_networks_take_part_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda model: compiled.append(model))
+    nets = bench_nets(
+        {"tiny": lambda: nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.AdaptiveAvgPool2d(1), nn.Flatten())},
+        CPU, batch=2, image_size=8, warmups=0, repeats=1, compiled=True,
+    )  # fmt: skip
+    assert set(nets["tiny"]) == ways("native", "refactored", "tuned", "compiled_native", "compiled_refactored")
+    assert sum(isinstance(layer, DiagonalwiseConv2d) for model in compiled for layer in model) == 2
+    assert len(compiled) == 4
 
 
 def test_wrong_answers_are_never_timed() -> None:
