@@ -21,6 +21,8 @@ from vision.detection.truth import check_truth
 RegionMiner = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 AnchorMiner = Callable[[Tensor, Tensor], Tensor]
 Reweighing = Callable[[Tensor, Tensor], Tensor]
+# More terms on the regions that train: from the maps, those regions by image, their class logits and labels.
+Lesson = Callable[[DenseMaps, Sequence[Tensor], Tensor, Tensor], dict[str, Tensor]]
 
 
 def smooth_l1(difference: Tensor, sigma: float) -> Tensor:
@@ -64,8 +66,9 @@ class ThunderNetLoss:
         true_boxes: Sequence[Tensor],
         true_labels: Sequence[Tensor],
         progress: float,
+        lesson: Lesson | None = None,
     ) -> dict[str, Tensor]:
-        """Named scalars whose sum is to be minimised.
+        """Named scalars whose sum is to be minimised, and those of ``lesson``.
 
         ``images`` [N, 3, H, W]; per image ``true_boxes`` [G, 4] in its pixels, ``true_labels`` [G] from 0 to
         num_classes - 1; G may be 0. ``progress``, from 0 to 1, is the share of training done. Raises ``TrueBoxError``.
@@ -77,7 +80,8 @@ class ThunderNetLoss:
             torch.cat([proposals, boxes])
             for proposals, boxes in zip(model.propose(maps, self.budget), true_boxes, strict=True)
         ]
-        return {**first_stage, **self._second_stage(model, maps, regions, true_boxes, true_labels, progress)}
+        second_stage = self._second_stage(model, maps, regions, true_boxes, true_labels, progress, lesson)
+        return {**first_stage, **second_stage}
 
     def _first_stage(self, maps: DenseMaps, true_boxes: Sequence[Tensor]) -> dict[str, Tensor]:
         """Both terms averaged over the chosen anchors, or over the positive ones where all are reweighed.
@@ -119,6 +123,7 @@ class ThunderNetLoss:
         true_boxes: Sequence[Tensor],
         true_labels: Sequence[Tensor],
         progress: float,
+        lesson: Lesson | None,
     ) -> dict[str, Tensor]:
         """Both terms averaged over the mined regions of the batch, the box term twice as heavy (Light-Head).
 
@@ -127,20 +132,24 @@ class ThunderNetLoss:
         """
         labels, answers = _label_regions(regions, true_boxes, true_labels)
         with torch.no_grad():
-            classification, localization = _region_losses(model, maps, regions, torch.cat(labels), torch.cat(answers))
+            _, classification, localization = _region_losses(
+                model, maps, regions, torch.cat(labels), torch.cat(answers)
+            )
         chosen, start = [], 0
-        for boxes, own_labels in zip(regions, labels, strict=True):
+        for boxes, image_labels in zip(regions, labels, strict=True):
             rows = slice(start, start + len(boxes))
-            chosen.append(self.region_miner(classification[rows], localization[rows], boxes, own_labels, progress))
+            chosen.append(self.region_miner(classification[rows], localization[rows], boxes, image_labels, progress))
             start += len(boxes)
-        classification, localization = _region_losses(
-            model, maps, _take(regions, chosen), torch.cat(_take(labels, chosen)), torch.cat(_take(answers, chosen))
+        trained, own_labels = _take(regions, chosen), torch.cat(_take(labels, chosen))
+        logits, classification, localization = _region_losses(
+            model, maps, trained, own_labels, torch.cat(_take(answers, chosen))
         )
         count = max(len(classification), 1)
-        return {
+        losses = {
             "rcnn_classification": classification.sum() / count,
             "rcnn_localization": 2 * localization.sum() / count,
         }
+        return losses | (lesson(maps, trained, logits, own_labels) if lesson is not None else {})
 
 
 def _take(values: Sequence[Tensor], chosen: Sequence[Tensor]) -> list[Tensor]:
@@ -149,15 +158,15 @@ def _take(values: Sequence[Tensor], chosen: Sequence[Tensor]) -> list[Tensor]:
 
 def _region_losses(
     model: ThunderNet, maps: DenseMaps, regions: Sequence[Tensor], labels: Tensor, answers: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and smooth L1 of every region [R]; the latter 0 for background."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Class logits [R, C + 1], cross-entropy and smooth L1 of every region [R]; the latter 0 for background."""
     logits, deltas = model.classify(maps, regions)
     classification = functional.cross_entropy(logits, labels, reduction="none")
     foreground = labels > 0
     anchors = torch.cat(list(regions))[foreground]
     differences = deltas[foreground] - encode_boxes(answers[foreground], anchors, REGION_STDS)
     localization = torch.zeros_like(classification).index_put((foreground,), smooth_l1(differences, sigma=1.0))
-    return classification, localization
+    return logits, classification, localization
 
 
 def _anchor_losses(maps: DenseMaps, matches: Sequence[Matches], true_boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Train a detector: ThunderNet, or YOLOv2's head, on any backbone, with mined hard examples.
 
 The recipe's tables: ``[model]``, ``[data]``, ``[augmentation]``, ``[mining]``, ``[task]`` (the last three optional),
-``[training]``.
+``[training]``; ``[teacher]`` with ``[[terms]]`` let a trained ThunderNet teach a smaller one.
 """
 
 from __future__ import annotations
@@ -29,22 +29,28 @@ from vision.detection.report import evaluate_source
 from vision.detection.thundernet import ThunderNet
 from vision.detection.thundernet_loss import ThunderNetLoss
 from vision.detection.yolo_loss import YOLOv2Loss
+from vision.distillation.detector import DetectorTeacher, load_detector_teacher
 from vision.tasks.detection_recipe import DetectorRecipe, build_model
 
 
 class DetectionTask(nn.Module):
-    """The losses of a detector over a batch of byte images, with mining and a moving average of the weights."""
+    """The losses of a detector over a batch of byte images, with mining and a moving average of the weights.
+
+    A ``teacher`` adds its terms while training, each times its weight.
+    """
 
     seen: Tensor
     skipped: Tensor
 
-    def __init__(self, model: Network, recipe: DetectorRecipe) -> None:
+    def __init__(self, model: Network, recipe: DetectorRecipe, teacher: DetectorTeacher | None = None) -> None:
         super().__init__()
         self.model = model
+        self.teacher = teacher
+        self.images_per_step = recipe.training.batch_size * recipe.training.accumulation
         self.warm_up_images = recipe.task.warm_up_images
         self.normalization = recipe.data.constants
         self.train_sizes = recipe.data.train_sizes
-        self.num_images = recipe.training.steps * recipe.training.batch_size * recipe.training.accumulation
+        self.num_images = recipe.training.steps * self.images_per_step
         mining = recipe.mining
         # The losses draw from torch's own generator, whose state a checkpoint holds.
         self.thundernet_loss = ThunderNetLoss(
@@ -83,8 +89,9 @@ class DetectionTask(nn.Module):
         self.skipped += skipped.sum()
         inputs, boxes = self.resize(inputs, boxes)
         losses = self.losses(self.model, inputs, *_split(boxes, labels, ignored))
+        weights = self.teacher.weights_at(int(self.seen) // self.images_per_step + 1) if self.teacher else {}
         self.seen += len(images)
-        return _joined(losses)
+        return _joined(losses, weights)
 
     def evaluate(self, inputs: Tensor, boxes: Tensor, labels: Tensor, ignored: Tensor) -> dict[str, Tensor]:
         """Losses of the trained network; its detections are kept."""
@@ -94,13 +101,14 @@ class DetectionTask(nn.Module):
             own = labels[row] >= 0
             truth = Truth(*(values[row, own].cpu().numpy() for values in (boxes, labels, ignored)))
             self.found.append((detections.cpu(), truth))
-        return _joined(losses)
+        return _joined(losses, {})
 
     def losses(self, model: Network, inputs: Tensor, boxes: list[Tensor], labels: list[Tensor]) -> dict[str, Tensor]:
-        """The named losses of the architecture."""
+        """The named losses of the architecture, and while training the teacher's terms, unweighted."""
         if isinstance(model, ThunderNet):
             progress = min(1.0, int(self.seen) / self.num_images)
-            return self.thundernet_loss(model, inputs, boxes, labels, progress)
+            lesson = self.teacher.lesson(inputs) if self.teacher and self.training else None
+            return self.thundernet_loss(model, inputs, boxes, labels, progress, lesson)
         if int(self.seen) < self.warm_up_images:
             return self.warm_up_loss(model, inputs, boxes, labels, warm_up=True)
         return self.yolo_loss(model, inputs, boxes, labels, warm_up=False)
@@ -127,9 +135,10 @@ class DetectionTask(nn.Module):
         return mean_present(average_precisions(detections, truths, self.model.num_classes))
 
 
-def _joined(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their sum as ``loss``, and each without gradient, to be reported."""
-    return {"loss": torch.stack(list(losses.values())).sum(), **{name: loss.detach() for name, loss in losses.items()}}
+def _joined(losses: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
+    """Their weighted sum as ``loss`` (1 where there is no weight), and each without gradient, to be reported."""
+    total = torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
+    return {"loss": total, **{name: loss.detach() for name, loss in losses.items()}}
 
 
 def _split(boxes: Tensor, labels: Tensor, ignored: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -156,14 +165,17 @@ def train_detector(recipe: dict[str, Any], *, resume: bool = False, console: Con
     ``DetectorReport``), ``skipped_images``, how often an image could not be read, and ``degenerate_boxes``, how many
     were dropped from the training split. An
     interrupted run (``finished`` False) names the checkpoint to resume from. Errors: RecipeError, DataError,
-    BackboneError, TrainingDivergedError.
+    BackboneError, CheckpointError, TeacherError, TrainingDivergedError.
     """
     options = DetectorRecipe.parse(recipe)
     train_source = options.data.open_train()
     eval_source = options.data.open_eval(train_source.class_names)
     torch.manual_seed(options.training.seed)
     model, config = build_model(options, train_source)
-    task = DetectionTask(model, options)
+    teacher = None
+    if options.teacher is not None:
+        teacher = load_detector_teacher(Path(options.teacher.path).expanduser(), config, options.terms)
+    task = DetectionTask(model, options, teacher)
     data = options.data
     train_data = DetectionData(
         train_source, max((data.image_size, *data.train_sizes)), data.resize, options.augmentation,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from vision.detection.thundernet import ThunderNetConfig
 from vision.detection.thundernet_loss import AnchorMiner, RegionMiner, Reweighing
 from vision.detection.yolo_loss import MapMiner
 from vision.detection.yolo_v2 import PUBLISHED_HEAD, VOC_ANCHORS, YOLOv2Config
+from vision.distillation.detector import DetectorTeacherOptions
+from vision.distillation.terms import Term, parse_terms
 from vision.mining import OHEM, AllRegions, LossRankMiner, RandomSample, StratifiedOHEM, focal_loss, loss_rank_mining
 from vision.mining.loss_rank_mining import Element
 
@@ -162,7 +165,7 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class DetectorRecipe:
-    """All tables of a recipe, checked."""
+    """All tables of a recipe, checked; a ``teacher`` and its ``terms`` come together or not at all."""
 
     model: ModelOptions
     data: DetectionDataOptions
@@ -170,6 +173,8 @@ class DetectorRecipe:
     mining: MiningOptions
     task: TaskOptions
     training: TrainingOptions
+    teacher: DetectorTeacherOptions | None = None
+    terms: Mapping[str, Term] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, recipe: dict[str, Any]) -> DetectorRecipe:
@@ -182,9 +187,14 @@ class DetectorRecipe:
             "task": TaskOptions,
             "training": TrainingOptions,
         }
-        check_tables(recipe, tables)
+        check_tables(recipe, (*tables, "teacher", "terms"))
+        terms = parse_terms(recipe.get("terms", []))
+        if ("teacher" in recipe) != bool(terms):
+            raise RecipeError("[teacher] and [[terms]] belong together; give both, or neither")
+        teacher = take_table(recipe, "teacher", DetectorTeacherOptions) if terms else None
         try:
-            return cls(**{name: take_table(recipe, name, table) for name, table in tables.items()})
+            parsed: dict[str, Any] = {name: take_table(recipe, name, table) for name, table in tables.items()}
+            return cls(**parsed, teacher=teacher, terms=terms)
         except ValueError as error:
             raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
 
