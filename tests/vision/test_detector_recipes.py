@@ -48,6 +48,15 @@ def test_the_mining_study_compares_all_samplers_under_one_budget() -> None:
     assert {cell.mining.map for cell in cells} == {"none", "lrm", "focal"}
 
 
+def test_the_distillation_study_gives_every_loss_the_same_weight_and_teacher() -> None:
+    cells = [DetectorRecipe.parse(recipe) for recipe in recipes(FOLDER / "bccd_distillation_study.toml")]
+    assert sorted({"+".join(cell.terms) for cell in cells}) == ["", "bdd", "bdd+mimic", "dkd", "kd", "mimic"]
+    teacher = DetectorRecipe.parse(load_recipe(FOLDER / "bccd_thundernet_snet146.toml"))
+    assert {cell.teacher.path for cell in cells if cell.teacher} == {f"{teacher.training.output}/model"}
+    assert {term.weight for cell in cells for term in cell.terms.values()} == {1.0}
+    assert {cell.data for cell in cells} == {teacher.data}
+
+
 def test_small_recipes_build_small_networks() -> None:
     recipe = DetectorRecipe.parse(load_recipe(FOLDER / "bccd_thundernet_snet49.toml"))
     model, config = build_model(recipe, DetectionSource(("Platelets", "RBC", "WBC"), (), 0))
