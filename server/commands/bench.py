@@ -13,7 +13,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from server.commands.bench_kernels import diagonalwise, kernels
-from server.commands.bench_vision import vision
+from server.commands.bench_vision import distillation, vision
 from server.commands.options import (
     Config,
     Context,
@@ -56,6 +56,7 @@ app = typer.Typer(cls=BenchGroup, help="Measure speed against plain decoding, tr
 app.command("kernels")(kernels)
 app.command("diagonalwise")(diagonalwise)
 app.command("vision")(vision)
+app.command("distillation")(distillation)
 
 
 @app.command(MODEL)
@@ -93,7 +94,8 @@ def bench(
     Speeds are tokens per second of decoding, prompts excluded; each is the median over the repeats. Ctrl-C ends the
     run and reports what was measured. The last line printed is the report as JSON.
 
-    `bench kernels` and `bench diagonalwise` measure the kernels apart from any model, `bench vision` the detector.
+    `bench kernels` and `bench diagonalwise` measure the kernels apart from any model, `bench vision` the detector,
+    `bench distillation` a trainer.
     """
     check_folder(json_file, "--json")
     settings = settings_from(

@@ -1,4 +1,4 @@
-"""``dovetail bench vision``: a detector alone, behind the endpoint, and beside text."""
+"""``dovetail bench vision``: a detector alone, over HTTP and beside text; ``bench distillation``: a trainer."""
 
 from __future__ import annotations
 
@@ -37,6 +37,27 @@ def vision(
     options = VisionBenchOptions(resolve_detector(model), counts, seconds, repeats, peer, text, target)
     report = measure_vision(options, console.print)
     show(report, console)
+    line = json.dumps(report)
+    if json_file is not None:
+        json_file.write_text(line + "\n", encoding="utf-8")
+    typer.echo(line)
+
+
+def distillation(
+    recipe: Annotated[Path, typer.Argument(metavar="recipe", exists=True, dir_okay=False, help="TOML recipe.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each measurement.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns.")] = 5,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Also write the report here.", show_default=False)
+    ] = None,
+) -> None:
+    """Images per second of `train distil` beside a plain loop of the same recipe; the last line is JSON."""
+    from kernels.training import load_recipe
+    from server.bench.distillation import measure_distillation
+
+    console = Console(stderr=True, markup=False)
+    report = measure_distillation(load_recipe(recipe), steps, repeats, console.print)
+    console.print(f"the trainer runs at {report['ratio']:.3f} of the plain loop's speed")
     line = json.dumps(report)
     if json_file is not None:
         json_file.write_text(line + "\n", encoding="utf-8")

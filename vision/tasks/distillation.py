@@ -8,7 +8,7 @@ the cross-entropy plus every term times its weight.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import TrainerCallback
 
 from kernels.losses import BatchTooSmall
 from kernels.training import AfterStep, RecipeError, TrainingReport, run, take_table
@@ -251,8 +252,9 @@ def run_lesson(
     recipe: dict[str, Any],
     resume: bool,
     console: Console | None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingReport:
-    """Train the task of ``lesson`` in place."""
+    """Train the task of ``lesson`` in place; ``callbacks`` watch."""
     return run(
         lesson.task,
         lesson.taught,
@@ -260,7 +262,7 @@ def run_lesson(
         eval_data=eval_data,
         collate=collate_either,
         batch_sampler=create_sampler(parsed, lesson.data, lesson.teacher),
-        callbacks=[AfterStep(lesson.task.after_step)],
+        callbacks=[AfterStep(lesson.task.after_step), *callbacks],
         recipe=recipe,
         resume=resume,
         console=console,
