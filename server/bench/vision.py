@@ -61,6 +61,7 @@ def measure_vision(options: VisionBenchOptions, progress: Progress) -> dict[str,
     report: dict[str, Any] = {"hardware": measure_hardware().json()}
     progress("one thread")
     report["single_thread"] = measure_single_thread(options, picture)
+    report["peak_memory_mb"] = measure_peak_memory(options.detector, picture)
     with running_server(options) as port:
         report["endpoint"] = {}
         for count in options.clients:
@@ -98,7 +99,7 @@ def measure_single_thread(options: VisionBenchOptions, picture: bytes) -> dict[s
             times["ours"].append(timed(lambda: detect(model, picture)))
             if peer is not None:
                 times["peer"].append(timed(lambda: peer.run(prepare(model, picture).pixels)))
-    result = {
+    result: dict[str, Any] = {
         "model": model.info.name,
         "runtime": model.info.runtime,
         "image_size": model.info.image_size,
@@ -110,6 +111,28 @@ def measure_single_thread(options: VisionBenchOptions, picture: bytes) -> dict[s
         result["peer"] = {"name": "NanoDet-m structure, random weights", "ms_per_image": round(peer_ms, 2)}
         result["peer_over_ours"] = round(peer_ms / statistics.median(times["ours"]), 3)
     return result
+
+
+# What a process of its own says of its memory: once the model is loaded, and after one image, in MB.
+MEMORY_PROBE = """
+import resource, sys
+from pathlib import Path
+from server.bench.vision import detect
+from vision.predict import load_vision_model
+picture = sys.stdin.buffer.read()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = load_vision_model(Path(sys.argv[1]), num_threads=1)
+detect(model, picture)
+print(before / 1e3, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+"""
+
+
+def measure_peak_memory(detector: Path, picture: bytes) -> dict[str, float]:
+    """Megabytes of a process that loads the detector and looks at one image, and what it had before."""
+    command = [sys.executable, "-c", MEMORY_PROBE, str(detector)]
+    done = subprocess.run(command, input=picture, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+    before, peak = (round(float(value), 1) for value in done.stdout.split())
+    return {"imports": before, "peak": peak}
 
 
 def prepare(model: VisionModel, picture: bytes) -> Any:

@@ -25,11 +25,12 @@ def vision(
         str | None, typer.Option(help="Language model beside it; nothing: the bundled one.", show_default=False)
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, help="Also write the report here.", show_default=False)
+        Path | None, typer.Option("--json", dir_okay=False, help="Report; the plot lies beside it.", show_default=False)
     ] = None,
 ) -> None:
     """Images per second on one thread and over HTTP, and the loss of text beside it; the last line is JSON."""
     from server.bench.vision import VisionBenchOptions, measure_vision
+    from server.bench.vision_plot import plot_vision
     from server.launch import resolve_detector
 
     console = Console(stderr=True, markup=False)
@@ -40,6 +41,7 @@ def vision(
     line = json.dumps(report)
     if json_file is not None:
         json_file.write_text(line + "\n", encoding="utf-8")
+        plot_vision(report, json_file.with_suffix(".png"))
     typer.echo(line)
 
 
@@ -75,6 +77,10 @@ def show(report: dict[str, Any], console: Console) -> None:
     for count, figures in report["endpoint"].items():
         table.add_row(f"endpoint, {count} clients", f"{figures['images_per_s']:.1f}", f"{figures['p50_ms']} (median)")
     console.print(table)
+    memory = report["peak_memory_mb"]
+    console.print(
+        f"memory: {memory['peak']:.0f} MB at most, {memory['imports']:.0f} of them before the model is loaded"
+    )
     if "text" in report:
         text = report["text"]
         console.print(

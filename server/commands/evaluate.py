@@ -129,3 +129,26 @@ def evaluate_detector(
     report = evaluate_detector(checkpoint, kind, data, split, output=output, batch_size=batch_size)
     typer.echo(markdown(report), err=True)
     typer.echo(json.dumps(dataclasses.asdict(report)))
+
+
+@app.command("detector-study")
+def evaluate_detector_study(
+    recipe: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe with [study].")],
+    json_file: Annotated[Path, typer.Option("--json", dir_okay=False, help="Report; the plot lies beside it.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)
+    ] = None,
+    only: Annotated[str, typer.Option(help="Variants to measure, by commas; empty: all.", show_default=False)] = "",
+) -> None:
+    """Mean average precision of a study's detectors over their seeds; what is not trained yet is marked NOT RUN.
+
+    Every finished cell is measured once on the recipe's evaluation split, with curves and pictures in its folder.
+    """
+    from kernels.training.options import load_recipe
+    from kernels.training.study import choose, expand
+    from vision.tasks.detection_study import markdown, study_rows, write_study
+
+    cells = choose(expand(load_recipe(recipe), output), [name for name in only.split(",") if name])
+    report = write_study(study_rows(cells), cells, json_file)
+    typer.echo(markdown(report["rows"]), err=True)
+    typer.echo(json.dumps(report))

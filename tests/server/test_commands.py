@@ -74,6 +74,20 @@ def test_study_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert json.loads(result.stdout.splitlines()[-1])["rows"] == ["small/seed_0", "large/seed_0"]
 
 
+def test_the_study_of_detectors_takes_parts_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import vision.tasks.detection_study as study
+
+    monkeypatch.setattr(study, "study_rows", list)
+    monkeypatch.setattr(study, "markdown", lambda rows: f"{len(rows)} rows")
+    monkeypatch.setattr(study, "write_study", lambda rows, cells, file: {"rows": [f"{c.output}" for c in cells]})
+    recipe, folder = tmp_path / "study.toml", tmp_path / "out"
+    recipe.write_text(STUDY)
+    given = ["--json", str(tmp_path / "study.json"), "--output", str(folder), "--only", "small"]
+    result = RUNNER.invoke(app, ["eval", "detector-study", str(recipe), *given])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["rows"] == [str(folder / "small" / "seed_0")]
+
+
 def test_a_study_is_not_a_training(tmp_path: Path) -> None:
     recipe = tmp_path / "study.toml"
     recipe.write_text(STUDY)

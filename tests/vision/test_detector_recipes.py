@@ -62,3 +62,12 @@ def test_small_recipes_build_small_networks() -> None:
     model, config = build_model(recipe, DetectionSource(("Platelets", "RBC", "WBC"), (), 0))
     assert config.head.anchors.num_per_cell == 21  # type: ignore[union-attr]
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_100_000
+
+
+def test_the_bundled_detectors_study_is_its_recipe_with_three_seeds() -> None:
+    single = load_recipe(FOLDER / "bccd_thundernet_snet49.toml")
+    cells = recipes(FOLDER / "bccd_study.toml")
+    assert len(cells) == 3
+    for seed, cell in enumerate(cells):
+        output = {"output": f"runs/bccd_study/thundernet_snet49/seed_{seed}", "seed": seed}
+        assert cell == single | {"training": single["training"] | output}  # type: ignore[operator]

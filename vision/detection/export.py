@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vision.backbones.checkpoint import WEIGHTS_FILE
+from vision.detect import Floats
 from vision.detection.boxes import clip_boxes, decode_boxes
 from vision.detection.checkpoint import load_detector
 from vision.detection.detector import LoadedDetector
@@ -219,8 +219,9 @@ def compare(loaded: LoadedDetector, file: Path) -> tuple[float, float, float]:
         for index, (regions, logits, deltas) in enumerate(zip(proposals, *outputs, strict=True)):
             expected = clip_boxes(decode_boxes(deltas, regions, REGION_STDS), size, size).numpy()
             expected_scores = logits.softmax(dim=-1)[:, 1:].numpy()
-            box_difference, nearest = nearest_rows(expected, boxes[index])
-            score_difference = np.abs(expected_scores - probabilities[index][nearest]).max(axis=1)
+            box_difference, score_difference = counterparts(
+                expected, expected_scores, boxes[index], probabilities[index]
+            )
             matched = box_difference <= BOX_TOLERANCE_PX
             box_differences += box_difference[matched].tolist()
             score_differences += score_difference[matched].tolist()
@@ -229,13 +230,17 @@ def compare(loaded: LoadedDetector, file: Path) -> tuple[float, float, float]:
     return max(box_differences), max(score_differences), num_unmatched / max(num_rows, 1)
 
 
-def nearest_rows(
-    expected: NDArray[np.float32], found: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """For each ``expected`` box [N, 4] its largest coordinate difference to the nearest of ``found`` [M, 4], and where
+def counterparts(boxes: Floats, scores: Floats, other_boxes: Floats, other_scores: Floats) -> tuple[Floats, Floats]:
+    """How far each row of ``boxes`` [N, 4], ``scores`` [N, C] is from its counterpart: in pixels [N], in score [N].
 
-    that lies.
+    The counterpart is, of the other rows [M, 4], [M, C] whose box is nearer than the tolerance, the one with the most
+    similar scores; without such, that of the nearest box. Boxes alone do not tell rows apart: regions that decode to
+    the same clipped box, the whole image above all, have scores of their own.
     """
-    distances = np.abs(expected[:, None] - found[None]).max(axis=2)
-    nearest = distances.argmin(axis=1)
-    return distances[np.arange(len(expected)), nearest], nearest
+    box_distances = np.abs(boxes[:, None] - other_boxes[None]).max(axis=2)
+    score_distances = np.abs(scores[:, None] - other_scores[None]).max(axis=2)
+    is_near = box_distances <= BOX_TOLERANCE_PX
+    by_score = np.where(is_near, score_distances, np.inf).argmin(axis=1)
+    chosen = np.where(is_near.any(axis=1), by_score, box_distances.argmin(axis=1))
+    rows = np.arange(len(boxes))
+    return box_distances[rows, chosen], score_distances[rows, chosen]

@@ -2,10 +2,12 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_detector import encoded
+from torch.nn import functional
 
 from vision.detection import export
 from vision.detection.checkpoint import load_detector, save_detector
@@ -33,16 +35,21 @@ def lively_detector(folder: Path, proposals: int = 40) -> DetectorConfig:
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
+    images = config.normalization(functional.interpolate(torch.rand(8, 3, 8, 8), size=(96, 96), mode="bilinear"))
     with torch.no_grad():
-        model.train().dense(torch.rand(4, 3, 96, 96))
-        for layer, factor in (
-            (model.rpn.objectness, 30),
-            (model.rpn.deltas, 5),
-            (model.class_logits, 20),
-            (model.box_deltas, 100),
-        ):
-            layer.weight.mul_(factor)
-    save_detector(model.eval(), config, folder)
+        model.train().dense(images)
+        model.eval()
+        # To the spread of a trained network: wilder ones lend rounding a weight that no detector gives it.
+        maps = model.dense(images)
+        model.rpn.objectness.weight.mul_(2 / maps.objectness.std())
+        model.rpn.deltas.weight.mul_(0.3 / maps.deltas.std())
+        maps = model.dense(images)
+        logits, deltas = model.classify(maps, model.propose(maps, head.test_budget))
+        model.class_logits.weight.mul_(2 / logits.std(dim=0).mean())
+        logits, deltas = model.classify(maps, model.propose(maps, head.test_budget))
+        model.class_logits.bias.sub_(logits.mean(dim=0))
+        model.box_deltas.weight.mul_(1 / deltas.std())
+    save_detector(model, config, folder)
     return config
 
 
@@ -63,9 +70,12 @@ def test_the_served_export_answers_like_torch(tmp_path: Path) -> None:
     pictures = [decode_image(encoded(image)) for image in images]
     answers = model.predict([model.prepare(picture, {"score_threshold": 0.3}) for picture in pictures])
     for answer, expected in zip(answers, detect_images(loaded, images), strict=True):
-        assert len(answer["detections"]) == len(expected.scores) > 0
+        wanted = expected.scores >= 0.3  # Soft-NMS leaves some below the threshold
+        assert len(answer["detections"]) == wanted.sum() > 0
         boxes = torch.tensor([entry["box"] for entry in answer["detections"]])
-        torch.testing.assert_close(boxes, expected.boxes, atol=0.1, rtol=0)
+        torch.testing.assert_close(boxes, expected.boxes[wanted], atol=0.1, rtol=0)
+        scores = torch.tensor([entry["score"] for entry in answer["detections"]])
+        torch.testing.assert_close(scores, expected.scores[wanted], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("reduction", ["max", "mean"])
@@ -77,6 +87,18 @@ def test_pooling_by_rows_is_psroi_align(reduction) -> None:
     image_ids = torch.randint(0, 2, (11,), generator=generator)
     expected = psroi_align(features, boxes, image_ids, 16, 3, reduction=reduction)
     torch.testing.assert_close(pool_by_rows(features, boxes, image_ids, 16, 3, reduction), expected)
+
+
+def test_rows_whose_boxes_coincide_are_told_apart_by_their_scores() -> None:
+    boxes = np.array([[0, 0, 96, 96], [0, 0, 96, 96], [5, 5, 20, 20]], dtype=np.float32)
+    scores = np.array([[0.1], [0.9], [0.5]], dtype=np.float32)
+    order = [2, 1, 0]
+    for differences in export.counterparts(boxes, scores, boxes[order], scores[order]):
+        np.testing.assert_array_equal(differences, 0)
+    _, wrong = export.counterparts(boxes[:1], np.array([[0.4]], dtype=np.float32), boxes, scores)
+    np.testing.assert_allclose(wrong, 0.3, atol=1e-6)
+    far, _ = export.counterparts(boxes[2:], scores[2:], boxes[:2], scores[:2])
+    np.testing.assert_array_equal(far, 76)
 
 
 def test_only_thundernet_has_an_export(tmp_path: Path) -> None:
