@@ -32,7 +32,7 @@ SEARCH_EYE_DISTANCE, SEARCH_RANGE, PATCH_SHARE = 40.0, 0.7, 0.3
 
 @dataclass(frozen=True)
 class Photo:
-    """A face photograph and the person's groups. ``twin``: the photograph with landmarks, it or another of the session."""
+    """A face photograph and the person's groups. ``twin``: the one with landmarks, itself or of its session."""
 
     file: Path
     twin: Path | None = None

@@ -69,5 +69,10 @@ class TinyFQNet(nn.Module):
         return self.logits(images).sigmoid()
 
 
+def normalize_faces(images: Tensor) -> Tensor:
+    """RGB faces in [0, 1] to the network's range -1 to 1."""
+    return (images - 0.5) / 0.5
+
+
 def _normalized(convolution: nn.Conv2d) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     return convolution, nn.BatchNorm2d(convolution.out_channels)

@@ -56,7 +56,7 @@ def test_a_turned_head_is_narrower_and_keeps_its_middle():
 
 @pytest.mark.parametrize(("kind", "severity"), [("rain", 0.5), ("blur", 1.1), ("blur", -0.1)])
 def test_what_cannot_be_done_is_refused(kind, severity):
-    with pytest.raises(ValueError, match="allowed are|from 0 to 1"):
+    with pytest.raises(ValueError, match=r"allowed are|from 0 to 1"):
         degrade(picture(20), kind, severity, np.random.default_rng(0))
 
 

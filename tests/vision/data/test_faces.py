@@ -6,48 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from drawn_faces import LANDMARKS, drawn_face, write_london
+from PIL import Image
 
 from vision.data.faces import DegradedFaces, carry_landmarks, london_faces, orl_faces, people_range, read_landmarks
 from vision.data.sources import ArraySource, DataError, UnreadableImageError, open_source
 from vision.face_quality.alignment import TEMPLATE
 
-FACE = TEMPLATE * 2 + np.array([70.0, 60.0])
-
-
-def drawn_face(shift=(0, 0), hue=0):
-    """A face of discs at ``FACE``, textured, so that patches can be found again."""
-    generator = np.random.default_rng(3)
-    noise = Image.fromarray(generator.integers(90, 160, (40, 40, 3), dtype=np.uint8))
-    image = noise.resize((360, 360), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(image)
-    for place, (x, y) in enumerate(FACE):
-        draw.ellipse((x - 12, y - 6, x + 12, y + 6), fill=(250 - 40 * place, hue, 20 * place))
-        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=(10, 10, 10))
-    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, -shift[0], 0, 1, -shift[1]))
-
-
-def write_points(file):
-    points = np.zeros((189, 2))
-    points[[0, 1]] = FACE[:2]
-    points[54], points[60] = FACE[2] - [4, 0], FACE[2] + [4, 0]
-    points[[87, 93]] = FACE[3:]
-    np.savetxt(file, points, fmt="%.2f")
-
 
 @pytest.fixture
 def london(tmp_path):
-    for folder in ("neutral_front", "smiling_front"):
-        (tmp_path / folder).mkdir()
-    rows = ["face_id,face_age,face_gender,face_eth"]
-    for person in ("001", "042", "115", "129", "130", "172"):
-        neutral = tmp_path / "neutral_front" / f"{person}_03.jpg"
-        drawn_face(hue=int(person)).save(neutral, quality=95)
-        write_points(neutral.with_suffix(".pts.txt"))
-        drawn_face((14, -9), hue=int(person)).save(tmp_path / "smiling_front" / f"{person}_08.jpg", quality=95)
-        rows.append(f"{person},24,female,white" if person != "042" else f"{person},,male,black")
-    (tmp_path / "london_info.csv").write_text("\n".join(rows) + "\n")
-    return tmp_path
+    return write_london(tmp_path, ("001", "042", "115", "129", "130", "172"))
 
 
 def test_splits_are_by_person_and_the_withheld_never_train(london):
@@ -80,8 +49,8 @@ def test_photographs_come_aligned_with_their_groups(london):
 
 
 def test_carried_landmarks_follow_the_face():
-    moved = carry_landmarks(drawn_face(), FACE, drawn_face((21, -16)))
-    np.testing.assert_allclose(moved, FACE + [21, -16], atol=2.0)
+    moved = carry_landmarks(drawn_face(), LANDMARKS, drawn_face(shift=(21, -16)))
+    np.testing.assert_allclose(moved, LANDMARKS + np.array([21, -16]), atol=2.0)
 
 
 def test_broken_sets_are_named(london):
