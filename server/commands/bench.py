@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from server.commands.bench_face_quality import bench_face_quality
 from server.commands.bench_kernels import diagonalwise, kernels
 from server.commands.bench_vision import vision
 from server.commands.options import (
@@ -56,6 +57,7 @@ app = typer.Typer(cls=BenchGroup, help="Measure speed against plain decoding, tr
 app.command("kernels")(kernels)
 app.command("diagonalwise")(diagonalwise)
 app.command("vision")(vision)
+app.command("face-quality")(bench_face_quality)
 
 
 @app.command(MODEL)
