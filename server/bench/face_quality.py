@@ -7,6 +7,7 @@ change the time of a convolution. Both run on ONNX Runtime and take turns.
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
 import time
@@ -20,12 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from server.bench.hardware import measure_hardware
+from server.bench.vision import VisionBenchOptions, measure_endpoint, running_server, sample_picture
 from vision.export import OPSET, require_packages
-from vision.face_quality.alignment import FACE_SIZE
+from vision.face_quality.alignment import FACE_SIZE, TEMPLATE
 from vision.face_quality.tinyfqnet import InvertedResidual, TinyFQNet, normalize_faces
 from vision.onnx_runtime import open_session
 
 BATCHES = (1, 32)
+ROUTE = "/v1/vision/face-quality"
+CLIENTS = (1, 4)
+LANDMARKS = 3 * TEMPLATE + 100  # a face of 336 pixels in the sample picture of 640 x 480
 PEER_SIDE = 96
 PEER = "LightQNet's size class, random weights"
 # Expansion, width, stride; the stem keeps the size, as LightQNet's does.
@@ -69,8 +74,10 @@ class Scorer(nn.Module):
         return scores
 
 
-def measure_face_quality(repeats: int, warmup: int = 5) -> dict[str, Any]:
-    """The report; times are medians over ``repeats`` turns."""
+def measure_face_quality(
+    repeats: int, warmup: int = 5, scorer: Path | None = None, seconds: float = 3.0
+) -> dict[str, Any]:
+    """The report; times are medians over ``repeats`` turns. With ``scorer`` also the endpoint serving it."""
     require_packages()
     contenders = {"tinyfqnet": (Scorer(), FACE_SIZE), PEER: (LightPeer(), PEER_SIDE)}
     runs: dict[str, Callable[[int], None]] = {}
@@ -95,7 +102,26 @@ def measure_face_quality(repeats: int, warmup: int = 5) -> dict[str, Any]:
             ]
             results[-1]["over_tinyfqnet"] = round(medians[PEER] / medians["tinyfqnet"], 2)
     sizes = {name: {"parameters": count(network), "side": side} for name, (network, side) in contenders.items()}
-    return {"hardware": measure_hardware().json(), "threads": 1, "networks": sizes, "results": results}
+    report = {"hardware": measure_hardware().json(), "threads": 1, "networks": sizes, "results": results}
+    return report if scorer is None else report | {"endpoint": measure_scorer_endpoint(scorer, seconds)}
+
+
+def measure_scorer_endpoint(scorer: Path, seconds: float) -> dict[str, Any]:
+    """Faces per second over HTTP by clients at the same time: a JPEG of 640 x 480 with landmarks, one face each."""
+    picture, fields = sample_picture(), {"landmarks": json.dumps([LANDMARKS.tolist()])}
+    with running_server(VisionBenchOptions(scorer, text=False)) as port:
+        return {str(clients): measure_endpoint(port, picture, clients, seconds, ROUTE, fields) for clients in CLIENTS}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table of one-thread times."""
+    lines = ["| network | parameters | faces | ms | faces/s |", "|---|---|---|---|---|"]
+    for row in report["results"]:
+        parameters = report["networks"][row["network"]]["parameters"]
+        lines.append(
+            f"| {row['network']} | {parameters:,} | {row['batch']} | {row['ms']:.2f} | {row['faces_per_s']:.0f} |"
+        )
+    return "\n".join(lines)
 
 
 def count(network: nn.Module) -> int:

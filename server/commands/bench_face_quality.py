@@ -15,6 +15,10 @@ from server.commands.options import check_folder
 
 def bench_face_quality(
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each network and batch.")] = 50,
+    scorer: Annotated[
+        Path | None, typer.Option("--model", exists=True, help="Also time the endpoint with it.", show_default=False)
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of each measurement of the endpoint.")] = 3.0,
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Also write the report here.", show_default=False)
     ] = None,
@@ -23,10 +27,12 @@ def bench_face_quality(
     check_folder(json_file, "--json")
     from server.bench.face_quality import measure_face_quality
 
-    report = measure_face_quality(repeats)
+    report = measure_face_quality(repeats, scorer=scorer, seconds=seconds)
     table = Table("network", "faces", "ms", "faces/s")
     for row in report["results"]:
         table.add_row(row["network"], str(row["batch"]), f"{row['ms']:.2f}", f"{row['faces_per_s']:.0f}")
+    for clients, figures in report.get("endpoint", {}).items():
+        table.add_row(f"endpoint, {clients} clients", "1", f"{figures['p50_ms']}", f"{figures['images_per_s']:.0f}")
     Console(stderr=True, markup=False).print(table)
     line = json.dumps(report)
     if json_file is not None:

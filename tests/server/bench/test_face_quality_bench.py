@@ -1,11 +1,15 @@
+import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from server.bench.face_quality import BATCHES, PEER, LightPeer, count, measure_face_quality
+from server.bench.face_quality import BATCHES, PEER, LightPeer, count, markdown, measure_face_quality
 from vision.export import NEEDED
+
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "vision"
 
 
 def test_the_peer_is_of_lightqnets_size():
@@ -34,3 +38,8 @@ def test_every_network_and_batch_has_its_row():
     assert report["networks"]["tinyfqnet"]["parameters"] == 21_801
     assert all(row["ms"] > 0 for row in report["results"])
     assert sum("over_tinyfqnet" in row for row in report["results"]) == len(BATCHES)
+
+
+def test_the_documented_table_is_its_report():
+    report = json.loads((DOCS / "face_quality_speed.json").read_text(encoding="utf-8"))
+    assert markdown(report) in (DOCS / "face_quality.md").read_text(encoding="utf-8")
