@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,14 +133,14 @@ class FaceQualityModel:
     def predict(self, prepared: Sequence[PreparedFaces]) -> list[dict[str, Any]]:
         """Scores of every face of every image; all crops run as one batch."""
         crops = [face.crop for image in prepared for face in image.faces if face.crop is not None]
-        scores = iter(self.runtime.run(np.stack(crops)).tolist() if crops else [])
+        scores = iter(self.runtime.run(np.stack(crops)).astype(np.float64).tolist() if crops else [])
         return [self._answer(image, [self._score(face, scores) for face in image.faces]) for image in prepared]
 
-    def _score(self, face: PreparedFace, scores: Any) -> dict[str, Any]:
+    def _score(self, face: PreparedFace, scores: Iterator[float]) -> dict[str, Any]:
         record = dict(face.record)
         if face.crop is None:
             return record
-        raw = float(next(scores))
+        raw = next(scores)
         quality = self.description.scale.quality(raw)
         if quality == FAILURE_TO_ASSESS:
             return failed(record, "failure_to_assess", "the network's answer is not a number")

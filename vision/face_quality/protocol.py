@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ FRACTIONS: tuple[float, ...] = tuple(round(0.01 * step, 2) for step in range(31)
 ORDERED_DEFECTS = ("blur", "downsampling", "jpeg", "occlusion", "darkness")
 SEVERITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BOOTSTRAP_ROUNDS = 200
+GAMMAS = (0.5, 0.75, 1.5, 2.0)
 MAX_NON_MATED = 2_000_000
 MAX_IMAGES = 8_000  # whose pairs are all held at once
 
@@ -182,6 +183,20 @@ def ordered_share(scores: Floats) -> float:
         for worse in range(milder + 1, len(scores)):
             right.append((scores[milder] > scores[worse]) + 0.5 * (scores[milder] == scores[worse]))
     return float(np.mean(right))
+
+
+def score_drift(method: Callable[[Tensor], Floats], crops: Tensor) -> dict[str, float]:
+    """Mean change of the score of ``crops`` uint8 [N, 3, H, W] under what should hardly matter.
+
+    "flip" is the mean absolute change when mirrored; "gamma G" the mean change when grey levels are raised to G:
+    above 1 darker, below 1 lighter.
+    """
+    plain = method(crops)
+    drift = {"flip": float(np.abs(method(crops.flip(3)) - plain).mean())}
+    for gamma in GAMMAS:
+        changed = (255 * (crops.float() / 255).pow(gamma)).round().byte()
+        drift[f"gamma {gamma:g}"] = float((method(changed) - plain).mean())
+    return drift
 
 
 def curve_json(curve: DiscardCurve) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from vision.face_quality.baselines import Naturalness, brightness, laplacian_sha
 from vision.face_quality.checkpoint import load_scorer
 from vision.face_quality.evaluate import Convention, spearman
 from vision.face_quality.labelling import LabelledFaces, LabelOptions, label_faces
+from vision.face_quality.pictures import Line, plot_curves, plot_order
 from vision.face_quality.protocol import (
     ORDERED_DEFECTS,
     Comparisons,
@@ -31,6 +32,7 @@ from vision.face_quality.protocol import (
     defect_series,
     group_table,
     ordered_share,
+    score_drift,
     template_figures,
 )
 from vision.face_quality.recognition import Recogniser, RecogniserOptions, load_recogniser
@@ -86,7 +88,8 @@ class FaceQualityReport:
     ``pauc`` (1 is useless, lower is better), ``fnmr0`` and ``spearman`` are the scorer's; ``methods`` holds it beside
     the others. ``groups`` holds for each grouping and share of discarded images what happens to each group.
     ``templates`` is the FNMR of quality-weighted templates. ``ordered`` is the share of pairs of severities that a
-    method puts in the right order, by defect ("all": over every defect together).
+    method puts in the right order, by defect ("all": over every defect together). ``drift`` is
+    the mean change of the scorer's score under changes that hardly matter to people.
     """
 
     pauc: float
@@ -96,6 +99,7 @@ class FaceQualityReport:
     groups: dict[str, dict[str, dict[str, dict[str, float]]]]
     templates: dict[str, float]
     ordered: dict[str, dict[str, float]]
+    drift: dict[str, float]
     images: int
     people: int
     mated: int
@@ -131,23 +135,28 @@ def evaluate_face_quality(
         LABEL: labelled.labels.raw.numpy().astype(np.float64)[rows],
     }
     comparisons = compare_all(labelled.features[rows], faces.labels[rows], faces.originals[rows], options.fmr)
-    report = build_report(options, labelled, rows, scores, comparisons, methods, network, config.labels)
+    report = build_report(options, Evidence(labelled, rows, scores, comparisons, methods), network, config.labels)
     if output is not None:
         write_report(report, output)
     return report
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that figures are made of; ``rows`` are the readable images, in whose order ``scores`` [N] stand."""
+
+    labelled: LabelledFaces
+    rows: NDArray[np.int64]
+    scores: Mapping[str, Floats]
+    comparisons: Comparisons
+    methods: Mapping[str, Method]
+
+
 def build_report(
-    options: EvaluationOptions,
-    labelled: LabelledFaces,
-    rows: NDArray[np.int64],
-    scores: Mapping[str, Floats],
-    comparisons: Comparisons,
-    methods: Mapping[str, Method],
-    network: Recogniser,
-    label_rule: Mapping[str, Any],
+    options: EvaluationOptions, evidence: Evidence, network: Recogniser, label_rule: Mapping[str, Any]
 ) -> FaceQualityReport:
     """All figures."""
+    labelled, rows, scores, comparisons = evidence.labelled, evidence.rows, evidence.scores, evidence.comparisons
     faces, seed = labelled.faces, options.seed
     figures = {
         name: method_figures(comparisons, quality, scores[LABEL], scores[SEVERITY], options.convention, seed)
@@ -162,7 +171,8 @@ def build_report(
         templates=template_figures(
             labelled.features[rows], faces.labels[rows], faces.originals[rows], scores, options.fmr
         ),
-        ordered=ordered_figures(faces, methods, seed),
+        ordered=ordered_figures(faces, evidence.methods, seed),
+        drift=score_drift(evidence.methods[OURS], undegraded(faces)),
         images=len(rows),
         people=len(set(faces.labels[rows].tolist())),
         mated=len(comparisons.mated),
@@ -198,10 +208,15 @@ def scoring_methods(model: TinyFQNet, network: Recogniser, pristine: Tensor) -> 
 
 def pristine_faces(options: EvaluationOptions, faces: DegradedFaces) -> Tensor:
     """Undegraded crops that the naturalness baseline is fitted to."""
-    source = faces.source
-    if options.pristine_split is not None:
-        source = open_source(options.kind, options.root, options.pristine_split)
+    if options.pristine_split is None:
+        return undegraded(faces)
+    source = open_source(options.kind, options.root, options.pristine_split)
     return torch.stack([to_tensor(image) for image in readable(source)])
+
+
+def undegraded(faces: DegradedFaces) -> Tensor:
+    """Every photograph as it is, uint8 [N, 3, 112, 112]."""
+    return torch.stack([to_tensor(image) for image in readable(faces.source)])
 
 
 def readable(source: Any) -> list[Image.Image]:
@@ -270,7 +285,13 @@ def write_report(report: FaceQualityReport, output: Path) -> None:
     if find_spec("matplotlib") is None:
         logger.warning("matplotlib is not installed (extra train): plots will not be drawn")
         return
-    plot_curves(report, output / CURVES_FILE)
+    lines = {
+        name: Line(
+            row.curve["fractions"], row.curve["fnmr"], row.pauc, "--" if name in (LABEL, SEVERITY, CHANCE) else "-"
+        )
+        for name, row in report.methods.items()
+    }
+    plot_curves(lines, OURS, report.fmr, output / CURVES_FILE)
     plot_order(report.ordered, output / DEFECTS_FILE)
 
 
@@ -278,45 +299,6 @@ def report_json(report: FaceQualityReport) -> dict[str, Any]:
     """JSON has no NaN."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(report)), parse_constant=lambda _: None)
     return values
-
-
-def plot_curves(report: FaceQualityReport, file: Path) -> None:
-    """FNMR over the share of discarded pairs, a line a method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for name, row in report.methods.items():
-        style = (
-            {"linewidth": 2.5} if name == OURS else {"linestyle": "--" if name in (LABEL, SEVERITY, CHANCE) else "-"}
-        )
-        axis.plot(row.curve["fractions"], row.curve["fnmr"], label=f"{name} ({row.pauc:.2f})", **style)
-    axis.set_xlabel("share of mated pairs discarded, lowest quality first")
-    axis.set_ylabel(f"FNMR, threshold at FMR {report.fmr:g}")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="lower left", fontsize="small")
-    figure.savefig(file, dpi=110)
-
-
-def plot_order(ordered: Mapping[str, Mapping[str, float]], file: Path) -> None:
-    """A group of bars a defect."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    kinds = [*ORDERED_DEFECTS, "all"]
-    width = 0.8 / len(ordered)
-    for place, (name, shares) in enumerate(ordered.items()):
-        axis.bar(np.arange(len(kinds)) + place * width, [shares[kind] for kind in kinds], width, label=name)
-    axis.set_xticks(np.arange(len(kinds)) + 0.4 - width / 2, kinds)
-    axis.axhline(0.5, color="black", linewidth=0.8)
-    axis.set_ylabel("pairs in the right order")
-    axis.legend(loc="lower left", fontsize="small", ncols=2)
-    figure.savefig(file, dpi=110)
 
 
 def markdown(report: FaceQualityReport) -> str:

@@ -13,6 +13,7 @@ from vision.face_quality.protocol import (
     defect_series,
     group_table,
     ordered_share,
+    score_drift,
     template_figures,
 )
 
@@ -99,3 +100,15 @@ def test_defects_come_at_every_severity():
     for steps in series.values():
         assert [len(step) for step in steps] == [2] * len(SEVERITIES)
         assert steps[0][1].tobytes() == images[1].tobytes() != steps[-1][1].tobytes()
+
+
+def test_drift_is_the_change_of_the_score():
+    crops = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
+    crops[..., :2] = 64
+
+    def left_half(batch):
+        return (batch[..., :2].double().mean(dim=(1, 2, 3)) / 255).numpy()
+
+    drift = score_drift(left_half, crops)
+    assert drift["flip"] == pytest.approx(64 / 255)
+    assert drift["gamma 0.5"] == pytest.approx((64 / 255) ** 0.5 - 64 / 255, abs=2e-3) and drift["gamma 2"] < 0

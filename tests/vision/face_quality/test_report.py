@@ -74,6 +74,7 @@ def test_the_report_holds_every_figure(material, tmp_path):
     assert set(report.groups) == {"sex", "ethnicity", "age"} and set(report.groups["sex"]["0.2"]) == {"female", "male"}
     assert set(report.ordered["tinyfqnet"]) == {"blur", "downsampling", "jpeg", "occlusion", "darkness", "all"}
     assert report.ordered["laplacian sharpness"]["blur"] == 1.0 and report.ordered["brightness"]["darkness"] == 1.0
+    assert set(report.drift) == {"flip", "gamma 0.5", "gamma 0.75", "gamma 1.5", "gamma 2"}
     assert "uniform" in report.templates and "tinyfqnet" in report.templates
     kept = json.loads((tmp_path / "report.json").read_text())
     assert {"pauc", "fnmr0", "spearman", "methods"} <= kept.keys()
