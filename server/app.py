@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from server.api import chat, completions, health, models
+from server.api import chat, completions, face_quality, health, models
 from server.api import vision as vision_api
 from server.api.errors import install_error_handlers
 from server.api.gate import Gate
@@ -49,7 +49,7 @@ def create_app(
     )
     app.add_middleware(Gate, api_key=settings.api_key.get_secret_value() if settings.api_key else None)
     install_error_handlers(app)
-    for routes in (completions, chat, vision_api, models, health):
+    for routes in (completions, chat, vision_api, face_quality, models, health):
         app.include_router(routes.router)
     return app
 

@@ -12,6 +12,7 @@ from server.commands import bench, evaluate, export, study, train
 from server.commands.convert import convert
 from server.commands.detect import detect
 from server.commands.doctor import doctor
+from server.commands.face_quality import face_quality
 from server.commands.generate import generate
 from server.commands.serve import serve
 from server.engine.request import EngineError
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(generate)
 app.command()(detect)
+app.command("face-quality")(face_quality)
 app.command()(convert)
 app.add_typer(bench.app, name="bench")
 app.command()(doctor)

@@ -32,7 +32,7 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 DEFAULT_CONTEXT = 4096
 HYBRID = "hybrid"
 BUNDLED_DRAFTER = "bundled"
-DETECTOR = "detector"
+DETECTOR, FACE_QUALITY = "detector", "face_quality"
 
 
 class LaunchError(ValueError):
@@ -261,13 +261,23 @@ def context_length(folder: Path, wanted: int | None) -> int:
 
 def resolve_detector(path: Path | None) -> Path:
     """A detector's folder or .onnx file; None is the bundled one. Errors: LaunchError."""
-    if path is None and not (ASSETS / DETECTOR).is_dir():
-        raise LaunchError("there is no bundled detector; name one with --model PATH")
-    return path if path is not None else ASSETS / DETECTOR
+    return resolve_vision(path, DETECTOR)
+
+
+def resolve_scorer(path: Path | None) -> Path:
+    """A face-quality scorer's folder or .onnx file; None is the bundled one. Errors: LaunchError."""
+    return resolve_vision(path, FACE_QUALITY)
+
+
+def resolve_vision(path: Path | None, bundled: str) -> Path:
+    """A vision model's folder or .onnx file; None is that bundled as ``bundled``. Errors: LaunchError."""
+    if path is None and not (ASSETS / bundled).is_dir():
+        raise LaunchError(f"there is no bundled {bundled.replace('_', '-')} model; name one with --model PATH")
+    return path if path is not None else ASSETS / bundled
 
 
 def vision_worker(settings: Settings) -> VisionWorker | None:
-    """The vision models' worker, not started: those named, else the bundled detector; None where there are none.
+    """The vision models' worker, not started: those named, else the bundled ones; None where there are none.
 
     Errors: LaunchError for a path without a model, and for two models of one name.
     """
@@ -276,7 +286,7 @@ def vision_worker(settings: Settings) -> VisionWorker | None:
 
     named = settings.vision
     if named is None:
-        named = (str(ASSETS / DETECTOR),) if (ASSETS / DETECTOR).is_dir() else ()
+        named = tuple(str(ASSETS / name) for name in (DETECTOR, FACE_QUALITY) if (ASSETS / name).is_dir())
         if settings.no_llm and not named:
             raise LaunchError("there is no bundled vision model, so --no-llm needs --vision PATH")
     models: dict[str, Path] = {}

@@ -72,7 +72,7 @@ def answer_batch(
                 continue
             started = time.perf_counter()
             try:
-                picture = decode_image(images[index], limits, enough=model.info.image_size)
+                picture = decode_image(images[index], limits, None if model.info.full_size else model.info.image_size)
                 prepared[index] = model.prepare(picture, job["options"])
             except ImageError as error:
                 answers[index] = ({"error": {"code": error.code, "message": str(error)}}, b"")

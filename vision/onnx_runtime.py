@@ -101,6 +101,11 @@ def belongs_to(exported: Path, weights: Path) -> bool:
     """Whether the exported file was made from these weights, by the digest it carries; True where there are none."""
     if not weights.is_file():
         return True
-    metadata: dict[str, str] = open_session(exported, 1).get_modelmeta().custom_metadata_map
     with weights.open("rb") as file:
-        return metadata.get("weights_sha256") == hashlib.file_digest(file, "sha256").hexdigest()
+        return read_metadata(exported).get("weights_sha256") == hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What an exported file says of itself. Errors: ModelError."""
+    metadata: dict[str, str] = open_session(file, 1).get_modelmeta().custom_metadata_map
+    return metadata

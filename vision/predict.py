@@ -6,6 +6,7 @@ memory; any other runs in torch.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +29,10 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model says of itself. ``kind``: what it answers ("detector"); ``runtime``: onnxruntime or torch."""
+    """What a model says of itself. ``kind``: what it answers ("detector"); ``runtime``: onnxruntime or torch.
+
+    ``full_size``: it looks at parts of the image, so that a large one must not be decoded smaller.
+    """
 
     name: str
     kind: str
@@ -37,6 +41,7 @@ class ModelInfo:
     image_size: int
     runtime: str
     description: str = ""
+    full_size: bool = False
 
     def json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -61,22 +66,37 @@ class VisionModel(Protocol):
 
 
 def load_vision_model(path: Path, num_threads: int = 1, name: str | None = None) -> VisionModel:
-    """The detector in a folder, or in an exported .onnx file; ``name`` None takes the folder's or the file's.
+    """The model in a folder, or in an exported .onnx file; ``name`` None takes the folder's or the file's.
 
-    Errors: ModelError; CheckpointError of ``vision.detection.checkpoint``.
+    Errors: ModelError; CheckpointError of ``vision.backbones.checkpoint``.
     """
-    from vision.onnx_runtime import belongs_to, load_onnx
+    from vision.assess import FACE_QUALITY, FORMAT, load_onnx_scorer, load_scorer_folder
+    from vision.onnx_runtime import belongs_to, load_onnx, read_metadata
 
     if path.is_file() and path.suffix == ".onnx":
-        return load_onnx(path, num_threads, name or path.stem)
+        is_scorer = FACE_QUALITY in read_metadata(path)
+        return (load_onnx_scorer if is_scorer else load_onnx)(path, num_threads, name or path.stem)
     if not (path / CONFIG_FILE).is_file():
         raise ModelError(f"{path} is no vision model: neither a folder with {CONFIG_FILE} nor an .onnx file")
     name = name or path.resolve().name
     exported = path / ONNX_FILE
-    if exported.is_file() and find_spec("onnxruntime") is not None:
-        if belongs_to(exported, path / WEIGHTS_FILE):
-            return load_onnx(exported, num_threads, name)
-        logger.warning("%s was made from other weights than lie beside it; run dovetail export detector", exported)
+    use_onnx = exported.is_file() and find_spec("onnxruntime") is not None
+    if use_onnx and not belongs_to(exported, path / WEIGHTS_FILE):
+        logger.warning("%s was made from other weights than lie beside it; export the model again", exported)
+        use_onnx = False
+    if format_of(path / CONFIG_FILE) == FORMAT:
+        return load_scorer_folder(path, num_threads, name, use_onnx)
+    if use_onnx:
+        return load_onnx(exported, num_threads, name)
     from vision.detection.predict import load_torch
 
     return load_torch(path, num_threads, name)
+
+
+def format_of(file: Path) -> str:
+    """What a config.json says it describes; empty where it says nothing. Errors: ModelError."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    return str(values.get("format", "")) if isinstance(values, dict) else ""

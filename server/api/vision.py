@@ -6,7 +6,7 @@ import asyncio
 import base64
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,17 @@ BODY_DOCUMENTATION = {
 
 Outcome = JobAnswer | ImageError | ImageCrashed
 
+
+@dataclass(frozen=True)
+class Order:
+    """One image, and what is asked of it."""
+
+    source: Source
+    model: str
+    options: Mapping[str, Any]
+    draw: str | None
+
+
 router = APIRouter()
 
 
@@ -57,6 +68,12 @@ class Plan:
         """The format of the drawn picture, None where nobody asked for one."""
         return PICTURE_TYPES[self.picture_type] if self.picture_type else "JPEG" if self.body.draw else None
 
+    @property
+    def orders(self) -> list[Order]:
+        """Every image with the same options."""
+        options = self.body.options(self.info)
+        return [Order(source, self.info.name, options, self.draw) for source in self.sources]
+
 
 @router.post("/v1/vision/detections", openapi_extra=BODY_DOCUMENTATION)
 async def create_detections(request: HttpRequest, serving: CurrentServing) -> Response:
@@ -65,7 +82,7 @@ async def create_detections(request: HttpRequest, serving: CurrentServing) -> Re
     length = request.headers.get("content-length", "")
     with worker.admit(int(length) if length.isdecimal() else MAX_VISION_BODY_BYTES):
         plan = await read_plan(request, serving, worker)
-        answers = await answer_or_leave(request, worker, plan, serving)
+        answers = await answer_or_leave(request, worker, plan.orders, serving)
     if answers is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if plan.single:
@@ -80,34 +97,40 @@ async def read_plan(request: HttpRequest, serving: Serving, worker: VisionWorker
     vision_request = await read_vision_request(request, DetectionBody)
     body = vision_request.body
     check_extra_fields(body.model_extra, {}, lenient=serving.settings.lenient)
+    picture_type = wanted_picture(request, vision_request.single)
+    info = model_of_kind(DETECTOR, body.model, serving, worker)
+    return Plan(body, info, vision_request.sources, vision_request.single, picture_type)
+
+
+def wanted_picture(request: HttpRequest, single: bool) -> str | None:
+    """The picture type that ``Accept`` asks for instead of JSON. Errors: ApiError 400 for several images."""
     accepted = request.headers.get("accept", "").partition(",")[0].partition(";")[0].strip().lower()
     picture_type = accepted if accepted in PICTURE_TYPES else None
-    if picture_type and not vision_request.single:
+    if picture_type and not single:
         raise ApiError(400, "A picture as the answer needs exactly one image.", param="images", code="invalid_value")
-    return Plan(
-        body, detector_named(body.model, serving, worker), vision_request.sources, vision_request.single, picture_type
-    )
+    return picture_type
 
 
-def detector_named(name: str | None, serving: Serving, worker: VisionWorker) -> ModelInfo:
-    """The model, or the first detector where no name was sent. Errors: ApiError 404 and 400."""
-    detectors = [info for info in worker.models if info.kind == DETECTOR]
-    if name is None and detectors:
-        return detectors[0]
-    for info in detectors:
+def model_of_kind(kind: str, name: str | None, serving: Serving, worker: VisionWorker) -> ModelInfo:
+    """The model, or the first of ``kind`` where no name was sent. Errors: ApiError 404 and 400."""
+    models = [info for info in worker.models if info.kind == kind]
+    if name is None and models:
+        return models[0]
+    for info in models:
         if info.name == name:
             return info
     if name is not None and name not in serving.names:
         raise serving.unknown_model(name)
-    known = ", ".join(repr(info.name) for info in detectors) or "none"
-    raise ApiError(400, f"{name!r} is no detector; this server's are: {known}.", param="model", code="invalid_value")
+    known = ", ".join(repr(info.name) for info in models) or "none"
+    what = "No model was named" if name is None else f"{name!r} is not of the kind {kind}"
+    raise ApiError(400, f"{what}; this server's {kind} models are: {known}.", param="model", code="invalid_value")
 
 
 async def answer_or_leave(
-    request: HttpRequest, worker: VisionWorker, plan: Plan, serving: Serving
+    request: HttpRequest, worker: VisionWorker, orders: Sequence[Order], serving: Serving
 ) -> list[Outcome] | None:
     """Answers in the images' order; None once the client has left, whose waiting jobs are then dropped."""
-    collecting = asyncio.ensure_future(collect(worker, plan, serving))
+    collecting = asyncio.ensure_future(collect(worker, orders, serving))
     leaving = asyncio.ensure_future(client_left(request))
     try:
         await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -118,12 +141,15 @@ async def answer_or_leave(
         await asyncio.gather(collecting, leaving, return_exceptions=True)
 
 
-async def collect(worker: VisionWorker, plan: Plan, serving: Serving) -> list[Outcome]:
+async def collect(worker: VisionWorker, orders: Sequence[Order], serving: Serving) -> list[Outcome]:
     """Fetch what must be fetched, queue the images and wait. Errors: ApiError, VisionStopped."""
-    options = plan.body.options(plan.info)
     hosts = frozenset(serving.settings.vision_url_hosts)
-    images = [await image_of(source, hosts) for source in plan.sources]
-    jobs = [Job(plan.info.name, data, options, plan.draw) for data in images if isinstance(data, bytes)]
+    images = [await image_of(order.source, hosts) for order in orders]
+    jobs = [
+        Job(order.model, data, order.options, order.draw)
+        for order, data in zip(orders, images, strict=True)
+        if isinstance(data, bytes)
+    ]
     futures = worker.submit(jobs)
     try:
         found = iter([await outcome_of(future) for future in futures])

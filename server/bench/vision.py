@@ -13,9 +13,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -195,12 +196,23 @@ def request(port: int, method: str, route: str, body: bytes, kind: str) -> tuple
 
 
 class Load:
-    """``count`` clients, each sending the next image as soon as its last is answered."""
+    """``count`` clients, each sending the next image as soon as its last is answered; ``fields`` stand beside it."""
 
-    def __init__(self, port: int, picture: bytes, count: int) -> None:
-        self.port = port
+    def __init__(
+        self,
+        port: int,
+        picture: bytes,
+        count: int,
+        route: str = DETECTION_ROUTE,
+        fields: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.port, self.route = port, route
         edge = "dovetail-bench"
-        head = f'--{edge}\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n'
+        parts = [
+            f'--{edge}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+            for name, value in fields.items()
+        ]
+        head = "".join(parts) + f'--{edge}\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n'
         self.body = f"{head}Content-Type: image/jpeg\r\n\r\n".encode() + picture + f"\r\n--{edge}--\r\n".encode()
         self.kind = f"multipart/form-data; boundary={edge}"
         self.stopping = threading.Event()
@@ -221,17 +233,24 @@ class Load:
     def _send(self) -> None:
         while not self.stopping.is_set():
             started = time.perf_counter()
-            status, _ = request(self.port, "POST", DETECTION_ROUTE, self.body, self.kind)
+            status, _ = request(self.port, "POST", self.route, self.body, self.kind)
             (self.times if status == 200 else self.failures).append(time.perf_counter() - started)
 
 
-def measure_endpoint(port: int, picture: bytes, count: int, seconds: float) -> dict[str, Any]:
+def measure_endpoint(
+    port: int,
+    picture: bytes,
+    count: int,
+    seconds: float,
+    route: str = DETECTION_ROUTE,
+    fields: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Images per second and the clients' waiting times."""
-    with Load(port, picture, 1) as warm:
+    with Load(port, picture, 1, route, fields) as warm:
         while not (warm.times or warm.failures):
             time.sleep(POLL_S)
     started = time.perf_counter()
-    with Load(port, picture, count) as load:
+    with Load(port, picture, count, route, fields) as load:
         time.sleep(seconds)
     taken = time.perf_counter() - started
     times = sorted(load.times)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from server.commands.bench_face_quality import bench_face_quality
 from server.commands.bench_kernels import diagonalwise, kernels
 from server.commands.bench_vision import distillation, vision
 from server.commands.options import (
@@ -57,6 +58,7 @@ app.command("kernels")(kernels)
 app.command("diagonalwise")(diagonalwise)
 app.command("vision")(vision)
 app.command("distillation")(distillation)
+app.command("face-quality")(bench_face_quality)
 
 
 @app.command(MODEL)

@@ -152,3 +152,46 @@ def evaluate_detector_study(
     report = write_study(study_rows(cells), cells, json_file)
     typer.echo(markdown(report["rows"]), err=True)
     typer.echo(json.dumps(report))
+
+
+@app.command("face-quality")
+def evaluate_face_quality(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained scorer.")],
+    data: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of faces of known people.")],
+    recogniser: Annotated[Path, typer.Option(exists=True, help="Whose errors: a trained embedding, or an .onnx file.")],
+    kind: Annotated[str, typer.Option(help="How the data lie: london_faces, orl_faces or folder.")] = "london_faces",
+    split: Split = "withheld",
+    copies: Annotated[int, typer.Option(min=0, help="Degraded copies of each photograph.")] = 7,
+    fmr: Annotated[float, typer.Option(min=0, max=1, help="False match rate that sets the threshold.")] = 1e-2,
+    rederive: Annotated[
+        bool,
+        typer.Option("--rederive", help="Derive the threshold anew at every discard, as some published code does."),
+    ] = False,
+    pristine_split: Annotated[
+        str | None, typer.Option(help="Split that the naturalness baseline is fitted to.", show_default=False)
+    ] = None,
+    channel_order: Annotated[str, typer.Option(help="Of an .onnx recogniser: rgb or bgr.")] = "rgb",
+    mean: Annotated[float, typer.Option(help="Of an .onnx recogniser, on 0 to 255.")] = 127.5,
+    std: Annotated[float, typer.Option(help="Of an .onnx recogniser, on 0 to 255.")] = 127.5,
+    output: Annotated[Path | None, typer.Option(help="Folder for report and plots.", show_default=False)] = None,
+) -> None:
+    """How well a face-quality scorer predicts recognition errors, beside scores that need no training."""
+    from vision.face_quality.recognition import RecogniserOptions
+    from vision.face_quality.report import EvaluationOptions, evaluate_face_quality, markdown, report_json
+
+    report = evaluate_face_quality(
+        checkpoint,
+        RecogniserOptions(str(recogniser), mean, std, channel_order),
+        EvaluationOptions(
+            kind,
+            data,
+            split,
+            copies,
+            fmr,
+            "re-derived threshold" if rederive else "fixed threshold",
+            pristine_split,
+        ),
+        output,
+    )
+    typer.echo(markdown(report), err=True)
+    typer.echo(json.dumps(report_json(report)))

@@ -41,3 +41,26 @@ def export_detector(
     from vision.detection.export import export_detector
 
     typer.echo(json.dumps(dataclasses.asdict(export_detector(checkpoint, output))))
+
+
+@app.command("face-quality")
+def export_face_quality(
+    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained scorer.")],
+    output: Annotated[
+        Path | None,
+        typer.Argument(dir_okay=False, help="ONNX file; nothing: model.onnx beside the weights.", show_default=False),
+    ] = None,
+    int8: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Faces to find 8-bit ranges with; nothing: fp32.", show_default=False
+        ),
+    ] = None,
+    kind: Annotated[str, typer.Option(help="How those faces lie.")] = "london_faces",
+    split: Annotated[str, typer.Option(help="Their split.")] = "train",
+) -> None:
+    """A face-quality scorer as ONNX, its scores checked against torch."""
+    from vision.face_quality.export import Calibration, export_scorer
+
+    calibration = None if int8 is None else Calibration(kind, int8, split)
+    typer.echo(json.dumps(dataclasses.asdict(export_scorer(checkpoint, output, calibration))))

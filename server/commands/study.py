@@ -76,6 +76,14 @@ def study_detector(recipe: Recipe, output: Output = None, only: Only = "") -> No
     print_outcomes(run(recipe, output, only, train_detector))
 
 
+@app.command("face-quality")
+def study_face_quality(recipe: Recipe, output: Output = None, only: Only = "") -> None:
+    """Train face-quality scorers, for instance on differently made labels."""
+    from vision.tasks.face_quality import train_face_quality
+
+    print_outcomes(run(recipe, output, only, train_face_quality))
+
+
 def run(file: Path, output: Path | None, only: str, train: Train) -> list[Outcome]:
     """Expand the recipe in ``file`` and train its cells with ``train``."""
     from kernels.training.options import load_recipe

@@ -91,6 +91,18 @@ def train_detector(recipe: Recipe, resume: Resume = False) -> None:
     print_report(train_detector(tables, resume=resume))
 
 
+@app.command("face-quality")
+def train_face_quality(recipe: Recipe, resume: Resume = False) -> None:
+    """Train a face-quality scorer on labels that a recognition network makes."""
+    from kernels.training.options import RecipeError, load_recipe
+    from vision.tasks.face_quality import train_face_quality
+
+    tables = load_recipe(recipe)
+    if "study" in tables:
+        raise RecipeError(f"{recipe} is a study: dovetail study face-quality {recipe}")
+    print_report(train_face_quality(tables, resume=resume))
+
+
 def print_report(report: Any) -> None:
     """One line of JSON from a training report (a dataclass); of several processes the first prints it."""
     from kernels.training.processes import is_first_process

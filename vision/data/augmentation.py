@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from vision.backbones.preprocessing import Preprocessing
+from vision.data.degradations import degrade_at_random
 
 CROPS = ("resized", "padded", "centre")
 CROP_ATTEMPTS = 10
@@ -21,7 +22,8 @@ class AugmentationOptions:
     ``crop`` "resized" cuts a random rectangle of a ``scale`` share of the area and a ``ratio`` of sides, and scales it
     to the network's size; "padded" scales the short side, pads by ``padding`` pixels and cuts at random; "centre" cuts
     as at test time. ``flip`` mirrors half of the images. ``color_jitter`` j draws factors of brightness, contrast and
-    saturation from 1 - j to 1 + j, in random order.
+    saturation from 1 - j to 1 + j, in random order. ``degrade`` is the share of images that get one random defect of
+    ``vision.data.degradations``.
     """
 
     crop: str = "resized"
@@ -30,6 +32,7 @@ class AugmentationOptions:
     padding: int = 8
     flip: bool = True
     color_jitter: float = 0.0
+    degrade: float = 0.0
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
@@ -42,11 +45,13 @@ class AugmentationOptions:
             raise ValueError(
                 f"color_jitter {self.color_jitter} must be in [0, 1) and padding {self.padding} at least 0"
             )
+        if not 0 <= self.degrade <= 1:
+            raise ValueError(f"degrade is {self.degrade}; it is a share of the images, from 0 to 1")
 
     @property
     def is_deterministic(self) -> bool:
         """Whether every epoch shows the same images."""
-        return self.crop == "centre" and not self.flip and self.color_jitter == 0
+        return self.crop == "centre" and not self.flip and self.color_jitter == 0 and self.degrade == 0
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
@@ -77,7 +82,10 @@ def augment(
         image = centre_crop(image, preprocessing)
     if options.flip and generator.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return jitter_colors(image, options.color_jitter, generator)
+    image = jitter_colors(image, options.color_jitter, generator)
+    if options.degrade > 0 and generator.random() < options.degrade:
+        image = degrade_at_random(image, generator)
+    return image
 
 
 def resized_crop(

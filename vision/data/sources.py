@@ -173,6 +173,20 @@ def cifar100_source(root: Path, split: str) -> ArraySource:
     return ArraySource(*cifar_records([root / f"{split}.bin"], label_bytes=2), names_in(root / "fine_label_names.txt"))
 
 
+def open_london_faces(root: Path, split: str) -> ImageSource:
+    """``vision.data.faces.london_faces``."""
+    from vision.data.faces import london_faces
+
+    return london_faces(root, split)
+
+
+def open_orl_faces(root: Path, split: str) -> ImageSource:
+    """``vision.data.faces.orl_faces``."""
+    from vision.data.faces import orl_faces
+
+    return orl_faces(root, split)
+
+
 @dataclass(frozen=True)
 class SourceKind:
     """How a kind of data set is opened, and what its two splits are called by default."""
@@ -187,6 +201,8 @@ SOURCES: dict[str, SourceKind] = {
     "cifar10": SourceKind(cifar10_source, "train", "test"),
     "cifar100": SourceKind(cifar100_source, "train", "test"),
     "idx": SourceKind(idx_source, "train", "t10k"),
+    "london_faces": SourceKind(open_london_faces, "train", "val"),
+    "orl_faces": SourceKind(open_orl_faces, "train", "measure"),
 }
 
 

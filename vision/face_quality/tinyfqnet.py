@@ -41,16 +41,20 @@ class TinyFQNet(nn.Module):
     """Recognition utility of aligned RGB faces, 0 to 1, higher is better; 21,801 parameters, 7.0 MMAC at 112 pixels.
 
     Images are [N, 3, 112, 112], (x / 255 - 0.5) / 0.5, aligned by ``align_face``; other sizes run. The score compares
-    only with scores of the same weights and alignment.
+    only with scores of the same weights and alignment. ``width`` multiplies every layer's channels: a wider scorer
+    to learn from.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 1) -> None:
         super().__init__()
-        layers: list[nn.Module] = [*_normalized(nn.Conv2d(3, STEM_WIDTH, 3, 2, padding=1, bias=False)), nn.ReLU()]
-        channels = STEM_WIDTH
-        for expansion, width, stride in BLOCKS:
-            layers.append(InvertedResidual(channels, width, stride, expansion))
-            channels = width
+        if width < 1:
+            raise ValueError(f"width is {width}; it must be at least 1")
+        self.width = width
+        channels = width * STEM_WIDTH
+        layers: list[nn.Module] = [*_normalized(nn.Conv2d(3, channels, 3, 2, padding=1, bias=False)), nn.ReLU()]
+        for expansion, block_width, stride in BLOCKS:
+            layers.append(InvertedResidual(channels, width * block_width, stride, expansion))
+            channels = width * block_width
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(channels, 1)
 
@@ -63,6 +67,11 @@ class TinyFQNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Scores [N]."""
         return self.logits(images).sigmoid()
+
+
+def normalize_faces(images: Tensor) -> Tensor:
+    """RGB faces in [0, 1] to the network's range -1 to 1."""
+    return (images - 0.5) / 0.5
 
 
 def _normalized(convolution: nn.Conv2d) -> tuple[nn.Conv2d, nn.BatchNorm2d]:

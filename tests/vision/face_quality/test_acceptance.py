@@ -50,7 +50,9 @@ class Recogniser(nn.Module):
         for width in (24, 48, 96, 128):
             layers += [nn.Conv2d(channels, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
             channels = width
-        self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 64))
+        # No pooling: who a pattern is lies in where its colours are, and pooling forgets that. It made labels that
+        # predicted errors hardly better than the severity (pAUC 0.727 instead of 0.477).
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * (SIDE // 16) ** 2, 64))
         self.centres = nn.Parameter(torch.randn(identities, 64))
 
     def forward(self, images):
@@ -118,7 +120,7 @@ def test_a_tiny_network_learns_quality_labels_of_unseen_identities():
     by_label, by_score, by_severity, by_chance = (
         area(features, other_identities, quality) for quality in (labels, scores, -severities, torch.rand(len(labels)))
     )
-    # Measured: 0.727, 0.807, 0.837, 0.994 and a correlation of 0.661. These patterns are hard for the recogniser, and
-    # its own labels bound what the scorer can reach.
+    # Measured: 0.477, 0.620, 0.695 and 0.99, and a correlation of 0.704.
     assert by_label < by_score < by_severity < by_chance
-    assert spearman(scores, labels) >= 0.6
+    assert by_score <= 0.70
+    assert spearman(scores, labels) >= 0.65

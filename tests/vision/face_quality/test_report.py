@@ -1,0 +1,156 @@
+"""A scorer's life after training: measured, exported in both precisions, recognised by the server."""
+
+import json
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from drawn_faces import write_colour_recogniser, write_london
+
+from vision.assess import load_scorer_folder
+from vision.backbones import create_backbone
+from vision.backbones.checkpoint import CheckpointError, save_backbone
+from vision.backbones.preprocessing import Preprocessing
+from vision.data.faces import DegradedFaces, london_faces
+from vision.export import NEEDED
+from vision.face_quality import TinyFQNet
+from vision.face_quality.checkpoint import ScorerConfig, load_scorer, save_scorer
+from vision.face_quality.export import Calibration, ExportError, export_scorer
+from vision.face_quality.labelling import LabelOptions, label_faces
+from vision.face_quality.recognition import RecogniserError, RecogniserOptions, load_recogniser
+from vision.face_quality.report import EvaluationOptions, evaluate_face_quality, markdown
+from vision.images import Picture
+from vision.predict import load_vision_model
+
+MISSING = [name for name in NEEDED if find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed (extra vision): {', '.join(MISSING)}")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faces")
+    write_london(folder / "london", ("001", "130", "131", "132", "133"))
+    write_colour_recogniser(folder / "colours.onnx")
+    torch.manual_seed(0)
+    model = TinyFQNet()
+    with torch.no_grad():  # statistics of faces, and scores that differ
+        model.train()
+        for _ in range(20):
+            model.features(torch.randn(4, 3, 112, 112))
+        torch.nn.init.normal_(model.head.weight, 0.0, 2.0)
+    save_scorer(
+        model.eval(), ScorerConfig(licence="MIT", labels={"recogniser_sha256": "of another"}), folder / "scorer"
+    )
+    return folder
+
+
+def test_a_scorer_comes_back_as_it_was_saved(material, tmp_path):
+    model, config = load_scorer(material / "scorer")
+    save_scorer(model, config, tmp_path / "again")
+    again, same = load_scorer(tmp_path / "again")
+    assert same == config and not again.training
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    (tmp_path / "again" / "config.json").write_text(json.dumps({"format": "dovetail-face-quality", "scale": {}}))
+    with pytest.raises(CheckpointError, match="describes no scorer"):
+        load_scorer(tmp_path / "again")
+    (tmp_path / "again" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no quality scorer"):
+        load_scorer(tmp_path / "again")
+
+
+def test_the_report_holds_every_figure(material, tmp_path):
+    options = EvaluationOptions("london_faces", material / "london", "withheld", copies=4, fmr=0.05)
+    recogniser = RecogniserOptions(str(material / "colours.onnx"))
+    report = evaluate_face_quality(material / "scorer", recogniser, options, tmp_path)
+    assert (report.images, report.people, report.mated) == (40, 4, 100)
+    assert set(report.methods) == {
+        "tinyfqnet", "laplacian sharpness", "brightness", "naturalness", "embedding norm", "random", "true severity",
+        "label",
+    }  # fmt: skip
+    assert report.methods["label"].spearman == pytest.approx(1.0)
+    assert report.methods["true severity"].spearman_severity == pytest.approx(1.0)
+    assert report.pauc == report.methods["tinyfqnet"].pauc and report.same_recogniser is False
+    assert set(report.groups) == {"sex", "ethnicity", "age"} and set(report.groups["sex"]["0.2"]) == {"female", "male"}
+    assert set(report.ordered["tinyfqnet"]) == {"blur", "downsampling", "jpeg", "occlusion", "darkness", "all"}
+    assert report.ordered["laplacian sharpness"]["blur"] == 1.0 and report.ordered["brightness"]["darkness"] == 1.0
+    assert set(report.drift) == {"flip", "gamma 0.5", "gamma 0.75", "gamma 1.5", "gamma 2"}
+    assert "uniform" in report.templates and "tinyfqnet" in report.templates
+    kept = json.loads((tmp_path / "report.json").read_text())
+    assert {"pauc", "fnmr0", "spearman", "methods"} <= kept.keys()
+    assert markdown(report).count("\n") == 9
+    if find_spec("matplotlib") is not None:
+        assert (tmp_path / "error_versus_discard.png").stat().st_size > 5_000
+        assert (tmp_path / "defects.png").stat().st_size > 5_000
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_an_export_answers_as_torch_does(material, tmp_path):
+    model, config = load_scorer(material / "scorer")
+    save_scorer(model, config, tmp_path / "served")
+    report = export_scorer(tmp_path / "served")
+    assert report.max_difference <= 1e-4 and (report.precision, report.spearman) == ("fp32", None)
+    served, plain = (load_scorer_folder(tmp_path / "served", 1, "x", use_onnx) for use_onnx in (True, False))
+    assert load_vision_model(tmp_path / "served").info.runtime == "onnxruntime"
+    assert (served.info.licence, served.description.scale) == (plain.info.licence, plain.description.scale)
+    assert served.description.digest == plain.description.digest
+    source = london_faces(material / "london", "withheld")
+    crops = [source.read(index) for index in range(4)]
+    answers = [
+        m.predict([m.prepare(Picture(crop, 112, 112), {"aligned": True}) for crop in crops]) for m in (served, plain)
+    ]
+    raw = [[answer["faces"][0]["raw"] for answer in one] for one in answers]
+    np.testing.assert_allclose(raw[0], raw[1], atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_an_export_in_8_bits_keeps_its_promise_or_is_removed(material, tmp_path):
+    file = tmp_path / "int8.onnx"
+    calibration = Calibration("london_faces", material / "london", "withheld")
+    try:
+        report = export_scorer(material / "scorer", file, calibration)
+    except ExportError as error:
+        assert "removed" in str(error) and not file.exists()
+    else:
+        assert report.max_difference <= 0.02 and report.spearman is not None and report.spearman >= 0.995
+        assert load_vision_model(file).info.licence == "MIT"
+
+
+def test_any_onnx_recogniser_can_judge(material, tmp_path):
+    file = str(material / "colours.onnx")
+    faces = torch.randint(256, (5, 3, 112, 112), generator=torch.Generator().manual_seed(0)).byte()
+    rgb, bgr = (load_recogniser(RecogniserOptions(file, channel_order=order)) for order in ("rgb", "bgr"))
+    torch.testing.assert_close(rgb.embed(faces.flip(1)), bgr.embed(faces))
+    scaled = load_recogniser(RecogniserOptions(file, mean=0.0, std=255.0))
+    torch.testing.assert_close(scaled.embed(faces) * 2, rgb.embed(faces), atol=1e-5, rtol=1e-4)
+    assert len({network.digest for network in (rgb, bgr, scaled)}) == 3
+    with pytest.raises(RecogniserError, match="neither a folder"):
+        load_recogniser(RecogniserOptions(str(tmp_path / "nothing.onnx")))
+    with pytest.raises(RecogniserError, match="bgr"):
+        RecogniserOptions(file, channel_order="gbr")
+
+
+def test_a_recogniser_trained_here_judges_by_its_embedding(tmp_path):
+    torch.manual_seed(0)
+    model = create_backbone("fd_mobilenet_x0_25", 3).eval()
+    model.preprocessing = Preprocessing(image_size=64, resize=72)
+    save_backbone(model, tmp_path / "london" / "model")
+    recogniser = load_recogniser(RecogniserOptions(str(tmp_path / "london" / "model")))
+    assert recogniser.name == "london" and len(recogniser.digest) == 64
+    faces = torch.randint(256, (2, 3, 72, 72), generator=torch.Generator().manual_seed(0)).byte()
+    expected = model.embed(model.normalization(faces[..., 4:68, 4:68].float() / 255))
+    torch.testing.assert_close(recogniser.embed(faces), expected.detach())
+
+
+def test_unreadable_faces_are_named_and_never_usable(material, tmp_path):
+    import shutil
+
+    root = shutil.copytree(material / "london", tmp_path / "london")
+    (root / "smiling_front" / "131_08.jpg").write_bytes(b"no image")
+    faces = DegradedFaces(london_faces(root, "withheld"), copies=5)
+    recogniser = load_recogniser(RecogniserOptions(str(material / "colours.onnx")))
+    found = label_faces(faces, recogniser, LabelOptions(min_images=6, min_raw=-1.0, batch_size=4))
+    assert len(found.skipped) == 6 and "131_08.jpg" in found.skipped[0]
+    assert found.labels.usable.sum() == 42 and found.labels.raw.isfinite().all()
+    again = label_faces(faces, recogniser, LabelOptions(min_images=6, min_raw=-1.0, batch_size=100))
+    torch.testing.assert_close(found.features, again.features)

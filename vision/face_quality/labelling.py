@@ -1,0 +1,139 @@
+"""Faces with their quality labels: every photograph with its defects, judged once by a recogniser, kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vision.data.classification import to_tensor
+from vision.data.faces import DegradedFaces
+from vision.data.sources import DataError, UnreadableImageError
+from vision.face_quality.labels import LabelInputError, QualityLabels, quality_labels
+from vision.face_quality.recognition import Recogniser
+
+logger = logging.getLogger(__name__)
+
+CACHE_FILE = "labels.safetensors"
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """How labels are made of features; see ``quality_labels``. ``batch_size`` faces are embedded at once."""
+
+    leave_one_out: bool = True
+    reweightings: int = 1
+    min_images: int = 10
+    min_raw: float = 0.05
+    balance_power: float = 0.5
+    max_oversampling: float = 10.0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.reweightings < 0 or self.batch_size < 1 or self.max_oversampling < 1 or self.balance_power < 0:
+            raise LabelInputError(
+                "[labels] reweightings and balance_power must be at least 0, batch_size and max_oversampling at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class LabelledFaces:
+    """``faces`` with the recogniser's ``features`` [N, D] (zeros where an image cannot be read) and the labels."""
+
+    faces: DegradedFaces
+    features: Tensor
+    labels: QualityLabels
+    skipped: tuple[str, ...]
+
+    @property
+    def usable(self) -> Tensor:
+        """Indices of the images that may train."""
+        return torch.nonzero(self.labels.usable).squeeze(1)
+
+
+def label_faces(
+    faces: DegradedFaces, recogniser: Recogniser, options: LabelOptions, cache: Path | None = None
+) -> LabelledFaces:
+    """Judge every image. ``cache`` is a file that keeps the features; it is read where it is this recogniser's.
+
+    Errors: DataError where no image can be read.
+    """
+    metadata = {"recogniser": recogniser.digest, "faces": faces_digest(faces)}
+    features = read_features(cache, metadata)
+    skipped: tuple[str, ...] = ()
+    if features is None:
+        features, skipped = embed_faces(faces, recogniser, options.batch_size)
+        if cache is not None:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"features": features}, cache, metadata)
+    return LabelledFaces(faces, features, label_readable(features, torch.from_numpy(faces.labels), options), skipped)
+
+
+def label_readable(features: Tensor, identities: Tensor, options: LabelOptions) -> QualityLabels:
+    """Labels of the images that have a feature; the others get 0 and are not usable."""
+    readable = features.norm(dim=1) > 0
+    if not readable.any():
+        raise DataError(f"none of the {len(features)} faces can be read")
+    found = quality_labels(
+        features[readable],
+        identities[readable],
+        options.leave_one_out,
+        options.reweightings,
+        options.min_images,
+        options.min_raw,
+    )
+    raw, usable = torch.zeros(len(features)), torch.zeros(len(features), dtype=torch.bool)
+    raw[readable], usable[readable] = found.raw.float(), found.usable
+    return QualityLabels(raw, raw.clamp(0, 1), usable)
+
+
+def embed_faces(faces: DegradedFaces, recogniser: Recogniser, batch_size: int) -> tuple[Tensor, tuple[str, ...]]:
+    """Features [N, D] of every image, zeros where one cannot be read, and why not."""
+    rows: list[Tensor] = []
+    places: list[int] = []
+    skipped: list[str] = []
+    for start in range(0, len(faces.labels), batch_size):
+        batch = []
+        for index in range(start, min(start + batch_size, len(faces.labels))):
+            try:
+                batch.append(to_tensor(faces.read(index)))
+                places.append(index)
+            except UnreadableImageError as error:
+                logger.warning("skipped: %s", error)
+                skipped.append(str(error))
+        if batch:
+            rows.append(recogniser.embed(torch.stack(batch)))
+    if not rows:
+        raise DataError(f"none of the {len(faces.labels)} faces can be read; the first: {skipped[0]}")
+    found = torch.cat(rows)
+    features = torch.zeros(len(faces.labels), found.shape[1])
+    features[torch.tensor(places)] = found.float()
+    return features, tuple(skipped)
+
+
+def read_features(cache: Path | None, metadata: dict[str, str]) -> Tensor | None:
+    """Kept features, None where there are none of this recogniser for these faces."""
+    if cache is None or not cache.is_file():
+        return None
+    with safe_open(cache, "pt") as opened:
+        if opened.metadata() == metadata:
+            return load_file(cache)["features"]
+    logger.warning("%s holds another recogniser's or other faces' features and is written anew", cache)
+    return None
+
+
+def faces_digest(faces: DegradedFaces) -> str:
+    """What of the faces decides their features: people, copies, seed and the photographs' count."""
+    described = f"{faces.class_names} {faces.labels.tolist()} {faces.copies} {faces.seed}"
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def label_rule(options: LabelOptions, recogniser: Recogniser) -> dict[str, object]:
+    """For a scorer's description: by whom and how its labels were made."""
+    return {"recogniser": recogniser.name, "recogniser_sha256": recogniser.digest, **asdict(options)}
