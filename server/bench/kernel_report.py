@@ -30,7 +30,7 @@ def bench_kernels(options: BenchOptions, scopes: Sequence[str], contexts: Sequen
         models = bench_models(options, contexts, limits, say)
         results, skipped, outside = results + models.results, skipped | models.skipped, models.outside
     report = describe_machine(limits) | {"results": results, "skipped": skipped, "outside_products": outside}
-    return report | {"checks": honest_checks(results)}
+    return report | {"checks": honest_checks(results), "flatness": flatness(results)}
 
 
 def curves(results: Sequence[Entry]) -> dict[tuple[Any, ...], dict[int, float]]:
@@ -50,6 +50,23 @@ def honest_checks(results: Sequence[Entry]) -> list[Entry]:
             ratio = curve[1] / min(curve[2], curve[4])
             checks.append(named | {"t1_over_min_t2_t4": round(ratio, 3), "holds": ratio <= HONEST})
     return checks
+
+
+def flatness(results: Sequence[Entry]) -> list[Entry]:
+    """T(8) / T(1) of each whole model at each context, and how far it is above that of the shortest context.
+
+    A pass is flat over the context where eight rows read the keys once: then the first ratio stays what the products
+    make it.
+    """
+    found: list[Entry] = []
+    shortest: dict[tuple[Any, ...], float] = {}
+    for setting, curve in sorted(curves(results).items(), key=lambda item: item[0][CURVE.index("context")]):
+        named = dict(zip(CURVE, setting, strict=True))
+        if named["scope"] == "model" and {1, 8} <= curve.keys():
+            ratio = curve[8] / curve[1]
+            base = shortest.setdefault(tuple(named[key] for key in CURVE if key != "context"), ratio)
+            found.append(named | {"t8_over_t1": round(ratio, 3), "over_shortest": round(ratio / base, 3)})
+    return found
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -97,7 +114,7 @@ def stream_shares(report: dict[str, Any]) -> dict[tuple[Any, ...], float]:
 
 
 def remarks(report: dict[str, Any]) -> list[str]:
-    """What stands below the table: the honesty of T(1), and milliseconds per layer outside the products."""
+    """What stands below the table: the honesty of T(1), flatness over the context, and what is no product."""
     lines = []
     for check in report["checks"]:
         verdict = "holds" if check["holds"] else "FAILS: the ratios of this curve flatter"
@@ -105,6 +122,11 @@ def remarks(report: dict[str, Any]) -> list[str]:
             f"{check['shape']} {check['scope']} {check['weights']} group {check['group']} context {check['context']}"
         )
         lines.append(f"T(1) <= {HONEST} min(T(2), T(4)): {check['t1_over_min_t2_t4']:.3f} {verdict}, {setting}")
+    for entry in report["flatness"]:
+        lines.append(
+            f"{describe_setting(entry)}, {entry['engine']}: T(8)/T(1) {entry['t8_over_t1']:.2f}, "
+            f"x{entry['over_shortest']:.2f} of that at the shortest context"
+        )
     for entry in report["outside_products"]:
         lines.append(
             f"{describe_setting(entry)}: {entry['ms_per_layer']:.3f} ms a layer outside the products at "

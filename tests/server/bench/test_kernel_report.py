@@ -31,6 +31,16 @@ def test_shares_of_the_bandwidth() -> None:
     assert list(kernel_report.stream_shares(report).values()) == [pytest.approx(0.9)]
 
 
+def test_flatness_compares_each_context_with_the_shortest() -> None:
+    results = [entry("ours", rows, ms, scope="model", context=8192) for rows, ms in ((1, 10.0), (8, 18.0))]
+    results += [entry("ours", rows, ms, scope="model", context=128) for rows, ms in ((1, 8.0), (8, 12.0))]
+    results += [entry("ours", rows, ms) for rows, ms in ((1, 8.0), (8, 12.0))]
+    found = kernel_report.flatness(results)
+    assert [(line["context"], line["t8_over_t1"], line["over_shortest"]) for line in found] == [
+        (128, 1.5, 1.0), (8192, 1.8, 1.2),
+    ]  # fmt: skip
+
+
 @pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_products_and_models_in_one_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
