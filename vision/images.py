@@ -70,18 +70,15 @@ def decode_image(data: bytes, limits: ImageLimits = ImageLimits(), enough: int |
         raise ImageError("invalid_image", "the image is empty")
     image = _open(data)
     _check_size(*image.size, limits)
-    orientation = _orientation(image)
-    width, height = image.size
+    orientation, (width, height) = orientation_of(image), upright_size(image)
     if enough is not None:
         image.draft("RGB", (2 * enough, 2 * enough))
     try:
         image.load()
-        rgb = _to_rgb(image)
+        rgb = to_rgb(image)
     except DAMAGE as error:
         raise ImageError("invalid_image", "the image is damaged or cut short") from error
-    if orientation in UPRIGHT:
-        rgb = rgb.transpose(UPRIGHT[orientation])
-    return Picture(rgb, *((height, width) if orientation in SWAPS_SIDES else (width, height)))
+    return Picture(turn_upright(rgb, orientation), width, height)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -109,7 +106,7 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
         )
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation, 1 where there is none or the EXIF is damaged: that must not cost the image."""
     try:
         with warnings.catch_warnings():
@@ -119,7 +116,19 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height after the rotation that the EXIF asks for; the header is enough."""
+    width, height = image.size
+    return (height, width) if orientation_of(image) in SWAPS_SIDES else (width, height)
+
+
+def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """``image`` turned or mirrored as ``orientation_of`` the file says."""
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as 8-bit RGB: 16-bit grey is scaled, what is transparent is laid on white."""
     if image.mode.startswith("I"):
         # Pillow would cut 16-bit grey off at 255 instead of scaling it.
         values = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8

@@ -114,26 +114,32 @@ def measure_single_thread(options: VisionBenchOptions, picture: bytes) -> dict[s
     return result
 
 
-# What a process of its own says of its memory: once the model is loaded, and after one image, in MB.
+# Asked of a process of its own, without torch; ru_maxrss would hold the memory of the process that started it.
 MEMORY_PROBE = """
-import resource, sys
+import sys
 from pathlib import Path
-from server.bench.vision import detect
+from vision.images import decode_image
 from vision.predict import load_vision_model
-picture = sys.stdin.buffer.read()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1e3
+
+picture, before = sys.stdin.buffer.read(), peak()
 model = load_vision_model(Path(sys.argv[1]), num_threads=1)
-detect(model, picture)
-print(before / 1e3, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+model.predict([model.prepare(decode_image(picture, enough=model.info.image_size), {})])
+print(before, peak())
 """
 
 
-def measure_peak_memory(detector: Path, picture: bytes) -> dict[str, float]:
-    """Megabytes of a process that loads the detector and looks at one image, and what it had before."""
+def measure_peak_memory(detector: Path, picture: bytes) -> dict[str, float] | None:
+    """Megabytes of a process that loads the detector and looks at one image, and before that; None but on Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
     command = [sys.executable, "-c", MEMORY_PROBE, str(detector)]
     done = subprocess.run(command, input=picture, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
     before, peak = (round(float(value), 1) for value in done.stdout.split())
-    return {"imports": before, "peak": peak}
+    return {"before_loading": before, "peak": peak}
 
 
 def prepare(model: VisionModel, picture: bytes) -> Any:

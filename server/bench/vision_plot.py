@@ -21,9 +21,9 @@ def plot_vision(report: dict[str, Any], file: Path) -> None:
     bars = alone.bar(list(times), list(times.values()), color=["C0", "C7"][: len(times)])
     alone.bar_label(bars, fmt="%.1f")
     alone.set(ylabel="ms an image, one thread")
-    bars = endpoint.bar(
-        list(report["endpoint"]), [figures["images_per_s"] for figures in report["endpoint"].values()], color="C0"
-    )
+    loads = report["endpoint"]
+    bars = endpoint.bar(range(len(loads)), [figures["images_per_s"] for figures in loads.values()], color="C0")
+    endpoint.set_xticks(range(len(loads)), list(loads))
     endpoint.bar_label(bars, fmt="%.1f")
     endpoint.set(xlabel="clients", ylabel="images/s over HTTP")
     if "text" in report:

@@ -78,9 +78,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         table.add_row(f"endpoint, {count} clients", f"{figures['images_per_s']:.1f}", f"{figures['p50_ms']} (median)")
     console.print(table)
     memory = report["peak_memory_mb"]
-    console.print(
-        f"memory: {memory['peak']:.0f} MB at most, {memory['imports']:.0f} of them before the model is loaded"
-    )
+    if memory is not None:
+        console.print(f"memory: {memory['peak']:.0f} MB at most, {memory['before_loading']:.0f} without the model")
     if "text" in report:
         text = report["text"]
         console.print(

@@ -54,7 +54,7 @@ def examine() -> dict[str, Any]:
         "hardware": hardware.json(),
         "devices": ["cpu", *(f"cuda:{i}" for i in range(len(hardware.gpus)))],
         "versions": {name: version(name) for name in DISTRIBUTIONS},
-        "bundled": {name: asset(ASSETS / name) for name in ("target", "drafter")},
+        "bundled": {name: asset(ASSETS / name) for name in ("target", "drafter", "detector")},
         "extras": {
             name: dataclasses.asdict(extra) | {"present": importlib.util.find_spec(extra.module) is not None}
             for name, extra in EXTRAS.items()

@@ -99,15 +99,15 @@ class ImageCache:
         self.free = limit
         self.images: dict[Path, Image.Image] = {}
 
-    def read(self, path: Path) -> Image.Image:
-        """The image as RGB. Errors: UnreadableImageError."""
-        if path in self.images:
-            return self.images[path]
-        image = read_image(path)
+    def read(self, truth: LabelledImage) -> Image.Image:
+        """The image as RGB, as its boxes were drawn on it. Errors: UnreadableImageError."""
+        if truth.path in self.images:
+            return self.images[truth.path]
+        image = read_image(truth.path, truth.size)
         size = image.width * image.height * 3
         if size <= self.free:
             self.free -= size
-            self.images[path] = image
+            self.images[truth.path] = image
         return image
 
 
@@ -143,7 +143,7 @@ class DetectionData(Dataset[DetectionSample | Skipped]):
     def __getitem__(self, index: int) -> DetectionSample | Skipped:
         truth = self.source.images[index]
         try:
-            image = self.cache.read(truth.path)
+            image = self.cache.read(truth)
         except UnreadableImageError as error:
             return Skipped(str(error))
         if self.augmentation is None:

@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vision.data.sources import IMAGE_SUFFIXES, DataError
 from vision.data.view import Boxes
+from vision.images import upright_size
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +242,7 @@ def open_yolo(root: Path, split: str, class_names: tuple[str, ...] | None) -> De
     for path in sorted(file for file in images.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES):
         try:
             with Image.open(path) as image:
-                size = image.size
+                size = upright_size(image)
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             logger.warning("skipped: %s is not a readable image (%s)", path, error)
             continue

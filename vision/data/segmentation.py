@@ -56,10 +56,10 @@ class FolderMasks:
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         """The pair; DataError where sizes or classes do not fit."""
-        image = read_image(self.images[index])
         with Image.open(self.masks[index]) as opened:
             # Palette masks, as VOC's, hold the class in the index and not in the colour.
             mask = opened.copy() if opened.mode in ("L", "P") else opened.convert("L")
+        image = read_image(self.images[index], mask.size)
         classes = np.unique(np.asarray(mask))
         if mask.size != image.size or classes[classes != IGNORED].max(initial=0) >= len(self.class_names):
             raise DataError(

@@ -12,7 +12,9 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from vision.images import DAMAGE, orientation_of, to_rgb, turn_upright, upright_size
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801
@@ -36,12 +38,20 @@ class ImageSource(Protocol):
         """The image; UnreadableImageError where it cannot be decoded."""
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decode ``path`` completely, as RGB. Errors: UnreadableImageError for anything that is not a whole image."""
+def read_image(path: Path, annotated: tuple[int, int] | None = None) -> Image.Image:
+    """Decode ``path`` completely, as RGB and upright, as the server decodes it (``vision.images``).
+
+    ``annotated`` is the width and height that boxes or masks of the image were drawn at. Tools disagree about EXIF
+    rotation: where these are the sides as stored and not as turned, the image stays as stored. Errors:
+    UnreadableImageError for anything that is not a whole image.
+    """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            orientation = orientation_of(image)
+            if annotated == image.size != upright_size(image):
+                return to_rgb(image)
+            return turn_upright(to_rgb(image), orientation)
+    except (*DAMAGE, Image.DecompressionBombError) as error:
         raise UnreadableImageError(f"{path} is not a readable image ({error})") from error
 
 

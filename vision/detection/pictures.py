@@ -5,46 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from vision.detection.detections import Detections
 from vision.detection.evaluate import Curve, Truth
+from vision.images import LabelledBox, draw_boxes
 
 # Told apart also by readers who do not see red and green apart (Okabe and Ito).
 PALETTE = ("#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#F0E442")
 TRUE_COLOUR = "#FFFFFF"
 
 
-def draw_detections(
-    image: Image.Image, detections: Detections, class_names: Sequence[str], min_score: float = 0.5
-) -> Image.Image:
-    """A copy of ``image`` with the boxes of at least ``min_score``, a colour for each class, its name and the score."""
-    picture = image.convert("RGB")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(10, picture.height // 40))
-    width = max(1, round(max(picture.size) / 320))
-    kept = detections.scores >= min_score
-    for box, score, class_id in zip(
-        detections.boxes[kept].tolist(), detections.scores[kept].tolist(), detections.class_ids[kept].tolist(),
-        strict=True,
-    ):  # fmt: skip
-        colour = PALETTE[class_id % len(PALETTE)]
-        pen.rectangle(box, outline=colour, width=width)
-        pen.text((box[0] + width, box[1] + width), f"{class_names[class_id]} {score:.2f}", fill=colour, font=font)
-    return picture
-
-
 def draw_comparison(
     image: Image.Image, detections: Detections, truth: Truth, class_names: Sequence[str], min_score: float = 0.5
 ) -> Image.Image:
-    """The true boxes, white, on the left; what was found on the right."""
-    left = image.convert("RGB")
+    """The true boxes of an RGB image, white, on the left; what was found with at least ``min_score`` on the right."""
+    left = image.copy()
     pen = ImageDraw.Draw(left)
     for box, class_id in zip(truth.boxes.tolist(), truth.class_ids.tolist(), strict=True):
         pen.rectangle(box, outline=TRUE_COLOUR, width=max(1, round(max(left.size) / 320)))
         pen.text((box[0] + 2, box[1] + 2), class_names[class_id], fill=TRUE_COLOUR)
+    kept = detections.scores >= min_score
+    rows = zip(
+        detections.boxes[kept].tolist(), detections.scores[kept].tolist(), detections.class_ids[kept].tolist(),
+        strict=True,
+    )  # fmt: skip
+    found = [LabelledBox(tuple(box), f"{class_names[class_id]} {score:.2f}", class_id) for box, score, class_id in rows]
     both = Image.new("RGB", (2 * left.width, left.height))
     both.paste(left, (0, 0))
-    both.paste(draw_detections(image, detections, class_names, min_score), (left.width, 0))
+    both.paste(draw_boxes(image, found), (left.width, 0))
     return both
 
 

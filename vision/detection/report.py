@@ -123,7 +123,7 @@ def find_all(loaded: LoadedDetector, source: DetectionSource, batch_size: int) -
         pictures = []
         for image in source.images[start : start + batch_size]:
             try:
-                pictures.append(read_image(image.path))
+                pictures.append(read_image(image.path, image.size))
                 images.append(image)
             except UnreadableImageError as error:
                 logger.warning("skipped: %s", error)
@@ -156,7 +156,9 @@ def write_report(
     truths, count = findings.truths, len(findings.images)
     for place in range(0, count, max(1, count // PICTURES)):
         image = findings.images[place]
-        picture = draw_comparison(read_image(image.path), findings.detections[place], truths[place], class_names)
+        picture = draw_comparison(
+            read_image(image.path, image.size), findings.detections[place], truths[place], class_names
+        )
         picture.save(output / f"{image.path.stem}.jpg", quality=88)
 
 

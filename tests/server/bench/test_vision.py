@@ -82,14 +82,14 @@ def test_a_detector_is_timed_and_weighed_alone(tmp_path: Path) -> None:
     assert (found["model"], found["runtime"], found["image_size"]) == ("halves", "onnxruntime", 32)
     assert found["decode_and_resize_ms"] > 0 and found["ms_per_image"] > 0 and "peer" not in found
     memory = vision.measure_peak_memory(folder, sample_picture())
-    assert 10 < memory["imports"] <= memory["peak"] < 2000
+    assert memory is None or 10 < memory["before_loading"] <= memory["peak"] < 400, "torch alone would take 500"
 
 
 def test_the_command_writes_report_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = {
         "single_thread": {"model": "mine", "runtime": "torch", "image_size": 320, "ms_per_image": 20.0,
                           "peer": {"name": "peer", "ms_per_image": 30.0}},
-        "peak_memory_mb": {"imports": 50.0, "peak": 90.0},
+        "peak_memory_mb": {"before_loading": 50.0, "peak": 90.0},
         "endpoint": {"1": {"images_per_s": 30.0, "p50_ms": 33.0}, "4": {"images_per_s": 31.0, "p50_ms": 120.0}},
         "text": {"alone_tokens_per_s": 100.0, "beside_tokens_per_s": 95.0, "loss": 0.05, "vision_clients": 4},
     }  # fmt: skip

@@ -183,9 +183,9 @@ def test_batches_pad_boxes_and_count_what_cannot_be_read(
 
 def test_the_cache_stays_within_its_bound(squares: DetectionSource) -> None:
     cache = ImageCache(60 * 100 * 3)
-    first, second = (cache.read(image.path) for image in squares.images[:2])
-    assert cache.read(squares.images[0].path) is first
-    assert cache.read(squares.images[1].path) is not second
+    first, second = (cache.read(image) for image in squares.images[:2])
+    assert cache.read(squares.images[0]) is first
+    assert cache.read(squares.images[1]) is not second
     assert len(cache.images) == 1
 
 
@@ -206,3 +206,25 @@ def test_impossible_options_are_refused(values: dict[str, object], message: str)
 def test_impossible_augmentations_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DetectionAugmentation(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("annotated", "turned"), [((60, 90), True), ((90, 60), False), (None, True)])
+def test_boxes_stay_on_their_objects_whichever_way_a_photograph_was_annotated(
+    tmp_path: Path, annotated: tuple[int, int] | None, turned: bool
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    stored = Image.new("RGB", (90, 60))
+    stored.paste("white", (10, 20, 40, 50))
+    stored.save(tmp_path / "a.png", exif=exif)
+    upright = stored.transpose(Image.Transpose.ROTATE_270)
+    boxes = np.array([upright.getbbox() if turned else stored.getbbox()], dtype=np.float32)
+    truth = LabelledImage(
+        tmp_path / "a.png", boxes, np.zeros(1, np.int64), np.zeros(1, np.bool_), np.ones(1, np.float32), annotated
+    )
+    sample = DetectionData(DetectionSource(("cat",), (truth,), 0), 180)[0]
+    assert isinstance(sample, DetectionSample)
+    left, top, right, bottom = sample.boxes[0].round().int().tolist()
+    assert (sample.image[:, top + 2 : bottom - 2, left + 2 : right - 2] > 200).all()
+    white = (sample.image[0] > 128).nonzero()
+    assert abs(int(white[:, 1].min()) - left) <= 1 and abs(int(white[:, 0].max()) + 1 - bottom) <= 1

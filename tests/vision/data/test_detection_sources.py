@@ -152,6 +152,19 @@ def test_yolo_boxes_are_shares_of_the_image(tmp_path: Path) -> None:
     assert len(second.boxes) == 0
 
 
+def test_yolo_shares_are_of_the_upright_image(tmp_path: Path) -> None:
+    for name in ("images/train", "labels/train"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "data.yaml").write_text("names: [cat]")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "images/train/a.jpg", exif=exif)
+    (tmp_path / "labels/train/a.txt").write_text("0 0.5 0.25 1.0 0.5")
+    (image,) = open_detection("yolo", tmp_path, "train").images
+    assert image.size == (20, 40)
+    assert image.boxes.tolist() == [[0, 0, 20, 20]]
+
+
 @pytest.mark.parametrize(("lines", "message"), [
     ("0 0.5 0.5 0.5\n", r"a\.txt, line 1: expected a class id and four numbers"),
     ("0 0.5 0.5 0.5 0.5\n0 0.1 0.1 0.2 0.1 0.2 0.2\n", r"a\.txt, line 2: expected"),

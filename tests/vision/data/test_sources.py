@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from vision.data.sources import DataError, UnreadableImageError, open_source, read_image
+from vision.images import decode_image
 
 
 def write_image(
@@ -43,8 +44,33 @@ def test_class_folders_are_sorted_and_searched_deeply(tmp_path: Path) -> None:
 def test_other_modes_become_rgb(tmp_path: Path, mode: str, colour: object) -> None:
     image = read_image(write_image(tmp_path / "x.png", colour, mode))
     assert image.mode == "RGB"
-    if mode in ("L", "LA"):
+    if mode == "L":
         assert image.getpixel((0, 0)) == (77, 77, 77)
+    if mode == "RGBA":
+        assert image.getpixel((0, 0)) == (255, 255, 255), "what is transparent is laid on white"
+
+
+def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path: Path) -> None:
+    levels = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "x.png")
+    image = read_image(tmp_path / "x.png")
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_rotated_photographs_are_read_upright_as_the_server_reads_them(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise = np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "x.png", exif=exif)
+    image = np.asarray(read_image(tmp_path / "x.png"))
+    width, height = (6, 9) if orientation >= 5 else (9, 6)
+    assert image.shape == (height, width, 3)
+    np.testing.assert_array_equal(image, decode_image((tmp_path / "x.png").read_bytes()).image)
+    np.testing.assert_array_equal(image, read_image(tmp_path / "x.png", (width, height)))
+    assert np.array_equal(image, noise) == (orientation == 1)
+    if orientation >= 5:
+        np.testing.assert_array_equal(read_image(tmp_path / "x.png", (9, 6)), noise)
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"\xff\xd8\xff\xe0truncated"])
