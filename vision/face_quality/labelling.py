@@ -25,12 +25,17 @@ CACHE_FILE = "labels.safetensors"
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """How labels are made of features; see ``quality_labels``. ``batch_size`` faces are embedded at once."""
+    """How labels are made of features; see ``quality_labels``. ``batch_size`` faces are embedded at once.
+
+    ``subtract_mean`` takes the mean feature of all faces off first (ours): features behind a ReLU are all positive, so
+    that every cosine is near 1 and labels hardly differ. Networks of the ArcFace family do not need it.
+    """
 
     leave_one_out: bool = True
     reweightings: int = 1
     min_images: int = 10
     min_raw: float = 0.05
+    subtract_mean: bool = False
     balance_power: float = 0.5
     max_oversampling: float = 10.0
     batch_size: int = 64
@@ -80,8 +85,9 @@ def label_readable(features: Tensor, identities: Tensor, options: LabelOptions) 
     readable = features.norm(dim=1) > 0
     if not readable.any():
         raise DataError(f"none of the {len(features)} faces can be read")
+    known = features[readable]
     found = quality_labels(
-        features[readable],
+        known - known.mean(dim=0) if options.subtract_mean else known,
         identities[readable],
         options.leave_one_out,
         options.reweightings,

@@ -16,8 +16,9 @@ from vision.data.faces import DegradedFaces, london_faces
 from vision.export import NEEDED
 from vision.face_quality import TinyFQNet
 from vision.face_quality.checkpoint import ScorerConfig, load_scorer, save_scorer
+from vision.face_quality.evaluate import spearman
 from vision.face_quality.export import Calibration, ExportError, export_scorer
-from vision.face_quality.labelling import LabelOptions, label_faces
+from vision.face_quality.labelling import LabelOptions, label_faces, label_readable
 from vision.face_quality.recognition import RecogniserError, RecogniserOptions, load_recogniser
 from vision.face_quality.report import EvaluationOptions, evaluate_face_quality, markdown
 from vision.images import Picture
@@ -140,6 +141,21 @@ def test_a_recogniser_trained_here_judges_by_its_embedding(tmp_path):
     faces = torch.randint(256, (2, 3, 72, 72), generator=torch.Generator().manual_seed(0)).byte()
     expected = model.embed(model.normalization(faces[..., 4:68, 4:68].float() / 255))
     torch.testing.assert_close(recogniser.embed(faces), expected.detach())
+
+
+def test_taking_the_mean_off_spreads_the_labels_of_positive_features():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(20, 1, 16, generator=generator)
+    noise = torch.rand(20, 12, 1, generator=generator) * torch.randn(20, 12, 16, generator=generator)
+    features = (centres + 2 * noise).flatten(0, 1) + 10
+    identities = torch.arange(20).repeat_interleave(12)
+    plain, centred = (
+        label_readable(features, identities, LabelOptions(min_raw=-1.0, subtract_mean=centre)).raw
+        for centre in (False, True)
+    )
+    assert plain.std() < 0.05 < 0.1 < centred.std()
+    severity = noise.flatten(0, 1).norm(dim=1)
+    assert spearman(centred, -severity) > 0.8
 
 
 def test_unreadable_faces_are_named_and_never_usable(material, tmp_path):
