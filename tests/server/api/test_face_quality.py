@@ -49,7 +49,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VisionWorker]:
         "halves": write_tiny_detector(folder / "halves"),
         "redness": write_tiny_scorer(folder / "redness"),
     }
-    lasting = Lasting(models, WorkerOptions(limits=ImageLimits(max_pixels=200_000), niceness=0))
+    lasting = Lasting(models, WorkerOptions(limits=ImageLimits(max_pixels=300_000), niceness=0))
     yield lasting
     VisionWorker.stop(lasting)
 
@@ -262,10 +262,10 @@ async def test_pictures_on_request(connect, worker):
 
 async def test_a_large_photo_is_not_shrunk_before_its_face_is_cut_out(connect, worker):
     """A decoder that takes a fraction of a large JPEG would blur a small face, and misplace its landmarks."""
-    canvas = Image.new("RGB", (700, 280), (128, 128, 128))
+    canvas = Image.new("RGB", (520, 520), (128, 128, 128))
     face = drawn_face().resize((180, 180), Image.Resampling.LANCZOS)
-    canvas.paste(face, (500, 50))
-    points = [[x / 2 + 500, y / 2 + 50] for x, y in POINTS]
+    canvas.paste(face, (300, 250))
+    points = [[x / 2 + 300, y / 2 + 250] for x, y in POINTS]
     async with connect(None, vision=worker) as client:
         big, alone = [
             (await ask(client, encoded(image, "JPEG", quality=98, subsampling=0), landmarks=[at])).json()["faces"][0]
