@@ -124,15 +124,11 @@ def torch_threads(count: int) -> Iterator[None]:
 def measure_in_turns(
     passes: Mapping[str, Callable[[int], float]], rows: Sequence[int], rounds: int, limits: Limits
 ) -> dict[tuple[str, int], list[float]]:
-    """Milliseconds by (name, rows): every round asks each pass for each number of rows; the first round warms up.
-
-    So does a first pass of each turn: the threads of whoever had the turn before still spin for a while.
-    """
+    """Milliseconds by (name, rows): every round asks each pass for each number of rows; the first round warms up."""
     samples: dict[tuple[str, int], list[float]] = {}
     for round_number in range(rounds + 1):
         limits.measure()
         for name, timed_pass in passes.items():
-            timed_pass(rows[0])
             for count in rows:
                 elapsed = timed_pass(count)
                 if round_number > 0:
