@@ -9,14 +9,15 @@ import pytest
 from kernels.diagonalwise import bench_report
 from vision.backbones import create_backbone, list_backbones
 from vision.backbones.complexity import count
-from vision.tasks import study
+from vision.tasks import detection_study, study
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 PAGE = (DOCS / "vision.md").read_text(encoding="utf-8")
+DETECTION = (DOCS / "vision" / "detection.md").read_text(encoding="utf-8")
 
 
-def between_markers(name: str) -> str:
-    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", PAGE, flags=re.DOTALL)
+def between_markers(name: str, page: str = PAGE) -> str:
+    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", page, flags=re.DOTALL)
     assert found is not None
     return found[1]
 
@@ -31,6 +32,16 @@ def test_every_network_stands_with_its_size() -> None:
 def test_the_study_is_its_report() -> None:
     report = json.loads((DOCS / "vision" / "cifar10_study.json").read_text(encoding="utf-8"))
     assert between_markers("cifar10_study") == study.markdown(report["rows"])
+
+
+def test_the_bundled_detectors_study_is_its_report() -> None:
+    report = json.loads((DOCS / "vision" / "bccd_study.json").read_text(encoding="utf-8"))
+    assert between_markers("bccd_study", DETECTION) == detection_study.markdown(report["rows"])
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", DETECTION))))
+def test_links_of_the_detection_page_lead_somewhere(link: str) -> None:
+    assert (DOCS / "vision" / link).exists()
 
 
 def test_the_depthwise_benchmark_is_its_report() -> None:
