@@ -110,6 +110,10 @@ class Limits:
         self.dots.append(count / (end - middle) / 1e9)
 
 
+# The threads of other engines spin on after their work, and would take the next one's time.
+SETTLE_S = 0.2
+
+
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """torch with as many threads as our kernels, for the peers' sake."""
@@ -124,12 +128,17 @@ def torch_threads(count: int) -> Iterator[None]:
 def measure_in_turns(
     passes: Mapping[str, Callable[[int], float]], rows: Sequence[int], rounds: int, limits: Limits
 ) -> dict[tuple[str, int], list[float]]:
-    """Milliseconds by (name, rows): every round asks each pass for each number of rows; the first round warms up."""
+    """Milliseconds by (name, rows): every round asks each pass for each number of rows; the first round warms up.
+
+    The numbers of rows take turns in coming first, so that none is always measured right behind another engine.
+    """
     samples: dict[tuple[str, int], list[float]] = {}
     for round_number in range(rounds + 1):
         limits.measure()
+        first = round_number % len(rows)
         for name, timed_pass in passes.items():
-            for count in rows:
+            time.sleep(SETTLE_S)
+            for count in (*rows[first:], *rows[:first]):
                 elapsed = timed_pass(count)
                 if round_number > 0:
                     samples.setdefault((name, count), []).append(elapsed)
