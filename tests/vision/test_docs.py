@@ -39,6 +39,11 @@ def test_the_bundled_detectors_study_is_its_report() -> None:
     assert between_markers("bccd_study", DETECTION) == detection_study.markdown(report["rows"])
 
 
+def test_the_mining_study_is_its_report() -> None:
+    report = json.loads((DOCS / "vision" / "detector_mining_study.json").read_text(encoding="utf-8"))
+    assert between_markers("detector_mining_study", DETECTION) == detection_study.markdown(report["rows"])
+
+
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", DETECTION))))
 def test_links_of_the_detection_page_lead_somewhere(link: str) -> None:
     assert (DOCS / "vision" / link).exists()
