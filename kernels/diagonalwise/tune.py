@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -17,6 +17,7 @@ from kernels.diagonalwise.replacement import native, replace_layers
 from kernels.diagonalwise.timing import Step, Timing, compare
 
 NATIVE = "native"
+TUNED = "tuned"
 GROUP_WIDTHS = (8, 16, 32)
 
 Build = Callable[[nn.Conv2d], nn.Conv2d]
@@ -65,7 +66,8 @@ def tune(
 
     ``images`` is a batch as the model will see it (shape, device, dtype, layout); in training mode forward and backward
     are timed together, otherwise forward alone. A layer leaves torch's own implementation only for a contender that
-    beats it beyond noise (``Timing.clearly_beats``), and layers of equal geometry are measured once.
+    beats it beyond noise (``Timing.clearly_beats``), and layers of equal geometry are measured once. Layers that win
+    alone may lose beside others; where the whole model is clearly slower for them, all stay native.
     """
     table = TuningTable() if table is None else table
     builders = contenders(images.device)
@@ -79,7 +81,28 @@ def tune(
         chosen = fastest(timings)
         model.set_submodule(name, builders[chosen](layer))
         choices.append(Choice(name, chosen, timings))
+    if any(choice.chosen != NATIVE for choice in choices) and loses_as_a_whole(model, images, measure):
+        replace_layers(model, native)
+        return [replace(choice, chosen=NATIVE) for choice in choices]
     return choices
+
+
+def loses_as_a_whole(model: nn.Module, images: Tensor, measure: Compare) -> bool:
+    """Whether a tuned ``model`` is slower beyond noise than the same with native layers; both are copies."""
+    tuned, plain = deepcopy(model), deepcopy(model)
+    replace_layers(plain, native)
+    steps: dict[str, Step] = {NATIVE: partial(model_step, plain, images), TUNED: partial(model_step, tuned, images)}
+    timings = measure(steps, images.device)
+    return timings[NATIVE].clearly_beats(timings[TUNED])
+
+
+def model_step(model: nn.Module, images: Tensor) -> None:
+    """Forward, and in training mode, where the model answers a tensor, the gradients to its parameters."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.set_grad_enabled(model.training):
+        output = model(images)
+    if isinstance(output, Tensor) and output.requires_grad:
+        torch.autograd.grad(output.sum(), parameters, allow_unused=True)
 
 
 def fastest(timings: Mapping[str, Timing]) -> str:
