@@ -132,7 +132,7 @@ def measure_in_turns(
 
     The numbers of rows take turns in coming first, so that none is always measured right behind another engine.
     """
-    samples: dict[tuple[str, int], list[float]] = {}
+    samples: dict[tuple[str, int], list[float]] = {(name, count): [] for name in passes for count in rows}
     for round_number in range(rounds + 1):
         limits.measure()
         first = round_number % len(rows)
@@ -141,7 +141,7 @@ def measure_in_turns(
             for count in (*rows[first:], *rows[:first]):
                 elapsed = timed_pass(count)
                 if round_number > 0:
-                    samples.setdefault((name, count), []).append(elapsed)
+                    samples[name, count].append(elapsed)
     return samples
 
 

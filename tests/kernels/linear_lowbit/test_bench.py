@@ -10,6 +10,27 @@ TINY = bench.ModelShape(64, 96, 2, 4, 2, 128)
 QUIET = pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning", "ignore::UserWarning")
 
 
+class NoLimits(bench.Limits):
+    def __init__(self) -> None:
+        pass
+
+    def measure(self) -> None:
+        pass
+
+
+def test_numbers_of_rows_take_turns_in_coming_first_and_are_reported_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "SETTLE_S", 0.0)
+    asked: list[int] = []
+
+    def timed_pass(rows: int) -> float:
+        asked.append(rows)
+        return float(rows)
+
+    samples = bench.measure_in_turns({"ours": timed_pass}, (1, 2, 4), 2, NoLimits())
+    assert asked == [1, 2, 4, 2, 4, 1, 4, 1, 2]
+    assert list(samples.items()) == [(("ours", 1), [1, 1]), (("ours", 2), [2, 2]), (("ours", 4), [4, 4])]
+
+
 @QUIET
 def test_every_engine_and_number_of_rows_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
