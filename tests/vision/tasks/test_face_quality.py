@@ -206,3 +206,4 @@ def test_the_committed_recipes_parse(file):
     for tables in [cell.recipe for cell in expand(recipe)] if "study" in recipe else [recipe]:
         parse = FaceQualityRecipe.parse if "recogniser" in tables else DistillationRecipe.parse
         parse(tables)
+        assert tables["training"]["output"].startswith("runs/")
