@@ -91,7 +91,14 @@ def write(model: NormalizedClassifier, output: Path, side: int) -> None:
     program.model.metadata_props["class_names"] = json.dumps(backbone.class_names)
     program.model.metadata_props["backbone"] = backbone.name
     program.model.metadata_props["resize"] = str(backbone.preprocessing.resize)
+    forget_traces(program)
     program.save(output, external_data=False)
+
+
+def forget_traces(program: torch.onnx.ONNXProgram) -> None:
+    """Take off what torch notes at every node, its line of source among it: a file given away holds no paths."""
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()
 
 
 def compare(model: NormalizedClassifier, file: Path, side: int) -> float:

@@ -51,6 +51,7 @@ def test_exported_file_answers_like_torch(tmp_path: Path, name: str) -> None:
     metadata = {entry.key: entry.value for entry in onnx.load(report.file).metadata_props}
     assert json.loads(metadata["class_names"]) == ["a", "b", "c", "d"]
     assert metadata["backbone"] == name
+    assert b'.py", line' not in Path(report.file).read_bytes(), "traces of the tracing are nobody's business"
 
 
 @pytest.mark.slow

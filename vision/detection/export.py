@@ -25,7 +25,7 @@ from vision.detection.detector import LoadedDetector
 from vision.detection.psroi_align import Reduction, axis_samples
 from vision.detection.rpn import ProposalBudget
 from vision.detection.thundernet import REGION_STDS, DenseMaps, ThunderNet
-from vision.export import OPSET, ExportError, require_packages
+from vision.export import OPSET, ExportError, forget_traces, require_packages
 from vision.predict import ONNX_FILE
 
 CHECKED_BATCHES = (1, 3)
@@ -193,6 +193,7 @@ def write(regions: FixedRegions, loaded: LoadedDetector, output: Path, digest: s
         raise ExportError("torch returned no ONNX program")
     program.model.metadata_props["detector"] = json.dumps(dataclasses.asdict(loaded.config))
     program.model.metadata_props["weights_sha256"] = digest
+    forget_traces(program)
     program.save(output, external_data=False)
 
 

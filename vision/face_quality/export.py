@@ -20,7 +20,7 @@ from vision.backbones.checkpoint import WEIGHTS_FILE
 from vision.data.classification import to_tensor
 from vision.data.faces import DegradedFaces
 from vision.data.sources import InMemorySource, open_source
-from vision.export import OPSET, ExportError, require_packages
+from vision.export import OPSET, ExportError, forget_traces, require_packages
 from vision.face_quality.alignment import FACE_SIZE
 from vision.face_quality.checkpoint import load_scorer
 from vision.face_quality.evaluate import spearman
@@ -118,6 +118,7 @@ def write(scorer: NormalizedScorer, output: Path, metadata: dict[str, str]) -> N
     if program is None:
         raise ExportError("torch returned no ONNX program")
     program.model.metadata_props.update(metadata)
+    forget_traces(program)
     program.save(output, external_data=False)
 
 
