@@ -185,6 +185,13 @@ def read_outcome(cell: Cell) -> Outcome:
     )
 
 
+def summarise_seeds(statuses: Mapping[Any, str]) -> str:
+    """How many seeds of a variant are finished, and how each of the others stands: "1; 1 NOT RUN, 2 NOT RUN"."""
+    finished = sum(status == FINISHED for status in statuses.values())
+    others = ", ".join(f"{seed} {status}" for seed, status in statuses.items() if status != FINISHED)
+    return f"{finished}; {others}" if others else str(finished)
+
+
 def write_outcomes(cells: Sequence[Cell], folder: Path) -> list[Outcome]:
     """Read where every cell stands, and put that into ``folder/study.json``."""
     outcomes = [read_outcome(cell) for cell in cells]

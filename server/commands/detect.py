@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from vision.predict import VisionModel
 
 DEFAULT_THRESHOLD = 0.5  # that of the HTTP route
 
@@ -31,21 +35,33 @@ def detect(
     if draw is not None and len(images) != 1:
         raise typer.BadParameter(f"{len(images)} images were given; one picture is drawn of one", param_hint="--draw")
     from server.launch import num_usable_cores, resolve_detector
-    from vision.images import decode_image
     from vision.predict import load_vision_model
 
     detector = load_vision_model(resolve_detector(model), num_usable_cores())
     options = {"score_threshold": threshold, "max_detections": max_detections}
+    answer_images(detector, images, options, None if as_json else show, draw)
+
+
+def answer_images(
+    model: VisionModel,
+    images: Sequence[Path],
+    options: Mapping[str, Any],
+    show: Callable[[Path, dict[str, Any]], None] | None,
+    draw: Path | None,
+) -> None:
+    """Answer each image by ``show``, or as a line of JSON where there is none; ``draw`` takes the last picture."""
+    from vision.images import decode_image
+
     for path in images:
         picture = decode_image(path.read_bytes())
-        (answer,) = detector.predict([detector.prepare(picture, options)])
-        if as_json:
-            size = {"width": picture.width, "height": picture.height}
-            typer.echo(json.dumps({"file": str(path), "model": detector.info.name, "image": size} | answer))
-        else:
+        (answer,) = model.predict([model.prepare(picture, options)])
+        if show is not None:
             show(path, answer)
+        else:
+            size = {"width": picture.width, "height": picture.height}
+            typer.echo(json.dumps({"file": str(path), "model": model.info.name, "image": size} | answer))
         if draw is not None:
-            detector.draw(picture.image, answer).save(draw)
+            model.draw(picture.image, answer).save(draw)
 
 
 def show(path: Path, answer: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from server.commands.detect import answer_images
+
 
 def face_quality(
     images: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG or WebP files.")],
@@ -37,7 +39,6 @@ def face_quality(
         raise typer.BadParameter(f"{len(images)} images were given; --landmarks and --draw belong to one")
     from server.launch import num_usable_cores, resolve_scorer
     from vision.assess import FACE_QUALITY
-    from vision.images import decode_image
     from vision.predict import ModelError, load_vision_model
 
     options: dict[str, Any] = {"aligned": aligned}
@@ -46,16 +47,7 @@ def face_quality(
     scorer = load_vision_model(resolve_scorer(model), num_usable_cores())
     if scorer.info.kind != FACE_QUALITY:
         raise ModelError(f"{scorer.info.name} is a {scorer.info.kind}, no face-quality scorer")
-    for path in images:
-        picture = decode_image(path.read_bytes())
-        (answer,) = scorer.predict([scorer.prepare(picture, options)])
-        if as_json:
-            size = {"width": picture.width, "height": picture.height}
-            typer.echo(json.dumps({"file": str(path), "model": scorer.info.name, "image": size} | answer))
-        else:
-            show(path, answer)
-        if draw is not None:
-            scorer.draw(picture.image, answer).save(draw)
+    answer_images(scorer, images, options, None if as_json else show, draw)
 
 
 def read_landmarks(text: str) -> list[Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.training.callbacks import HISTORY_FILE
-from kernels.training.study import FINISHED, NOT_RUN, Cell, Spread, read_outcome
+from kernels.training.study import FINISHED, NOT_RUN, Cell, Spread, read_outcome, summarise_seeds
 from vision.backbones.checkpoint import WEIGHTS_FILE
 from vision.detection.checkpoint import load_detector
 from vision.detection.report import REPORT_FILE, evaluate_source
@@ -160,9 +160,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        finished = sum(status == FINISHED for status in row["seeds"].values())
-        open_seeds = [f"{seed} {status}" for seed, status in row["seeds"].items() if status != FINISHED]
-        seeds = "; ".join([str(finished), *([", ".join(open_seeds)] if open_seeds else [])])
+        seeds = summarise_seeds(row["seeds"])
         gain = "-" if row["gain50"] is None else number(row["gain50"], signed=True)
         seconds = "-" if row["seconds"] is None else f"{row['seconds']['mean']:.0f}"
         figures = " | ".join(number(row[figure]) for figure in FIGURES)

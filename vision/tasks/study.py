@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.diagonalwise.timing import Step, Timing, compare
-from kernels.training.study import FINISHED, NOT_RUN, Cell, Spread, read_outcome, spread_over_seeds
+from kernels.training.study import NOT_RUN, Cell, Spread, read_outcome, spread_over_seeds, summarise_seeds
 from vision.backbones import create_backbone
 from vision.backbones.backbone import Backbone
 from vision.backbones.complexity import count
@@ -115,9 +115,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        finished = sum(status == FINISHED for status in row["seeds"].values())
-        open_seeds = [f"{seed} {status}" for seed, status in row["seeds"].items() if status != FINISHED]
-        seeds = "; ".join([str(finished), *([", ".join(open_seeds)] if open_seeds else [])])
+        seeds = summarise_seeds(row["seeds"])
         lines.append(
             f"| {row['backbone']} | {row['parameters'] / 1e6:.2f} | {row['macs'] / 1e6:.2f} | "
             f"{row['latency']['median_ms']:.2f} | {percent(row['top1'])} | {seeds} |"
