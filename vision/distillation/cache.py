@@ -1,24 +1,23 @@
-"""A teacher's answers, kept: asked once for each image, written beside the run, read back when it is resumed."""
+"""A teacher's answers, kept: asked once for each image, and read back by every run that trains on the same images."""
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vision.data.classification import ClassificationData, Sample, Skipped, collate
+from vision.data.classification import ClassificationData, Sample, Skipped, collate, spread
 from vision.distillation.teacher import Teacher
 
-logger = logging.getLogger(__name__)
-
-CACHE_FILE = "teacher.safetensors"
+# Images whose pixels go into a data set's fingerprint; the labels of all do.
+SAMPLED_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -53,20 +52,31 @@ def collate_taught(samples: Sequence[TaughtSample]) -> dict[str, Tensor]:
 
 
 def with_answers(data: ClassificationData, teacher: Teacher, folder: Path, batch_size: int) -> TaughtData:
-    """``data`` with the teacher's answers, from ``folder`` where they are this teacher's to this many images."""
-    file, fingerprint = folder / CACHE_FILE, teacher.fingerprint()
+    """``data`` with the teacher's answers, from ``folder`` where it was asked for these images before.
+
+    The file is named by the teacher's weights and the images, so that studies may share the folder.
+    """
+    file = folder / f"{teacher.fingerprint()}-{fingerprint(data)}.safetensors"
     if file.is_file():
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-        if metadata == {"teacher": fingerprint, "images": str(len(data))}:
-            kept = load_file(file)
-            return TaughtData(data, kept["logits"], kept["embedding"])
-        logger.warning("%s holds another teacher's answers and is written anew", file)
+        kept = load_file(file)
+        return TaughtData(data, kept["logits"], kept["embedding"])
     logits, embedding = ask_all(data, teacher, batch_size)
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"teacher": fingerprint, "images": str(len(data))}
-    save_file({"logits": logits, "embedding": embedding}, file, metadata)
+    # Renamed when whole: a killed run leaves no half file, and two runs at once do no harm.
+    half = file.with_name(f"{file.name}.{os.getpid()}")
+    save_file({"logits": logits, "embedding": embedding}, half)
+    os.replace(half, file)
     return TaughtData(data, logits, embedding)
+
+
+def fingerprint(data: ClassificationData) -> str:
+    """A digest of how the images are shown, of all labels, and of the pixels of some images over the whole set."""
+    digest = hashlib.sha256(repr(data.preprocessing).encode())
+    digest.update(data.source.labels[data.indices].tobytes())
+    for position in spread(len(data), SAMPLED_IMAGES):
+        sample = data[int(position)]
+        digest.update(sample.image.numpy().tobytes() if isinstance(sample, Sample) else b"unreadable")
+    return digest.hexdigest()[:16]
 
 
 def ask_all(data: ClassificationData, teacher: Teacher, batch_size: int) -> tuple[Tensor, Tensor]:

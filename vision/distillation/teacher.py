@@ -33,13 +33,13 @@ class TeacherOptions:
     """A recipe's ``[teacher]`` table.
 
     ``kind`` "backbone" is a folder that a trainer of ours saved, "transformers" a folder of an image classifier of that
-    library. ``cache`` asks the teacher once for every image instead of once a step; possible only where the images of
-    an epoch equal those of the others, that is without augmentation.
+    library. With ``cache``, a folder, the teacher is asked once for every image instead of once a step, and its answers
+    are kept there for all runs that name it; possible only where every epoch shows the same images: no augmentation.
     """
 
     path: str
     kind: str = "backbone"
-    cache: bool = False
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ADAPTERS:

@@ -239,7 +239,8 @@ def prepare(parsed: DistillationRecipe, source: ImageSource, teacher: Teacher | 
         _, example = teacher(torch.zeros(1, 3, side, side, dtype=torch.uint8))
         width = example.shape[1]
         if parsed.teacher and parsed.teacher.cache:
-            taught = with_answers(data, teacher, Path(options.training.output), options.training.batch_size)
+            folder = Path(parsed.teacher.cache).expanduser()
+            taught = with_answers(data, teacher, folder, options.training.batch_size)
             asked = None
     task = DistillationTask(model, asked, parsed.terms, options.task, parsed.distillation, width)
     return Lesson(task, data, taught, teacher)

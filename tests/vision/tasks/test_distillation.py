@@ -105,15 +105,25 @@ def test_cached_answers_train_the_same_student_and_are_kept(
     recipe: Recipe, tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = train(recipe(augmentation=STILL, training={"output": str(tmp_path / "asked")}))
-    cached = {"path": str(teacher_folder), "cache": True}
+    cached = {"path": str(teacher_folder), "cache": str(tmp_path / "answers")}
     table = recipe(augmentation=STILL, teacher=cached, training={"output": str(tmp_path / "cached")})
     kept = train(table)
     expected = weights(asked)
     for key, value in weights(kept).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
-    assert (tmp_path / "cached" / "teacher.safetensors").is_file()
+    assert [file.suffix for file in (tmp_path / "answers").iterdir()] == [".safetensors"]
     monkeypatch.setattr("vision.distillation.cache.ask_all", lambda *_: pytest.fail("the answers are on disk"))
-    assert train(table, resume=True).finished
+    again = recipe(augmentation=STILL, teacher=cached, training={"output": str(tmp_path / "again")})
+    assert all(torch.equal(value, weights(kept)[key]) for key, value in weights(train(again)).items())
+
+
+def test_answers_to_other_images_are_not_taken(recipe: Recipe, tmp_path: Path, teacher_folder: Path) -> None:
+    cached = {"path": str(teacher_folder), "cache": str(tmp_path / "answers")}
+    for limit in (None, 24):
+        data = {} if limit is None else {"limit": limit}
+        table = recipe(augmentation=STILL, teacher=cached, data=data, training={"output": str(tmp_path / str(limit))})
+        assert train(table).finished
+    assert len(list((tmp_path / "answers").iterdir())) == 2
 
 
 def test_the_teacher_is_frozen_and_no_part_of_the_state(teacher_folder: Path) -> None:
@@ -172,7 +182,7 @@ def test_a_student_with_its_teachers_weights_has_nothing_to_learn_from_it(teache
         ({"task": {"mixup": 0.2}}, RecipeError, "mixup"),
         ({"distillation": {"sampler": "greedy"}}, RecipeError, "allowed are random, class_uniform"),
         ({"teacher": {"kind": "jax"}}, RecipeError, "allowed are backbone, transformers"),
-        ({"teacher": {"cache": True}}, RecipeError, "needs images that do not change"),
+        ({"teacher": {"cache": "answers"}}, RecipeError, "needs images that do not change"),
         ({"teacher": {"path": "/nowhere"}}, CheckpointError, "does not exist"),
         ({"terms": [CCKD], "training": {"batch_size": 1}}, BatchTooSmall, "at least 2"),
     ],
