@@ -154,6 +154,31 @@ def evaluate_detector_study(
     typer.echo(json.dumps(report))
 
 
+@app.command("study")
+def evaluate_study(
+    recipe: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe with [study].")],
+    figures: Annotated[str, typer.Option(help="Figures of the trainings' reports, by commas; the first one counts.")],
+    json_file: Annotated[Path, typer.Option("--json", dir_okay=False, help="Report; the plot lies beside it.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="Variant that gains are taken over, seed by seed.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)
+    ] = None,
+    only: Annotated[str, typer.Option(help="Variants to report, by commas; empty: all.", show_default=False)] = "",
+) -> None:
+    """Figures of any study over its seeds, as its trainings reported them; what is not trained is marked NOT RUN."""
+    from kernels.training.options import load_recipe
+    from kernels.training.study import choose, expand
+    from kernels.training.study_report import markdown, study_rows, write_study
+
+    cells = choose(expand(load_recipe(recipe), output), [name for name in only.split(",") if name])
+    rows = study_rows(cells, [name for name in figures.split(",") if name], baseline)
+    report = write_study(rows, cells, baseline, json_file)
+    typer.echo(markdown(report), err=True)
+    typer.echo(json.dumps(report))
+
+
 @app.command("face-quality")
 def evaluate_face_quality(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained scorer.")],
