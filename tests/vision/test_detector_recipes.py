@@ -7,9 +7,11 @@ from kernels.training import load_recipe
 from kernels.training.study import expand
 from vision.backbones import list_backbones
 from vision.data.detection_sources import DetectionSource
+from vision.detection.checkpoint import load_detector
 from vision.tasks.detection_recipe import DetectorRecipe, build_model
 
 FOLDER = Path(vision.__file__).parent / "recipes" / "detection"
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DETECTORS = sorted(
     path
     for path in FOLDER.glob("*.toml")
@@ -48,13 +50,20 @@ def test_the_mining_study_compares_all_samplers_under_one_budget() -> None:
     assert {cell.mining.map for cell in cells} == {"none", "lrm", "focal"}
 
 
-def test_the_distillation_study_gives_every_loss_the_same_weight_and_teacher() -> None:
-    cells = [DetectorRecipe.parse(recipe) for recipe in recipes(FOLDER / "bccd_distillation_study.toml")]
-    assert sorted({"+".join(cell.terms) for cell in cells}) == ["", "bdd", "bdd+mimic", "dkd", "kd", "mimic"]
-    teacher = DetectorRecipe.parse(load_recipe(FOLDER / "bccd_thundernet_snet146.toml"))
-    assert {cell.teacher.path for cell in cells if cell.teacher} == {f"{teacher.training.output}/model"}
-    assert {term.weight for cell in cells for term in cell.terms.values()} == {1.0}
-    assert {cell.data for cell in cells} == {teacher.data}
+def test_the_distillation_study_is_the_bundled_detectors_recipe_with_terms_of_one_weight() -> None:
+    single = load_recipe(FOLDER / "bccd_thundernet_snet49.toml")
+    cells = recipes(FOLDER / "bccd_distillation_study.toml")
+    for cell in cells:
+        taught = {"teacher": cell["teacher"], "terms": cell["terms"], "training": cell["training"]}
+        assert cell == single | taught
+        own = {key: value for key, value in cell["training"].items() if key != "seed"}  # type: ignore[attr-defined]
+        assert own | {"output": ""} == single["training"] | {"output": ""}  # type: ignore[operator]
+    parsed = [DetectorRecipe.parse(cell) for cell in cells]
+    assert sorted({"+".join(cell.terms) for cell in parsed}) == ["bdd", "bdd+mimic", "dkd", "kd", "mimic"]
+    assert {term.weight for cell in parsed for term in cell.terms.values()} == {1.0}
+    teacher = load_detector(REPOSITORY / "server" / "assets" / "detector")
+    assert {cell.teacher.path for cell in parsed if cell.teacher} == {"server/assets/detector"}
+    assert set(teacher.config.class_names) == {"Platelets", "RBC", "WBC"}
 
 
 def test_small_recipes_build_small_networks() -> None:

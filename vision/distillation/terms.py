@@ -161,7 +161,7 @@ class MimicTerm(Term):
         if student.shape != teacher.shape:
             raise ShapeMismatch(
                 f"student embeddings are {tuple(student.shape)}, teacher embeddings {tuple(teacher.shape)}; a mimic "
-                "term needs equal widths (distillation.embedding_size adds a layer to the student)"
+                "term needs equal widths, or a layer between them"
             )
         difference = functional.normalize(student.float()) - functional.normalize(teacher.detach().float())
         return difference.square().sum(dim=1).mean()
