@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kernels.diagonalwise import bench_report
+from kernels.training import study_report
 from vision.backbones import create_backbone, list_backbones
 from vision.backbones.complexity import count
 from vision.tasks import detection_study, study
@@ -14,6 +15,7 @@ from vision.tasks import detection_study, study
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 PAGE = (DOCS / "vision.md").read_text(encoding="utf-8")
 DETECTION = (DOCS / "vision" / "detection.md").read_text(encoding="utf-8")
+DISTILLATION = (DOCS / "vision" / "distillation.md").read_text(encoding="utf-8")
 
 
 def between_markers(name: str, page: str = PAGE) -> str:
@@ -42,6 +44,12 @@ def test_the_bundled_detectors_study_is_its_report() -> None:
 def test_the_mining_study_is_its_report() -> None:
     report = json.loads((DOCS / "vision" / "detector_mining_study.json").read_text(encoding="utf-8"))
     assert between_markers("detector_mining_study", DETECTION) == detection_study.markdown(report["rows"])
+
+
+@pytest.mark.parametrize("name", ["distillation_cifar10", "distillation_scenes", "distillation_faces"])
+def test_the_distillation_studies_are_their_reports(name: str) -> None:
+    report = json.loads((DOCS / "vision" / f"{name}.json").read_text(encoding="utf-8"))
+    assert between_markers(name, DISTILLATION) == study_report.markdown(report)
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", DETECTION))))
