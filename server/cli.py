@@ -52,6 +52,8 @@ def set_up(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
+    if not verbose:
+        logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # an export's every step, at INFO
 
 
 def main() -> None:

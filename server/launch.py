@@ -283,6 +283,7 @@ def vision_worker(settings: Settings) -> VisionWorker | None:
     """
     from server.vision_worker import VisionWorker, WorkerOptions
     from vision.images import ImageLimits
+    from vision.predict import name_of
 
     named = settings.vision
     if named is None:
@@ -293,7 +294,7 @@ def vision_worker(settings: Settings) -> VisionWorker | None:
     for path in (Path(name).expanduser() for name in named if name != NO_VISION):
         if not path.exists():
             raise LaunchError(f"{str(path)!r} is no vision model: there is no such folder or file")
-        name = path.stem if path.is_file() else path.resolve().name
+        name = name_of(path)
         if name in models or (name == settings.served_name and not settings.no_llm):
             raise LaunchError(f"two models would be served as {name!r}; rename the folder {path}")
         models[name] = path

@@ -21,6 +21,8 @@ from vision.images import Picture
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE, WEIGHTS_FILE, ONNX_FILE = "config.json", "model.safetensors", "model.onnx"
+# What training calls every folder and export every file: it tells no model from another.
+USUAL_NAME = "model"
 
 
 class ModelError(ValueError):
@@ -66,19 +68,19 @@ class VisionModel(Protocol):
 
 
 def load_vision_model(path: Path, num_threads: int = 1, name: str | None = None) -> VisionModel:
-    """The model in a folder, or in an exported .onnx file; ``name`` None takes the folder's or the file's.
+    """The model in a folder, or in an exported .onnx file; ``name`` None takes ``name_of`` the path.
 
     Errors: ModelError; CheckpointError of ``vision.backbones.checkpoint``.
     """
     from vision.assess import FACE_QUALITY, FORMAT, load_onnx_scorer, load_scorer_folder
     from vision.onnx_runtime import belongs_to, load_onnx, read_metadata
 
+    name = name or name_of(path)
     if path.is_file() and path.suffix == ".onnx":
         is_scorer = FACE_QUALITY in read_metadata(path)
-        return (load_onnx_scorer if is_scorer else load_onnx)(path, num_threads, name or path.stem)
+        return (load_onnx_scorer if is_scorer else load_onnx)(path, num_threads, name)
     if not (path / CONFIG_FILE).is_file():
         raise ModelError(f"{path} is no vision model: neither a folder with {CONFIG_FILE} nor an .onnx file")
-    name = name or path.resolve().name
     exported = path / ONNX_FILE
     use_onnx = exported.is_file() and find_spec("onnxruntime") is not None
     if use_onnx and not belongs_to(exported, path / WEIGHTS_FILE):
@@ -91,6 +93,13 @@ def load_vision_model(path: Path, num_threads: int = 1, name: str | None = None)
     from vision.detection.predict import load_torch
 
     return load_torch(path, num_threads, name)
+
+
+def name_of(path: Path) -> str:
+    """What a model is called: its folder's or file's name, or that of the run whose folder ``model`` it lies in."""
+    path = path.resolve()
+    names = [path.stem if path.suffix == ".onnx" else path.name, *(parent.name for parent in path.parents)]
+    return next((name for name in names if name not in ("", USUAL_NAME)), USUAL_NAME)
 
 
 def format_of(file: Path) -> str:

@@ -49,11 +49,17 @@ def answer_images(
     show: Callable[[Path, dict[str, Any]], None] | None,
     draw: Path | None,
 ) -> None:
-    """Answer each image by ``show``, or as a line of JSON where there is none; ``draw`` takes the last picture."""
-    from vision.images import decode_image
+    """Answer each image by ``show``, or as a line of JSON where there is none; ``draw`` takes the last picture.
+
+    Errors: ImageError naming the file, which ends the row.
+    """
+    from vision.images import ImageError, decode_image
 
     for path in images:
-        picture = decode_image(path.read_bytes())
+        try:
+            picture = decode_image(path.read_bytes())
+        except ImageError as error:
+            raise ImageError(error.code, f"{path}: {error}") from error
         (answer,) = model.predict([model.prepare(picture, options)])
         if show is not None:
             show(path, answer)

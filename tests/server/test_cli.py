@@ -192,7 +192,7 @@ def test_serve_passes_vision_on_and_may_do_without_a_language_model(launch, monk
 def test_vision_models_are_found_and_named(tmp_path, make_settings, monkeypatch):
     from server import launch
 
-    for name in ("one", "two", "deep/one", "tiny"):
+    for name in ("one", "two", "deep/one", "tiny", "cats/model", "dogs/model"):
         (tmp_path / name).mkdir(parents=True)
 
     def names(*paths, **settings):
@@ -202,6 +202,7 @@ def test_vision_models_are_found_and_named(tmp_path, make_settings, monkeypatch)
     monkeypatch.setattr(launch, "ASSETS", tmp_path)
     assert names("one", "two") == ("one", "two")
     assert names("tiny", no_llm=True) == ("tiny",)
+    assert names("cats/model", "dogs/model") == ("cats", "dogs"), "training calls every folder model"
     for paths in (("one", "deep/one"), ("tiny",)):
         with pytest.raises(launch.LaunchError, match="two models would be served as"):
             names(*paths)

@@ -143,3 +143,12 @@ def test_detector_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     result = RUNNER.invoke(app, ["study", "detector", str(study), "--output", str(out)])
     cells = json.loads(result.stdout.splitlines()[-1])["cells"]
     assert [cell["final"] for cell in cells] == [{"map50": 0.5}] * 2
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    from server.commands.detect import answer_images
+    from vision.images import ImageError
+
+    (tmp_path / "notes.jpg").write_text("no image")
+    with pytest.raises(ImageError, match=r"notes\.jpg: the data are no image of a known format"):
+        answer_images(None, [tmp_path / "notes.jpg"], {}, None, None)  # type: ignore[arg-type]

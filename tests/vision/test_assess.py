@@ -167,7 +167,7 @@ def test_a_folder_is_recognised_as_a_scorer(tmp_path):
     crop = drawn_face().resize((112, 112))
     (answer,) = model.predict([model.prepare(Picture(crop, 112, 112), {"aligned": True})])
     assert answer["faces"][0]["raw"] == pytest.approx(np.asarray(crop)[..., 0].mean() / 255, abs=1e-4)
-    assert load_vision_model(tmp_path / "redness" / "model.onnx").info.name == "model"
+    assert load_vision_model(tmp_path / "redness" / "model.onnx").info.name == "redness"
     (tmp_path / "redness" / "config.json").write_text("[1")
     with pytest.raises(ModelError, match="not JSON"):
         load_vision_model(tmp_path / "redness")

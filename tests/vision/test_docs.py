@@ -3,8 +3,10 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from kernels.diagonalwise import bench_report
 from kernels.training import study_report
@@ -50,6 +52,21 @@ def test_the_mining_study_is_its_report() -> None:
 def test_the_distillation_studies_are_their_reports(name: str) -> None:
     report = json.loads((DOCS / "vision" / f"{name}.json").read_text(encoding="utf-8"))
     assert between_markers(name, DISTILLATION) == study_report.markdown(report)
+
+
+def test_the_mining_example_runs() -> None:
+    found = re.search(r"```python\n(.*?)```", DETECTION, flags=re.DOTALL)
+    assert found is not None
+    corners = torch.arange(200.0)[:, None] * 30
+    values: dict[str, Any] = {
+        "class_logits": torch.randn(200, 4, requires_grad=True), "box_regression": torch.randn(200, 16),
+        "targets": torch.randn(200, 4), "labels": torch.arange(200) % 4,
+        "boxes": torch.cat([corners, corners, corners + 20, corners + 20], dim=1), "step": 3, "num_steps": 10,
+    }  # fmt: skip
+    exec(found[1], values)
+    assert len(values["chosen"]) == 64
+    values["loss"].backward()
+    assert (values["class_logits"].grad.abs().sum(dim=1) > 0).sum() == 64
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", DETECTION))))

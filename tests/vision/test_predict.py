@@ -17,7 +17,7 @@ from vision.detection.rpn import ProposalBudget
 from vision.detection.thundernet import ThunderNetConfig
 from vision.images import ImageError, ImageLimits, decode_image
 from vision.onnx_runtime import soft_nms
-from vision.predict import ModelError, load_vision_model
+from vision.predict import ModelError, load_vision_model, name_of
 
 needs_onnx = pytest.mark.skipif(
     find_spec("onnxruntime") is None or find_spec("onnx") is None, reason="not installed (extra vision): onnxruntime"
@@ -100,6 +100,22 @@ def test_an_export_from_other_weights_is_not_run(tmp_path: Path, caplog: pytest.
     (tmp_path / "mine" / "model.safetensors").unlink()
     assert load_vision_model(tmp_path / "mine").info.runtime == "onnxruntime"
     assert load_vision_model(tmp_path / "mine" / "model.onnx").info.class_names == ("red", "blue")
+
+
+@pytest.mark.parametrize(("path", "name"), [
+    ("cats", "cats"), ("runs/cats/model", "cats"), ("runs/cats/model/model.onnx", "cats"), ("cats.onnx", "cats"),
+    ("/model", "model"), ("/model/model.onnx", "model"),
+])  # fmt: skip
+def test_a_model_is_called_after_its_run(path: str, name: str) -> None:
+    assert name_of(Path(path)) == name
+
+
+@needs_onnx
+def test_onnx_runtime_computes_with_the_threads_it_is_given(tmp_path: Path) -> None:
+    folder = write_tiny_detector(tmp_path / "mine")
+    for num_threads in (1, 2):
+        model = load_vision_model(folder, num_threads)
+        assert model.runtime.session.get_session_options().intra_op_num_threads == num_threads  # type: ignore[attr-defined]
 
 
 @needs_onnx

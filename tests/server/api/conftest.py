@@ -10,11 +10,15 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from tiny_detector import write_tiny_detector
 
 from server.app import DrainingServer, create_app
 from server.settings import Settings
+from server.vision_worker import VisionWorker, WorkerOptions
+from vision.images import ImageLimits
 
 PATIENCE_S = 5.0
+MAX_PIXELS = 200_000
 
 
 @pytest.fixture
@@ -96,3 +100,27 @@ def read_events() -> Callable[[str], list[Any]]:
         return [payload if payload == "[DONE]" else json.loads(payload) for payload in payloads]
 
     return read
+
+
+class Lasting(VisionWorker):
+    """A worker that several apps use after each other: started once, not stopped with each."""
+
+    def start(self, on_loaded: Any = None) -> None:
+        if not self.thread.is_alive():
+            super().start()
+        while not self.models:
+            assert self.thread.is_alive(), self.failure
+        on_loaded(None)
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VisionWorker]:
+    """A real vision process with the detector of two colours."""
+    folder = write_tiny_detector(tmp_path_factory.mktemp("models") / "halves")
+    options = WorkerOptions(limits=ImageLimits(max_pixels=MAX_PIXELS), niceness=0)
+    lasting = Lasting({"halves": folder}, options)
+    yield lasting
+    VisionWorker.stop(lasting)

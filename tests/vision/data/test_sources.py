@@ -1,11 +1,12 @@
 import gzip
 import os
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vision.data.sources import DataError, UnreadableImageError, open_source, read_image
 from vision.images import decode_image
@@ -88,6 +89,25 @@ def test_truncated_files_are_named(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"x.{suffix}").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UnreadableImageError, match=rf"x\.{suffix} is not a readable image"):
         read_image(tmp_path / f"x.{suffix}")
+
+
+def test_a_bomb_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """60,000 x 60,000 pixels in a few bytes of PNG."""
+    data = bytearray(write_image(tmp_path / "bomb.png", 1, "1").read_bytes())
+    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(data)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("it was decoded"))
+    with pytest.raises(UnreadableImageError, match=r"bomb\.png is not a readable image"):
+        read_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_of_an_animation_the_first_image_is_read(tmp_path: Path, suffix: str) -> None:
+    first, second = Image.new("RGB", (12, 10), (250, 0, 0)), Image.new("RGB", (12, 10), (0, 0, 250))
+    options = {"lossless": True} if suffix == "webp" else {}
+    first.save(tmp_path / f"x.{suffix}", save_all=True, append_images=[second], duration=50, **options)
+    assert read_image(tmp_path / f"x.{suffix}").getpixel((5, 5)) == (250, 0, 0)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def scatter(truths: list[Truth], num_classes: int, seed: int) -> list[Detections
         for box, class_id in zip(one.boxes, one.class_ids, strict=True):
             for _ in range(generator.choice([0, 1, 1, 1, 2])):
                 sides = np.tile(box[2:] - box[:2], 2)
-                boxes.append(box + generator.normal(0, 0.06, 4) * sides)
+                boxes.append(box + generator.normal(0, 0.12, 4) * sides)
                 class_ids.append(class_id if generator.random() < 0.85 else generator.integers(num_classes))
         for _ in range(3):
             corner = generator.uniform(0, 300, 2)

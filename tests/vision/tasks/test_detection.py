@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 from collections.abc import Callable
 from io import StringIO
@@ -184,6 +185,30 @@ def test_unknown_backbones_and_classes_are_named(detector_recipe: Recipe, shapes
     annotation.write_text(annotation.read_text().replace("disc", "star").replace("square", "star"))
     with pytest.raises(DataError, match="'star'; known are disc, square"):
         evaluate_detector(Path(report.checkpoint), "voc", shapes_folder, "val")
+
+
+def flatten_boxes(folder: Path) -> int:
+    """Make every box of the data set a line; how many those of ``train`` are."""
+    for file in (folder / "Annotations").glob("*.xml"):
+        file.write_text(re.sub(r"<xmax>.*?</xmax>", "<xmax>1</xmax>", file.read_text()))
+    return sum(file.read_text().count("<object>") for file in (folder / "Annotations").glob("train*.xml"))
+
+
+@pytest.mark.parametrize("model", [{}, YOLO], ids=["thundernet", "yolo"])
+def test_a_set_without_a_usable_box_trains_on_background_and_measures_nothing(
+    detector_recipe: Recipe, shapes_folder: Path, model: dict[str, Any]
+) -> None:
+    dropped = flatten_boxes(shapes_folder)
+    report = train(detector_recipe(model=model, training={"steps": 2}))
+    assert report.final["degenerate_boxes"] == dropped > 12
+    assert (report.final["map50"], report.final["eval_map50"]) == (0, 0)
+    assert all(value.isfinite().all() for value in weights(report.checkpoint).values())
+
+
+def test_anchors_cannot_come_from_a_set_without_a_usable_box(detector_recipe: Recipe, shapes_folder: Path) -> None:
+    flatten_boxes(shapes_folder)
+    with pytest.raises(RecipeError, match="0 different shapes; 5 anchors need"):
+        train(detector_recipe(model={"architecture": "yolo_v2"}))
 
 
 @pytest.mark.slow
