@@ -23,9 +23,9 @@ class AugmentationOptions:
     ``crop`` "resized" cuts a random rectangle of a ``scale`` share of the area and a ``ratio`` of sides, and scales it
     to the network's size; "padded" scales the short side, pads by ``padding`` pixels and cuts at random; "centre" cuts
     as at test time. ``flip`` mirrors half of the images. ``color_jitter`` j draws factors of brightness, contrast and
-    saturation from 1 - j to 1 + j, in random order. ``uneven_light`` u multiplies every channel by a smooth random field
-    whose logarithm has the deviation u, so that coarse light and colour say little and details must be looked at (ours).
-    ``degrade`` is the share of images that get one random defect of ``vision.data.degradations``.
+    saturation from 1 - j to 1 + j, in random order. ``uneven_light`` u multiplies every channel by a smooth random
+    field whose logarithm has the deviation u (ours): coarse light and colour then say little, and details must be
+    looked at. ``degrade`` is the share of images that get one random defect of ``vision.data.degradations``.
     """
 
     crop: str = "resized"
@@ -129,7 +129,7 @@ def jitter_colors(image: Image.Image, strength: float, generator: np.random.Gene
 
 
 def light_unevenly(image: Image.Image, strength: float, generator: np.random.Generator) -> Image.Image:
-    """Every channel times a field that is smooth between 8 x 8 random gains; of deviation ``strength`` in logarithms."""
+    """Every channel times a field, smooth between 8 x 8 random gains whose logarithms have this deviation."""
     if strength == 0:
         return image
     pixels = np.asarray(image, dtype=np.float32)
