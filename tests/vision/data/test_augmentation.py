@@ -98,7 +98,7 @@ def test_uneven_light_changes_coarse_colours_and_keeps_details() -> None:
     ({"crop": "random"}, "crop is 'random'; allowed are resized, padded, centre"),
     ({"scale": (0.5, 0.2)}, "scale is"), ({"scale": (0.0, 1.0)}, "scale is"), ({"ratio": (2.0, 1.0)}, "ratio is"),
     ({"color_jitter": 1.0}, "color_jitter 1.0"), ({"padding": -1}, "padding -1"),
-    ({"uneven_light": 3.0}, "uneven_light is 3.0"),
+    ({"uneven_light": 3.0}, "uneven_light 3.0"), ({"light_cells": 0}, "light_cells 0"),
 ])  # fmt: skip
 def test_impossible_options_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
