@@ -202,7 +202,8 @@ def evaluate_face_quality(
 ) -> None:
     """How well a face-quality scorer predicts recognition errors, beside scores that need no training."""
     from vision.face_quality.recognition import RecogniserOptions
-    from vision.face_quality.report import EvaluationOptions, evaluate_face_quality, markdown, report_json
+    from vision.face_quality.report import EvaluationOptions, evaluate_face_quality, report_json
+    from vision.face_quality.tables import markdown
 
     report = evaluate_face_quality(
         checkpoint,

@@ -22,8 +22,10 @@ class AugmentationOptions:
     ``crop`` "resized" cuts a random rectangle of a ``scale`` share of the area and a ``ratio`` of sides, and scales it
     to the network's size; "padded" scales the short side, pads by ``padding`` pixels and cuts at random; "centre" cuts
     as at test time. ``flip`` mirrors half of the images. ``color_jitter`` j draws factors of brightness, contrast and
-    saturation from 1 - j to 1 + j, in random order. ``degrade`` is the share of images that get one random defect of
-    ``vision.data.degradations``.
+    saturation from 1 - j to 1 + j, in random order. ``uneven_light`` u multiplies every channel by a smooth random
+    field between ``light_cells`` x ``light_cells`` gains, whose logarithms have the deviation u (ours): light and
+    colour coarser than a cell then say little, and details must be looked at. ``degrade`` is the share of images that
+    get one random defect of ``vision.data.degradations``.
     """
 
     crop: str = "resized"
@@ -32,6 +34,8 @@ class AugmentationOptions:
     padding: int = 8
     flip: bool = True
     color_jitter: float = 0.0
+    uneven_light: float = 0.0
+    light_cells: int = 8
     degrade: float = 0.0
 
     def __post_init__(self) -> None:
@@ -45,13 +49,18 @@ class AugmentationOptions:
             raise ValueError(
                 f"color_jitter {self.color_jitter} must be in [0, 1) and padding {self.padding} at least 0"
             )
+        if not 0 <= self.uneven_light <= 2 or self.light_cells < 1:
+            raise ValueError(
+                f"uneven_light {self.uneven_light} must be in [0, 2] and light_cells {self.light_cells} at least 1"
+            )
         if not 0 <= self.degrade <= 1:
             raise ValueError(f"degrade is {self.degrade}; it is a share of the images, from 0 to 1")
 
     @property
     def is_deterministic(self) -> bool:
         """Whether every epoch shows the same images."""
-        return self.crop == "centre" and not self.flip and self.color_jitter == 0 and self.degrade == 0
+        chances = (self.flip, self.color_jitter, self.uneven_light, self.degrade)
+        return self.crop == "centre" and not any(chances)
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
@@ -83,6 +92,7 @@ def augment(
     if options.flip and generator.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     image = jitter_colors(image, options.color_jitter, generator)
+    image = light_unevenly(image, options.uneven_light, options.light_cells, generator)
     if options.degrade > 0 and generator.random() < options.degrade:
         image = degrade_at_random(image, generator)
     return image
@@ -119,3 +129,16 @@ def jitter_colors(image: Image.Image, strength: float, generator: np.random.Gene
     for place in generator.permutation(len(enhancers)):
         image = enhancers[place](image).enhance(float(generator.uniform(1 - strength, 1 + strength)))
     return image
+
+
+def light_unevenly(image: Image.Image, strength: float, cells: int, generator: np.random.Generator) -> Image.Image:
+    """Every channel times a field, smooth between gains whose logarithms have the deviation ``strength``."""
+    if strength == 0:
+        return image
+    pixels = np.asarray(image, dtype=np.float32)
+    fields = []
+    for _ in range(pixels.shape[2]):
+        logs = generator.normal(0, strength, (cells, cells)).astype(np.float32)
+        fields.append(np.asarray(Image.fromarray(logs).resize(image.size, Image.Resampling.BICUBIC)))
+    lit = pixels * np.exp(np.stack(fields, axis=2))
+    return Image.fromarray(lit.round().clip(0, 255).astype(np.uint8))

@@ -15,7 +15,7 @@ from torch import Tensor
 from vision.data.classification import to_tensor
 from vision.data.faces import DegradedFaces
 from vision.data.sources import DataError, UnreadableImageError
-from vision.face_quality.labels import LabelInputError, QualityLabels, quality_labels
+from vision.face_quality.labels import LabelInputError, QualityLabels, quality_labels, ranks_within
 from vision.face_quality.recognition import Recogniser
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ class LabelOptions:
 
     ``subtract_mean`` takes the mean feature of all faces off first (ours): features behind a ReLU are all positive, so
     that every cosine is near 1 and labels hardly differ. Networks of the ArcFace family do not need it.
+    ``rank_within_identity`` makes the label the rank among the person's images instead of the cosine; see
+    ``ranks_within``.
     """
 
     leave_one_out: bool = True
@@ -36,6 +38,7 @@ class LabelOptions:
     min_images: int = 10
     min_raw: float = 0.05
     subtract_mean: bool = False
+    rank_within_identity: bool = False
     balance_power: float = 0.5
     max_oversampling: float = 10.0
     batch_size: int = 64
@@ -94,9 +97,11 @@ def label_readable(features: Tensor, identities: Tensor, options: LabelOptions) 
         options.min_images,
         options.min_raw,
     )
-    raw, usable = torch.zeros(len(features)), torch.zeros(len(features), dtype=torch.bool)
-    raw[readable], usable[readable] = found.raw.float(), found.usable
-    return QualityLabels(raw, raw.clamp(0, 1), usable)
+    labels = ranks_within(found.raw, identities[readable]) if options.rank_within_identity else found.labels
+    raw, targets = torch.zeros(len(features)), torch.zeros(len(features))
+    usable = torch.zeros(len(features), dtype=torch.bool)
+    raw[readable], targets[readable], usable[readable] = found.raw.float(), labels.float(), found.usable
+    return QualityLabels(raw, targets, usable)
 
 
 def embed_faces(faces: DegradedFaces, recogniser: Recogniser, batch_size: int) -> tuple[Tensor, tuple[str, ...]]:

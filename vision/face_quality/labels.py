@@ -56,6 +56,23 @@ def quality_labels(
     return QualityLabels(raw, raw.clamp(0, 1), enough & (raw >= min_raw))
 
 
+def ranks_within(raw: Tensor, identities: Tensor) -> Tensor:
+    """Labels [N] in 0..1: the share of the identity's other images whose raw cosine is lower, ties counting half.
+
+    Ours. Cosines of defects that a recogniser nearly forgives lie within 0.05 of those of good images and differ more
+    from person to person; ranks within a person spread them out and favour nobody. An only image gets 0.5.
+    """
+    labels = torch.full_like(raw, 0.5)
+    for identity in torch.unique(identities):
+        rows = torch.nonzero(identities == identity).squeeze(1)
+        own = raw[rows]
+        if len(rows) > 1:
+            lower = (own[None] < own[:, None]).sum(dim=1)
+            ties = (own[None] == own[:, None]).sum(dim=1) - 1
+            labels[rows] = ((lower + 0.5 * ties) / (len(rows) - 1)).to(raw.dtype)
+    return labels
+
+
 def balancing_weights(labels: Tensor, power: float = 0.5, num_bins: int = 20, max_oversampling: float = 10.0) -> Tensor:
     """Sampling weights [N], of mean 1, that flatten the distribution of ``labels`` [N] in 0..1.
 

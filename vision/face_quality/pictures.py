@@ -25,7 +25,7 @@ def plot_curves(curves: Mapping[str, Line], highlighted: str, fmr: float, file: 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for name, line in curves.items():
@@ -34,7 +34,7 @@ def plot_curves(curves: Mapping[str, Line], highlighted: str, fmr: float, file: 
     axis.set_xlabel("share of mated pairs discarded, lowest quality first")
     axis.set_ylabel(f"FNMR, threshold at FMR {fmr:g}")
     axis.grid(alpha=0.3)
-    axis.legend(loc="lower left", fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(file, dpi=110)
 
 
@@ -53,5 +53,5 @@ def plot_order(ordered: Mapping[str, Mapping[str, float]], file: Path) -> None:
     axis.set_xticks(np.arange(len(kinds)) + 0.4 - width / 2, kinds)
     axis.axhline(0.5, color="black", linewidth=0.8)
     axis.set_ylabel("pairs in the right order")
-    axis.legend(loc="lower left", fontsize="small", ncols=2)
+    figure.legend(loc="outside upper center", fontsize="small", ncols=len(ordered))
     figure.savefig(file, dpi=110)

@@ -63,7 +63,7 @@ class BackboneRecogniser:
 
     def __init__(self, folder: Path) -> None:
         self.model: Backbone = load_backbone(folder).to(default_device())
-        self.name = folder.parent.name if folder.name == "model" else folder.name
+        self.name = run_name(folder)
         self.digest = file_digest(folder / WEIGHTS_FILE)
 
     @torch.inference_mode()
@@ -74,6 +74,12 @@ class BackboneRecogniser:
         margin = (preprocessing.resize - preprocessing.image_size) // 2
         end = margin + preprocessing.image_size
         return self.model.embed(self.model.normalization(resized[..., margin:end, margin:end] / 255)).cpu()
+
+
+def run_name(folder: Path) -> str:
+    """What a trained folder is called: that of its run, or of its variant where the run is one seed of a study."""
+    run = folder.parent if folder.name == "model" else folder
+    return run.parent.name if run.name.startswith("seed_") else run.name
 
 
 class OnnxRecogniser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -300,19 +300,3 @@ def report_json(report: FaceQualityReport) -> dict[str, Any]:
     """JSON has no NaN."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(report)), parse_constant=lambda _: None)
     return values
-
-
-def markdown(report: FaceQualityReport) -> str:
-    """The table of methods, best first."""
-    lines = [
-        "| score | pAUC(0.3)/FNMR(0) | 95 % interval | Spearman, label | Spearman, severity | ordered defects |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in sorted(report.methods.items(), key=lambda entry: entry[1].pauc):
-        order = f"{report.ordered[name]['all']:.3f}" if name in report.ordered else "-"
-        low, high = row.interval
-        correlations: Sequence[str] = [
-            "-" if value is None else f"{value:.3f}" for value in (row.spearman, row.spearman_severity)
-        ]
-        lines.append(f"| {name} | {row.pauc:.3f} | {low:.3f} to {high:.3f} | {' | '.join(correlations)} | {order} |")
-    return "\n".join(lines)

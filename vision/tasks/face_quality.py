@@ -161,7 +161,8 @@ class FaceQualityTask(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """``images`` uint8 [B, 3, H, W], ``labels`` [B] -> ``loss`` and its parts; ``mae`` between score and label."""
-        x = normalize_faces(images.float() / 255)
+        # Depthwise layers train twice as fast on a CPU with the channels last; the maps keep the images' format.
+        x = normalize_faces(images.float() / 255).contiguous(memory_format=torch.channels_last)
         logits = (self.model if self.training else self.trained).logits(x)
         loss = self.regression(logits, labels)
         figures = {"mae": (logits.sigmoid() - labels).abs().mean().detach()}

@@ -79,10 +79,26 @@ def test_jitter_changes_colours_within_bounds() -> None:
     assert 0 < abs(changed - plain).mean() < 100
 
 
+def test_uneven_light_changes_coarse_colours_and_keeps_details() -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(60, 130, (112, 112, 3), dtype=np.uint8))
+    options = AugmentationOptions(crop="centre", flip=False, uneven_light=0.5)
+    preprocessing = Preprocessing(image_size=112, resize=112)
+    plain = np.asarray(image).astype(float)
+    lit = [np.asarray(augment(image, preprocessing, options, np.random.default_rng(n))).astype(float) for n in (1, 2)]
+    cells = [x.reshape(14, 8, 14, 8, 3).mean(axis=(1, 3)) for x in (plain, *lit)]
+    assert all(np.abs(cell - cells[0]).mean() > 15 for cell in cells[1:])
+    for x in lit:
+        steps, changed = np.diff(np.log(plain), axis=1), np.diff(np.log(np.maximum(x, 1)), axis=1)
+        assert np.corrcoef(steps.ravel(), changed.ravel())[0, 1] > 0.9
+    assert not options.is_deterministic
+
+
 @pytest.mark.parametrize(("values", "message"), [
     ({"crop": "random"}, "crop is 'random'; allowed are resized, padded, centre"),
     ({"scale": (0.5, 0.2)}, "scale is"), ({"scale": (0.0, 1.0)}, "scale is"), ({"ratio": (2.0, 1.0)}, "ratio is"),
     ({"color_jitter": 1.0}, "color_jitter 1.0"), ({"padding": -1}, "padding -1"),
+    ({"uneven_light": 3.0}, "uneven_light 3.0"), ({"light_cells": 0}, "light_cells 0"),
 ])  # fmt: skip
 def test_impossible_options_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

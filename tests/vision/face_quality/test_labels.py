@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from vision.face_quality import LabelInputError, balancing_weights, quality_labels
+from vision.face_quality.labels import ranks_within
 
 
 def noise(identities, images, dims=512, seed=0):
@@ -155,3 +156,14 @@ def test_balancing_is_capped():
     assert weights[100_000] == weights.max()
     with pytest.raises(LabelInputError, match="at least 1"):
         balancing_weights(labels, max_oversampling=0.5)
+
+
+def test_ranks_within_an_identity_are_shares_of_its_other_images():
+    raw = torch.tensor([0.9, 0.97, 0.1, 0.95, 0.2, 0.2, 0.7])
+    identities = torch.tensor([5, 5, 3, 5, 3, 3, 8])
+    found = ranks_within(raw, identities)
+    torch.testing.assert_close(found, torch.tensor([0.0, 1.0, 0.0, 0.5, 0.75, 0.75, 0.5]))
+    torch.testing.assert_close(ranks_within(raw**3, identities), found)
+    # Somebody whose cosines are lower on the whole gets no lower labels.
+    lower = torch.where(identities == 5, raw - 0.6, raw)
+    torch.testing.assert_close(ranks_within(lower, identities), found)

@@ -19,8 +19,9 @@ from vision.face_quality.checkpoint import ScorerConfig, load_scorer, save_score
 from vision.face_quality.evaluate import spearman
 from vision.face_quality.export import Calibration, ExportError, export_scorer
 from vision.face_quality.labelling import LabelOptions, label_faces, label_readable
-from vision.face_quality.recognition import RecogniserError, RecogniserOptions, load_recogniser
-from vision.face_quality.report import EvaluationOptions, evaluate_face_quality, markdown
+from vision.face_quality.recognition import RecogniserError, RecogniserOptions, load_recogniser, run_name
+from vision.face_quality.report import EvaluationOptions, evaluate_face_quality
+from vision.face_quality.tables import markdown, method_table
 from vision.images import Picture
 from vision.predict import load_vision_model
 
@@ -79,7 +80,7 @@ def test_the_report_holds_every_figure(material, tmp_path):
     assert "uniform" in report.templates and "tinyfqnet" in report.templates
     kept = json.loads((tmp_path / "report.json").read_text())
     assert {"pauc", "fnmr0", "spearman", "methods"} <= kept.keys()
-    assert markdown(report).count("\n") == 9
+    assert method_table(report).count("\n") == 9 and "| sex | female | 20 | " in markdown(report)
     if find_spec("matplotlib") is not None:
         assert (tmp_path / "error_versus_discard.png").stat().st_size > 5_000
         assert (tmp_path / "defects.png").stat().st_size > 5_000
@@ -138,6 +139,7 @@ def test_a_recogniser_trained_here_judges_by_its_embedding(tmp_path):
     save_backbone(model, tmp_path / "london" / "model")
     recogniser = load_recogniser(RecogniserOptions(str(tmp_path / "london" / "model")))
     assert recogniser.name == "london" and len(recogniser.digest) == 64
+    assert run_name(tmp_path / "variant" / "seed_3" / "model") == "variant"
     faces = torch.randint(256, (2, 3, 72, 72), generator=torch.Generator().manual_seed(0)).byte()
     expected = model.embed(model.normalization(faces[..., 4:68, 4:68].float() / 255))
     torch.testing.assert_close(recogniser.embed(faces), expected.detach())
