@@ -66,11 +66,12 @@ def row_of(variant: str, outcomes: Sequence[Outcome], figures: Sequence[str], ba
     )
 
 
-def spread(values: Sequence[float]) -> Spread | None:
-    """Mean and sample deviation (0 for a single value); None where there are none."""
-    if not values:
+def spread(values: Sequence[float | None]) -> Spread | None:
+    """Mean and sample deviation (0 for a single value) of what is there; None where nothing is."""
+    present = [value for value in values if value is not None]
+    if not present:
         return None
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+    return Spread(statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else 0.0, len(present))
 
 
 def write_study(rows: Sequence[StudyRow], cells: Sequence[Cell], baseline: str | None, file: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from kernels.training.callbacks import HISTORY_FILE
 from kernels.training.study import FINISHED, NOT_RUN, Cell, Spread, read_outcome, summarise_seeds
+from kernels.training.study_report import spread
 from vision.backbones.checkpoint import WEIGHTS_FILE
 from vision.detection.checkpoint import load_detector
 from vision.detection.report import REPORT_FILE, evaluate_source
@@ -121,14 +121,6 @@ def is_mined(recipe: DetectorRecipe) -> bool:
 def same_host(recipe: DetectorRecipe, other: DetectorRecipe) -> bool:
     """Whether two recipes train the same network on the same data."""
     return (recipe.model, recipe.data, recipe.augmentation) == (other.model, other.data, other.augmentation)
-
-
-def spread(values: Sequence[float | None]) -> Spread | None:
-    """Mean and deviation of what is there; None where nothing is."""
-    present = [value for value in values if value is not None]
-    if not present:
-        return None
-    return Spread(statistics.fmean(present), statistics.stdev(present) if len(present) > 1 else 0.0, len(present))
 
 
 def curve(cell: Cell) -> list[tuple[int, float]]:
