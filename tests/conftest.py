@@ -27,3 +27,10 @@ def test_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("DOVETAIL_TEST_DATA does not name a folder with the larger test data")
     return Path(folder)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests get an hour where the others get the time limit of pyproject.toml."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+LONGEST_LABEL = 40  # letters of a drafter's folder: a legend wider than its panel leaves no room for the curves
+
 
 def plot_evaluation(report: dict[str, Any], file: Path) -> None:
     """Both panels for every drafter and tree size of ``report``; needs matplotlib (extra `train`)."""
@@ -17,7 +19,8 @@ def plot_evaluation(report: dict[str, Any], file: Path) -> None:
     reliability.plot([0, 1], [0, 1], color="grey", linewidth=0.8, label="calibrated")
     settings = [(entry["drafter"], one) for entry in report["drafters"] for one in entry["settings"]]
     for label, figures in [*settings, ("n-gram", report["ngram"])]:
-        name = f"{label} {figures['top_k']}x{figures['depth']}x{figures['rows']}"
+        short = label if len(label) <= LONGEST_LABEL else f"...{label[-LONGEST_LABEL:]}"
+        name = f"{short} {figures['top_k']}x{figures['depth']}x{figures['rows']}"
         shares = {row["depth"]: row["share"] for row in figures["acceptance_per_depth"]}
         by_depth.plot(list(shares), list(shares.values()), marker="o", label=name)
         if figures["calibration"] is not None:

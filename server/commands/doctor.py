@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 DISTRIBUTIONS = ("dovetail-server", "torch", "transformers", "safetensors", "tokenizers", "fastapi")
 
@@ -99,7 +99,7 @@ def asset(folder: Path) -> dict[str, Any]:
 def show(report: dict[str, Any], console: Console) -> None:
     """The report for people."""
     hardware = report["hardware"]
-    table = Table(show_header=False, title="dovetail doctor")
+    table = Table(Column(), Column(overflow="fold"), show_header=False, title="dovetail doctor")
     table.add_row("cpu", f"{hardware['cpu']}, {hardware['cores']} usable cores")
     table.add_row("instruction sets", " ".join(hardware["instruction_sets"]) or "unknown")
     table.add_row("memory", f"{hardware['memory_gb']:.1f} GB, read at {hardware['stream_gb_per_s']:.1f} GB/s")

@@ -34,28 +34,41 @@ def test_greedy_follows_the_argmax_to_the_first_token_that_is_no_child() -> None
     assert accept(Proposal(), greedy([4])) == Accepted((0,), (4,))
 
 
-def sampled_rounds(params: SamplingParams, proposal: Proposal, num_tokens: int) -> Counter[tuple[int, ...]]:
-    """Texts of ``num_tokens`` tokens produced by repeated rounds, one for each seed."""
-    cache: dict[tuple[int, ...], torch.Tensor] = {}
+class SampledTarget:
+    """Draws from the fixed random target, as plain decoding does, or from the rows of trees."""
 
-    def probs_after(path: tuple[int, ...]) -> torch.Tensor:
-        if path not in cache:
-            cache[path] = probabilities(logits_for(path), params)
-        return cache[path]
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self.known: dict[tuple[int, ...], torch.Tensor] = {}
 
-    texts: Counter[tuple[int, ...]] = Counter()
-    for seed in range(DRAWS):
+    def token_after(self, path: tuple[int, ...], seed: int, position: int) -> int:
+        if path not in self.known:
+            self.known[path] = probabilities(logits_for(path), self.params)
+        return draw(self.known[path], uniform(seed, 0, position))
+
+    def plain(self, seed: int, num_tokens: int) -> tuple[int, ...]:
         text: tuple[int, ...] = ()
         while len(text) < num_tokens:
-            start = text
+            text = (*text, self.token_after(text, seed, len(text)))
+        return text
 
-            def choose(row: int, tokens: Sequence[int], start: tuple[int, ...] = start, seed: int = seed) -> int:
-                path = (*start, *tokens)
-                return draw(probs_after(path), uniform(seed, 0, len(path)))
+    def round(self, proposal: Proposal, start: tuple[int, ...], seed: int) -> Accepted:
+        """One verify pass: a row's distribution belongs to the tokens above that row in the tree."""
 
-            text = (*text, *accept(proposal, choose).token_ids)
-        texts[text[:num_tokens]] += 1
-    return texts
+        def choose(row: int, tokens: Sequence[int]) -> int:
+            return self.token_after((*start, *path_to(proposal, row)), seed, len(start) + len(tokens))
+
+        return accept(proposal, choose)
+
+
+def path_to(proposal: Proposal, row: int) -> tuple[int, ...]:
+    """The drafted tokens from the root to a row, found by the parents alone."""
+    tokens: list[int] = []
+    node = row - 1 if row else None
+    while node is not None:
+        tokens.insert(0, proposal.token_ids[node])
+        node = proposal.parents[node]
+    return tuple(tokens)
 
 
 def p_value(texts: Counter[tuple[int, ...]], expected: Callable[[tuple[int, ...]], float]) -> float:
@@ -77,10 +90,26 @@ def joint(params: SamplingParams) -> Callable[[tuple[int, ...]], float]:
     def share(text: tuple[int, ...]) -> float:
         product = 1.0
         for i, token_id in enumerate(text):
-            product *= float(probabilities(logits_for(text[:i]), params)[token_id])
+            product *= textbook_probabilities(logits_for(text[:i]), params)[token_id]
         return product
 
     return share
+
+
+def textbook_probabilities(logits: torch.Tensor, params: SamplingParams) -> list[float]:
+    """Temperature, and one way of cutting at most, written down once more without the code under test."""
+    weights = np.exp(logits.double().numpy() / params.temperature)
+    probs = weights / weights.sum()
+    order = probs.argsort()[::-1].tolist()
+    kept = [
+        token_id
+        for place, token_id in enumerate(order)
+        if (params.top_k == 0 or place < params.top_k)
+        and (place == 0 or probs[order[:place]].sum() < params.top_p)
+        and probs[token_id] >= params.min_p * probs.max()
+    ]
+    total = probs[kept].sum()
+    return [float(probs[token_id] / total) if token_id in kept else 0.0 for token_id in range(VOCAB)]
 
 
 @pytest.mark.parametrize(
@@ -94,13 +123,24 @@ def joint(params: SamplingParams) -> Callable[[tuple[int, ...]], float]:
     ],
     ids=["T1", "T0.5", "T1.5 top-p", "top-k", "min-p"],
 )
-def test_two_tokens_drawn_through_a_tree_follow_the_chain_rule(params: SamplingParams) -> None:
-    assert p_value(sampled_rounds(params, TREE, 2), joint(params)) > 1e-4
+def test_two_tokens_drawn_one_by_one_follow_the_chain_rule(params: SamplingParams) -> None:
+    target = SampledTarget(params)
+    assert p_value(Counter(target.plain(seed, 2) for seed in range(DRAWS)), joint(params)) > 1e-4
 
 
-def test_three_tokens_through_a_deep_chain_follow_the_chain_rule() -> None:
-    params = SamplingParams(temperature=0.8)
-    assert p_value(sampled_rounds(params, chain([3, 5, 9]), 3), joint(params)) > 1e-4
+@pytest.mark.parametrize("proposal", [TREE, chain([3, 5, 9]), Proposal()], ids=["tree", "chain", "nothing drafted"])
+def test_rounds_through_any_tree_write_the_text_of_plain_decoding(proposal: Proposal) -> None:
+    target = SampledTarget(SamplingParams(temperature=0.8))
+    accepted: Counter[int] = Counter()
+    for seed in range(2000):
+        text: tuple[int, ...] = ()
+        while len(text) < 4:
+            found = target.round(proposal, text, seed)
+            assert path_to(proposal, found.rows[-1]) == found.token_ids[:-1], "the rows kept are those of the tokens"
+            accepted[found.num_drafts] += 1
+            text += found.token_ids
+        assert text == target.plain(seed, len(text))
+    assert set(accepted) == set(range(1 + max(map(len, (path_to(proposal, row) for row in range(proposal.num_rows))))))
 
 
 def test_negative_control_bonus_from_raw_logits_is_caught() -> None:

@@ -111,7 +111,8 @@ def test_text_equals_plain_decoding_for_every_tree_and_batch(
 
 
 def test_drafts_are_worth_their_rows(target: TorchTarget, drafter: Drafter, prompts: list[list[int]]) -> None:
+    """The acceptance length that the README states for these texts; fp32 on other processors moves it a little."""
     engine = Engine(target, drafter, EngineOptions(1, 1024, guard=False))
-    for i, prompt in enumerate(prompts[:6]):
-        generate(engine, [Request(f"r{i}", prompt, 64, GREEDY)])
-    assert engine.clock.tokens / engine.clock.rounds > 2.0
+    for i, prompt in enumerate(prompts[:10]):
+        generate(engine, [Request(f"r{i}", prompt, 128, GREEDY)])
+    assert engine.clock.tokens / engine.clock.rounds == pytest.approx(5.6, abs=0.2)

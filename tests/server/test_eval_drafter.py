@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import refusal
 from typer.testing import CliRunner, Result
 
 from doubles import save_word_tokenizer, tiny_llama
 from drafters.checkpoint import save_drafter
 from drafters.network import DovetailConfig, DovetailNetwork
 from server.cli import app
-from server.launch import LaunchError
 
 RUNNER = CliRunner()
 SHORT = ("--limit", "1", "--max-tokens", "8", "--repeats", "1", "--threads", "1")
@@ -82,13 +82,10 @@ def test_what_cannot_be_measured_is_refused(target: Path, prompts: Path, tmp_pat
     on_target = ("--target", target, "--suite", prompts, *SHORT)
     for names, message in ((["none"], "cannot be measured"), (["ngram", "ngram"], "each once"),
                            ([], "name the drafters"), ([tmp_path / "nowhere"], "neither a folder")):  # fmt: skip
-        result = invoke("drafter", *names, *on_target)
-        assert isinstance(result.exception, LaunchError) and message in str(result.exception)
+        assert message in refusal("eval", "drafter", *names, *on_target)
     for option, value, message in (("--grid", "4x5", "no tree size"), ("--grid", "4x5x1", "at least 2 rows"),
                                    ("--json", tmp_path / "no" / "x.json", "does not exist")):  # fmt: skip
-        result = invoke("drafter", "ngram", *on_target, option, value)
-        assert result.exit_code == 2
-        assert message in " ".join(result.output.split())
+        assert message in refusal("eval", "drafter", "ngram", *on_target, option, value)
 
 
 def test_study_measures_what_is_finished_and_marks_the_rest(target: Path, prompts: Path, tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_architectures_whose_rows_mix_are_refused(save_model: Callable[..., Path
 
     torch.manual_seed(0)
     model = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=67)).eval()
-    with pytest.raises(TargetError):
+    with pytest.raises(TargetError, match="BloomForCausalLM"):
         TorchTarget.load(save_model(model, "bloom"), "fp32", 1, 16)
 
 

@@ -10,6 +10,7 @@ import pytest
 from doubles import OracleDrafter, tiny_llama
 from server.bench.prompts import Prompt
 from server.bench.report import BenchError, BenchOptions, measure
+from server.bench.simulated import chain_length
 from server.commands.bench import check_lossless, show
 from server.engine.engine import Engine, EngineOptions
 from server.targets.torch_target import TorchTarget
@@ -70,8 +71,13 @@ def test_every_contestant_gave_the_targets_text(report: dict[str, Any]) -> None:
     assert report["conditions"]["texts_too_long"] == 1
 
 
-def test_simulated_acceptance_is_felt(report: dict[str, Any]) -> None:
-    assert 1.5 < report["dovetail"]["acceptance_length"] < 5
+def test_simulated_acceptance_is_felt(report: dict[str, Any], engine: Engine, folder: Path) -> None:
+    def measured(length: float) -> float:
+        found: float = run(engine, folder, peers=[], simulate_acceptance=length)["dovetail"]["acceptance_length"]
+        return found
+
+    longest = chain_length(engine.options.budget) + 1
+    assert measured(1) == 1 < report["dovetail"]["acceptance_length"] < measured(longest)
     assert report["speedup"] == pytest.approx(
         report["dovetail"]["tokens_per_s"] / report["plain"]["tokens_per_s"], rel=0.01
     )
