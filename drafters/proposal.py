@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -84,20 +84,24 @@ class Proposal:
                 children[parent].append(row)
         return tuple(tuple(rows) for rows in children)
 
-    @cached_property
-    def mask(self) -> tuple[tuple[bool, ...], ...]:
-        """[rows, rows]: row i sees row j when j is i itself or one of its ancestors."""
-        rows: list[tuple[bool, ...]] = []
-        for row, parent in enumerate(self.row_parents):
-            seen = list(rows[parent]) if parent >= 0 else [False] * self.num_rows
-            seen[row] = True
-            rows.append(tuple(seen))
-        return tuple(rows)
+    def select(self, nodes: Iterable[int]) -> Proposal:
+        """The tree of some of the nodes. Errors: ProposalError where one of them is there without its parent."""
+        kept = sorted(nodes)
+        place: dict[int | None, int | None] = {node: i for i, node in enumerate(kept)}
+        place[None] = None
+        if orphans := [node for node in kept if self.parents[node] not in place]:
+            raise ProposalError(f"node {orphans[0]} is kept without its parent {self.parents[orphans[0]]}")
+        return Proposal(
+            tuple(self.token_ids[node] for node in kept),
+            tuple(place[self.parents[node]] for node in kept),
+            tuple(self.log_probs[node] for node in kept),
+        )
 
-    @cached_property
-    def paths(self) -> tuple[tuple[int, ...], ...]:
-        """Root-to-leaf paths as rows, the root included, in order of their leaves."""
-        return tuple(tuple(self.path(row)) for row in range(self.num_rows) if not self.children[row])
+    def cut(self, depth: int) -> Proposal:
+        """The tree without the nodes deeper than ``depth``."""
+        if max(self.depths, default=0) <= depth:
+            return self
+        return self.select(node for node, own in enumerate(self.depths) if own <= depth)
 
     def path(self, row: int) -> list[int]:
         """Rows from the root to ``row``, both included."""
@@ -147,10 +151,6 @@ class TreeGrowth:
         ranks = [(-self.scores[node], self.depths[node], node) for node in self.newest]
         self.best = sorted(self.best + ranks)[: self.budget.rows - 1]
 
-    def ranked(self) -> Iterator[int]:
-        """All nodes ever added, best first."""
-        return iter(sorted(range(len(self.scores)), key=lambda node: (-self.scores[node], self.depths[node], node)))
-
     def beam(self) -> list[int]:
         """Up to top-k nodes of the newest level, best first, that can still have a child among the nodes kept.
 
@@ -164,11 +164,4 @@ class TreeGrowth:
 
     def proposal(self) -> Proposal:
         """The tree of the kept nodes."""
-        kept = self.kept()
-        place: dict[int | None, int | None] = {node: i for i, node in enumerate(kept)}
-        place[None] = None
-        return Proposal(
-            tuple(self.token_ids[node] for node in kept),
-            tuple(place[self.parents[node]] for node in kept),
-            tuple(self.log_probs[node] for node in kept),
-        )
+        return Proposal(tuple(self.token_ids), tuple(self.parents), tuple(self.log_probs)).select(self.kept())

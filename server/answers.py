@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from drafters.train.conversations import ASSISTANT, Message
+from server.engine.completion import Completion, Completions, step
 from server.engine.engine import Engine
-from server.engine.request import EngineError, FinishedEvent, FinishReason, Request, SamplingParams, TokensEvent
+from server.engine.request import EngineError, FinishReason, Request, SamplingParams
 from server.text import TextCodec
 
 SEED_STRIDE = 1_000_003  # conversations draw different numbers at the same position
@@ -52,7 +53,6 @@ class Talk:
     number: int
     questions: deque[list[Message]]
     messages: list[Message] = field(default_factory=list)
-    answer_ids: list[int] = field(default_factory=list)
     num_answers: int = 0
 
 
@@ -174,28 +174,29 @@ def write_answers(engine: Engine, codec: TextCodec, answers: AnswersFile, consol
 
 def answered(engine: Engine, codec: TextCodec, writing: Writing, talks: Sequence[Talk]) -> Iterator[Talk]:
     """The conversations as they end: all questions answered, or no room for more within ``writing.length``."""
-    waiting, running = deque(talks), dict[str, Talk]()
-    while waiting or running:
-        while waiting and len(running) < engine.options.max_seqs:
-            talk = waiting.popleft()
-            if (request := next_request(talk, codec, writing)) is None:
-                yield talk
-                continue
-            running[request.request_id] = talk
+    waiting, talk_of, completions = deque(talks), dict[str, Talk](), Completions()
+
+    def ask(talk: Talk) -> bool:
+        """Put the talk's next question to the engine, where it has one and there is room."""
+        request = next_request(talk, codec, writing)
+        if request is not None:
+            talk_of[request.request_id] = talk
+            completions.add(Completion(request))
             engine.submit(request)
-        for event in engine.step() if running else []:
-            talk = running[event.request_id]
-            if isinstance(event, TokensEvent):
-                talk.answer_ids += event.token_ids
-                continue
-            del running[event.request_id]
-            take_answer(talk, codec, event)
-            request = next_request(talk, codec, writing) if event.reason is FinishReason.STOP else None
-            if request is None:
+        return request is not None
+
+    while True:
+        while waiting and completions.num_open < engine.options.max_seqs:
+            talk = waiting.popleft()
+            if not ask(talk):
                 yield talk
-            else:
-                running[request.request_id] = talk
-                engine.submit(request)
+        if not completions.num_open:
+            return
+        for completion in step(engine, completions):
+            talk = talk_of.pop(completion.request.request_id)
+            take_answer(talk, codec, completion)
+            if completion.finished.reason is not FinishReason.STOP or not ask(talk):
+                yield talk
 
 
 def next_request(talk: Talk, codec: TextCodec, writing: Writing) -> Request | None:
@@ -214,12 +215,10 @@ def next_request(talk: Talk, codec: TextCodec, writing: Writing) -> Request | No
     return Request(name, prompt_ids, room, sampling, codec.stop_ids, choice=talk.num_answers)
 
 
-def take_answer(talk: Talk, codec: TextCodec, event: FinishedEvent) -> None:
+def take_answer(talk: Talk, codec: TextCodec, answer: Completion) -> None:
     """The finished answer becomes a message; one that was cut off is kept as far as it goes. Errors: EngineError."""
-    if event.reason not in (FinishReason.STOP, FinishReason.LENGTH):
-        raise EngineError(
-            event.error or f"conversation {talk.number + 1} ended without an answer: {event.reason.value}"
-        )
-    talk.messages.append({"role": ASSISTANT, "content": codec.decode(talk.answer_ids)})
-    talk.answer_ids = []
+    answer.check()
+    if answer.finished.reason is FinishReason.CANCELLED:
+        raise EngineError(f"conversation {talk.number + 1} ended without an answer: it was cancelled")
+    talk.messages.append({"role": ASSISTANT, "content": codec.decode(answer.token_ids)})
     talk.num_answers += 1

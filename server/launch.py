@@ -312,7 +312,7 @@ def load_model(settings: Settings) -> LoadedModel:
 
     engine = load_engine(settings)
     codec = TextCodec.from_folder(resolve_model(settings.target, "target"))
-    drafter = engine.drafter
+    drafter = engine.drafting.drafter
     return LoadedModel(
         name=settings.served_name,
         created=int(time.time()),

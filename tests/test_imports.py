@@ -17,7 +17,7 @@ ALLOWED = {
 }
 LIGHT = [
     "server.cli", "server.settings", "server.app", "server.text", "server.api",
-    "server.engine.request", "server.engine.scheduler", "server.engine.slots",
+    "server.engine.request", "server.engine.scheduler", "server.engine.sequence", "server.engine.completion",
 ]  # fmt: skip
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from server.api.errors import internal_error
 from server.api.serving import EngineHandle, ServedModel, Serving
+from server.engine.completion import Completion, Completions
 from server.engine.report import rate, timings_json
 from server.engine.request import (
     DraftStats,
@@ -18,7 +19,6 @@ from server.engine.request import (
     FinishReason,
     Request,
     Timings,
-    TokensEvent,
 )
 from server.engine.stop import TextOutput
 
@@ -34,48 +34,37 @@ class ChoiceDelta:
     finish_reason: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Choice:
-    """One choice as it grows."""
+    """One choice: its number in the answer, and what the engine has given for it."""
 
     index: int
-    request: Request
-    output: TextOutput
-    num_tokens: int = 0
-    stopped: bool = False
-    finished: bool = False
-    stats: DraftStats = field(default_factory=DraftStats)
-    timings: Timings = field(default_factory=Timings)
+    completion: Completion
 
-    def add(self, event: TokensEvent) -> ChoiceDelta:
-        """Take a burst; what follows a stop string is dropped."""
-        if self.stopped:
-            return ChoiceDelta(self.index, "")
-        delta = self.output.push(event.token_ids)
-        self.num_tokens += delta.num_tokens_used
-        self.stopped = delta.stopped
-        return ChoiceDelta(self.index, delta.text)
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that count: none behind a stop string."""
+        return len(self.completion.token_ids)
 
-    def finish(self, event: FinishedEvent) -> ChoiceDelta:
-        """The last delta. Errors: ApiError 500 where the engine failed on the request."""
-        self.finished, self.stats, self.timings = True, event.stats, event.timings
-        if event.reason is FinishReason.FAILED:
-            logger.error("request %s failed: %s", self.request.request_id, event.error)
-            raise internal_error(self.request.request_id)
-        rest = "" if self.stopped else self.output.flush().text
-        reason = "length" if event.reason is FinishReason.LENGTH and not self.output.matcher.stopped else "stop"
-        self.log(reason)
-        return ChoiceDelta(self.index, rest, reason)
+    @property
+    def finished(self) -> FinishedEvent | None:
+        """How it ended; None until then."""
+        return self.completion.ending
 
     def log(self, reason: str) -> None:
         """One line for each finished request; never its text."""
-        timings = self.timings
+        request, (stats, timings) = self.completion.request, self.figures()
         first = timings.first_token - timings.submitted if timings.first_token is not None else 0.0
         logger.info(
             "request %s: %d prompt and %d output tokens, ttft %.3f s, %.1f tokens/s, acceptance length %.2f, %s",
-            self.request.request_id, len(self.request.prompt_ids), self.num_tokens, first,
-            rate(self.num_tokens - 1, timings.decode_s), self.stats.acceptance_length, reason,
+            request.request_id, len(request.prompt_ids), self.num_tokens, first,
+            rate(self.num_tokens - 1, timings.decode_s), stats.acceptance_length, reason,
         )  # fmt: skip
+
+    def figures(self) -> tuple[DraftStats, Timings]:
+        """What drafting did and when; empty until it has ended."""
+        ending = self.finished
+        return (DraftStats(), Timings()) if ending is None else (ending.stats, ending.timings)
 
 
 class Generation:
@@ -89,9 +78,10 @@ class Generation:
         self.engine: EngineHandle = model.engine
         self.dispatcher = serving.dispatcher
         self.choices = {
-            request.request_id: Choice(index, request, TextOutput(model.codec, stops))
+            request.request_id: Choice(index, Completion(request, TextOutput(model.codec, stops)))
             for index, request in enumerate(requests)
         }
+        self.running = Completions(choice.completion for choice in self.choices.values())
         self.events: asyncio.Queue[Event] = self.dispatcher.open(self.choices)
         try:
             for request in requests:
@@ -102,8 +92,7 @@ class Generation:
 
     async def deltas(self, keepalive_s: float) -> AsyncGenerator[ChoiceDelta | None, None]:
         """Every delta of every choice as it comes; None after ``keepalive_s`` of silence. Errors: the choices' own."""
-        num_open = len(self.choices)
-        while num_open:
+        while self.running.num_open:
             try:
                 async with asyncio.timeout(keepalive_s):
                     event = await self.events.get()
@@ -112,34 +101,42 @@ class Generation:
                     raise EngineStopped("The engine has stopped; restart the server.") from None
                 yield None
                 continue
-            choice = self.choices[event.request_id]
+            completion, delta = self.running.take(event)
             if isinstance(event, FinishedEvent):
-                if event.reason is FinishReason.CANCELLED and not choice.stopped:
-                    raise self.serving.interruption()
-                num_open -= 1
-                yield choice.finish(event)
-                continue
-            delta = choice.add(event)
-            if choice.stopped:
+                self.check(completion, event)
+                self.choices[event.request_id].log(str(delta.finish_reason))
+            elif completion.stopped:
                 self.engine.cancel(event.request_id)
-            if delta.text:
-                yield delta
+            if delta.text or delta.finish_reason:
+                yield ChoiceDelta(self.choices[event.request_id].index, delta.text, delta.finish_reason)
+
+    def check(self, completion: Completion, event: FinishedEvent) -> None:
+        """Errors: ApiError 500 where the engine failed on the request, NotServing where it was cancelled by no client.
+
+        What failed is logged here and not told to the client.
+        """
+        if event.reason is FinishReason.FAILED:
+            logger.error("request %s failed: %s", event.request_id, event.error)
+            raise internal_error(event.request_id)
+        if event.reason is FinishReason.CANCELLED and not completion.stopped:
+            raise self.serving.interruption()
 
     def close(self) -> None:
         """Cancel what still runs and stop listening. May be called again."""
         self.dispatcher.close(self.choices)
-        for choice in self.choices.values():
-            if not choice.finished:
-                choice.finished = True
-                self.engine.cancel(choice.request.request_id)
+        for request_id in list(self.running.by_id):
+            del self.running.by_id[request_id]
+            self.engine.cancel(request_id)
 
     def usage(self) -> dict[str, int]:
         """OpenAI's counts so far: a prompt counts once whatever its number of choices."""
-        prompt = sum(len(choice.request.prompt_ids) for choice in self.choices.values() if choice.request.choice == 0)
+        requests = [choice.completion.request for choice in self.choices.values()]
+        prompt = sum(len(request.prompt_ids) for request in requests if request.choice == 0)
         completion = sum(choice.num_tokens for choice in self.choices.values())
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def timings(self) -> dict[str, float | int]:
         """Draft statistics and times of all choices together."""
-        choices = list(self.choices.values())
-        return timings_json([c.stats for c in choices], [c.timings for c in choices], [c.num_tokens for c in choices])
+        figures = [choice.figures() for choice in self.choices.values()]
+        num_tokens = [choice.num_tokens for choice in self.choices.values()]
+        return timings_json([stats for stats, _ in figures], [timings for _, timings in figures], num_tokens)

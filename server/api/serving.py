@@ -28,6 +28,18 @@ LONG_RETRY_S = 120.0
 DRAIN_POLL_S = 0.05
 
 
+class DraftingStatus(Protocol):
+    """Whether requests are drafted for."""
+
+    @property
+    def state(self) -> str:
+        """on, off, failed or unprofitable."""
+
+    @property
+    def reason(self) -> str:
+        """Why it is not on; empty where it is."""
+
+
 class EngineStatus(Protocol):
     """How busy the engine is."""
 
@@ -46,6 +58,10 @@ class EngineStatus(Protocol):
     @property
     def free_slots(self) -> int:
         """Slots that are free."""
+
+    @property
+    def drafting(self) -> DraftingStatus:
+        """Whether requests are drafted for, and why not."""
 
 
 class EngineHandle(Protocol):

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from server.bench.hardware import compute_threads
+from server.engine.completion import generate
 from server.engine.engine import Engine
-from server.engine.generate import generate
 from server.engine.request import EngineError, FinishReason, Request, SamplingParams
 from server.targets.packed_model import is_packed
 from server.targets.torch_target import WEIGHTS
@@ -78,7 +78,7 @@ class EngineContestant:
         if result.finished.reason is FinishReason.FAILED:
             raise EngineError(f"{self.name} failed on {case.name}: {result.finished.error}")
         stats = result.finished.stats
-        return Timed(result.token_ids, result.finished.timings.decode_s, stats.rounds, stats.committed)
+        return Timed(tuple(result.token_ids), result.finished.timings.decode_s, stats.rounds, stats.committed)
 
 
 class FirstTokenClock:

@@ -52,14 +52,14 @@ def measure(
 
     Errors: BenchError where nothing can be compared; EngineError where the engine fails on a prompt.
     """
-    if engine.drafter is None and options.simulate_acceptance is None:
+    if engine.drafting.drafter is None and options.simulate_acceptance is None:
         raise BenchError("there is no drafter to compare with plain decoding; name one with --drafter")
     plain = EngineContestant(PLAIN, Engine(engine.target, None, engine.options))
     texts = generate_references(plain, codec, prompts, options.max_tokens, options.ignore_eos, advance)
     hardware = measure_hardware()
     curve = verify_ms(engine.target)
     ngram = ngram_runs(engine, texts.cases, advance)
-    drafter = engine.drafter
+    drafter = engine.drafting.drafter
     if options.simulate_acceptance is not None:
         drafter = simulated_drafter(engine, texts, options.simulate_acceptance)
     drafted = Engine(engine.target, drafter, engine.options)

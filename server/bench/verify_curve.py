@@ -27,7 +27,7 @@ def verify_ms(target: Target, rows: Sequence[int] = ROWS, context: int = CONTEXT
             for num_rows in rows:
                 tree = chain(token_ids[context + 1 : context + num_rows])
                 started = time.perf_counter()
-                target.verify([VerifyRows(0, token_ids[context], tree)]).argmax()
+                target.verify([VerifyRows(0, token_ids[context], tree)])[0].argmax()
                 if repeat:  # the first turn warms up
                     times[num_rows].append(time.perf_counter() - started)
     finally:

@@ -152,7 +152,7 @@ def time_verify(target: NativeTarget, rows: int) -> float:
     """Milliseconds of a verify pass of ``rows`` rows with its arg-max, as the engine calls it."""
     proposal = chain(list(range(1, rows))) if rows > 1 else Proposal()
     start = time.perf_counter()
-    target.verify([VerifyRows(0, rows, proposal)]).argmax()
+    target.verify([VerifyRows(0, rows, proposal)])[0].argmax()
     return (time.perf_counter() - start) * 1e3
 
 

@@ -26,17 +26,9 @@ from server.commands.options import (
     Weights,
     settings_from,
 )
+from server.engine.completion import Completion, Completions
 from server.engine.report import timings_json
-from server.engine.request import (
-    EngineError,
-    EngineStopped,
-    Event,
-    FinishedEvent,
-    FinishReason,
-    Request,
-    SamplingParams,
-    TokensEvent,
-)
+from server.engine.request import EngineStopped, Event, Request, SamplingParams
 from server.engine.stop import TextOutput
 
 if TYPE_CHECKING:
@@ -167,26 +159,21 @@ def run_generation(
 def collect(
     model: ServedModel, request: Request, batches: queue.Queue[list[Event]], console: Console | None
 ) -> GenerationResult:
-    """Take the engine's events until the request ends."""
-    output = TextOutput(model.codec)
-    pieces: list[str] = []
-    token_ids: list[int] = []
-    while True:
+    """Take the engine's events until the request ends. Errors: EngineError where it failed."""
+    completion = Completion(request, TextOutput(model.codec))
+    completions = Completions([completion])
+    text: list[str] = []
+    while completions.num_open:
         for event in next_batch(model, batches):
-            if isinstance(event, TokensEvent):
-                token_ids.extend(event.token_ids)
-                shown = Text()
-                for token_id, drafted in zip(event.token_ids, event.drafted, strict=True):
-                    shown.append(output.push([token_id]).text, style=DRAFTED_STYLE if drafted else "")
-                show(console, shown, pieces)
-            elif isinstance(event, FinishedEvent):
-                if event.reason is FinishReason.FAILED:
-                    raise EngineError(event.error or "the engine failed on this request")
-                show(console, Text(output.flush().text), pieces)
-                timings = timings_json([event.stats], [event.timings], [len(token_ids)])
-                return GenerationResult(
-                    "".join(pieces), tuple(token_ids), len(request.prompt_ids), event.reason.value, timings
-                )
+            _, delta = completions.take(event)
+            text.append(delta.text)
+            if console is not None:
+                for piece in delta.pieces:
+                    console.print(Text(piece.text, style=DRAFTED_STYLE if piece.drafted else ""), end="")
+    completion.check()
+    finished, token_ids = completion.finished, tuple(completion.token_ids)
+    timings = timings_json([finished.stats], [finished.timings], [len(token_ids)])
+    return GenerationResult("".join(text), token_ids, len(request.prompt_ids), finished.reason.value, timings)
 
 
 def next_batch(model: ServedModel, batches: queue.Queue[list[Event]]) -> list[Event]:
@@ -197,11 +184,3 @@ def next_batch(model: ServedModel, batches: queue.Queue[list[Event]]) -> list[Ev
         except queue.Empty:
             if not model.engine.alive:
                 raise EngineStopped("the engine has stopped before the text was complete") from None
-
-
-def show(console: Console | None, text: Text, pieces: list[str]) -> None:
-    """Keep a piece of the answer and print it."""
-    if text.plain:
-        pieces.append(text.plain)
-        if console is not None:
-            console.print(text, end="")

@@ -1,23 +1,28 @@
-"""The loop: admit, prefill a chunk, then one round over everything that decodes.
+"""The loop: requests in, events out. Everything else in this folder is a part of one of these lines.
 
-A round: the drafter proposes one tree per request -> the target verifies all rows of all requests in one forward pass
--> acceptance picks each path -> the slots keep its rows. What was committed is shown to the drafter, with the target's
-true features, before it drafts again. Plain decoding is the same round with empty proposals.
+1. Admit: waiting requests get free slots, in the scheduler's order.
+2. Prefill: the target runs one chunk of one prompt; behind the last chunk its own choice is the first token.
+3. Propose: ``Drafting`` gives each decoding request a tree of tokens, or an empty one, which is plain decoding.
+4. Verify: the target runs all rows of all requests in one forward pass; each request gets its share of it.
+5. Accept: the path of the tree along the target's own choices, and the choice behind it, become the request's text.
+6. Keep: the target commits the path's rows; all others are dropped. A request that has ended frees its slot.
+7. Observe: what was committed waits, with the target's true features, until the drafter is next asked for a tree.
+8. An error ends the one request it belongs to; an error in drafting ends none: the round goes on without drafts.
+9. The text of a request is the same whatever is drafted, and whoever runs beside it: rows 3 and 7 change speed only.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from drafters.drafter import Drafter, DraftState, Observation
+from drafters.drafter import Drafter
 from drafters.proposal import Budget, Proposal
-from server.engine.acceptance import Accepted, Choose, accept, greedy
-from server.engine.guard import DraftGuard
-from server.engine.observations import Observations
+from server.engine.acceptance import Accepted, accept
+from server.engine.drafting import PLAIN, Drafting
 from server.engine.request import (
     ContextTooLong,
     EngineError,
@@ -27,14 +32,12 @@ from server.engine.request import (
     Request,
     TokensEvent,
 )
-from server.engine.sampling import chooser
+from server.engine.sampling import chooser, prompt_chooser
 from server.engine.scheduler import Scheduler
-from server.engine.scheduler import Sequence as RunningSequence
+from server.engine.sequence import RunningSequence, Status
 from server.targets.target import PrefillChunk, Target, Verified, VerifyRows
 
 logger = logging.getLogger(__name__)
-
-Step = Callable[[list[RunningSequence]], list[Event]]
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,14 @@ class RoundClock:
     rows: int = 0
     tokens: int = 0
 
-    def reset(self) -> None:
-        """Start counting anew."""
-        self.draft_s = self.verify_s = self.other_s = 0.0
-        self.rounds = self.rows = self.tokens = 0
+
+@dataclass(frozen=True)
+class Turn:
+    """One request in one round: the tree it was given and its share of the verify pass."""
+
+    sequence: RunningSequence
+    proposal: Proposal
+    verified: Verified
 
 
 class Engine:
@@ -71,13 +78,12 @@ class Engine:
 
     def __init__(self, target: Target, drafter: Drafter | None, options: EngineOptions) -> None:
         self.target = target
-        self.drafter = drafter
         self.options = options
         self.scheduler = Scheduler(options.max_seqs)
-        self.guard = DraftGuard()
+        self.drafting = Drafting(
+            drafter, options.budget, options.prefill_chunk, target.info.vocab_size, guard=options.guard
+        )
         self.clock = RoundClock()
-        self.observations = Observations(drafter, options.prefill_chunk) if drafter is not None else None
-        self.seeds: dict[str, int] = {}
 
     def check(self, request: Request) -> None:
         """Refuse what could never run: EngineError for an empty prompt or no tokens wanted, ContextTooLong."""
@@ -91,109 +97,97 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request, after ``check``."""
         self.check(request)
-        seed = request.sampling.seed
-        self.seeds[request.request_id] = secrets.randbits(63) if seed is None else seed
-        self.scheduler.add(request)
+        self.scheduler.add(RunningSequence.of(request))
 
     def cancel(self, request_id: str) -> list[Event]:
         """End a request wherever it is; its slot is free at once. Unknown ids are nobody's loss."""
-        sequence = self.scheduler.remove(request_id)
-        return [] if sequence is None else [self._finished(sequence, FinishReason.CANCELLED)]
+        sequence = self.scheduler.find(request_id)
+        return [] if sequence is None else [self._end(sequence, FinishReason.CANCELLED)]
 
     def step(self) -> list[Event]:
-        """One turn. An error fails the requests it touched and nothing else."""
+        """One turn: a chunk of a prompt, then a round of everything that decodes."""
         self.scheduler.admit()
         events: list[Event] = []
         waiting = self.scheduler.next_prefill()
         if waiting is not None:
-            events += self._guarded([waiting], self._prefill)
+            events += self._alone(waiting, functools.partial(self._prefill, waiting))
         decoding = self.scheduler.decoding()
         if decoding:
-            events += self._guarded(decoding, self._round)
+            events += self._round(decoding)
         return events
 
-    def _guarded(self, batch: list[RunningSequence], work: Step) -> list[Event]:
-        try:
-            return work(batch)
-        except Exception as error:
-            logger.exception("a step failed; its %d requests are ended", len(batch))
-            alive = [s for s in batch if s.request.request_id in self.scheduler.running]
-            return [self._end(sequence, FinishReason.FAILED, f"{type(error).__name__}: {error}") for sequence in alive]
+    def check_integrity(self) -> None:
+        """Raises EngineError where a slot has leaked; for idle moments and tests."""
+        self.scheduler.check_integrity()
 
-    def _prefill(self, batch: list[RunningSequence]) -> list[Event]:
+    def _prefill(self, sequence: RunningSequence) -> list[Event]:
         """One chunk of one prompt; behind the last chunk, the first token."""
-        (sequence,) = batch
         start = sequence.num_prefilled
         chunk = sequence.request.prompt_ids[start : start + self.options.prefill_chunk]
         result = self.target.prefill(PrefillChunk(sequence.slot, chunk))
-        sequence.num_prefilled += len(chunk)
+        sequence.prefilled(len(chunk))
         events: list[Event] = []
-        if sequence.is_prefilled:
-            choose = chooser(sequence, self.seeds[sequence.request.request_id], lambda _: result.logits)
-            events = self._commit(sequence, Accepted((), (choose(0, ()),)))
-        if self.observations is not None and sequence.request.request_id in self.scheduler.running:
+        if sequence.status is Status.DECODING:
+            events = self._commit(sequence, Accepted((), (prompt_chooser(sequence, result.logits)(0, ()),)))
+        if sequence.is_running:
             next_ids = sequence.token_ids[start + 1 : start + 1 + len(chunk)]
-            self.observations.add(Observation(sequence.slot, result.features, next_ids))
-            if self._may_draft([sequence]):
-                self.observations.flush()
+            self.drafting.observe(sequence, result.features, next_ids)
+            self.drafting.catch_up([sequence])
         return events
 
     def _round(self, batch: list[RunningSequence]) -> list[Event]:
         """Propose, verify, accept, keep, observe."""
-        started = time.perf_counter()
-        proposals = self._propose(batch)
-        drafted = time.perf_counter()
-        verified = self.target.verify(
-            [VerifyRows(s.slot, s.token_ids[-1], p) for s, p in zip(batch, proposals, strict=True)]
-        )
-        greedy_ids = verified.argmax() if any(s.request.sampling.is_plain_greedy for s in batch) else []
-        checked = time.perf_counter()
-        events: list[Event] = []
-        first_row = num_tokens = 0
-        for sequence, proposal in zip(batch, proposals, strict=True):
-            choose = self._chooser(sequence, verified, greedy_ids, first_row, proposal.num_rows)
-            accepted = accept(proposal, choose)
-            sequence.stats.rounds += 1
-            sequence.stats.drafted += len(proposal)
-            num_before = sequence.num_output
-            events += self._commit(sequence, accepted)
-            num_tokens += sequence.num_output - num_before
-            if sequence.request.request_id in self.scheduler.running:
-                self._keep(sequence, accepted, verified, first_row)
-            first_row += proposal.num_rows
-        self._account(batch, proposals, num_tokens, (started, drafted, checked, time.perf_counter()))
+        num_before = sum(len(s.token_ids) for s in batch)
+        moments = [time.perf_counter()]
+        proposals = self.drafting.propose(batch)
+        moments.append(time.perf_counter())
+        turns, events = self._verify(batch, proposals)
+        moments.append(time.perf_counter())
+        for turn in turns:
+            events += self._alone(turn.sequence, functools.partial(self._settle, turn))
+        moments.append(time.perf_counter())
+        self._account(turns, sum(len(s.token_ids) for s in batch) - num_before, moments)
         return events
 
-    def _propose(self, batch: list[RunningSequence]) -> list[Proposal]:
-        """One tree per request, none larger than what the request may still get."""
-        plain = Proposal()
-        if self.drafter is None or self.observations is None or not self._may_draft(batch):
-            return [plain] * len(batch)
-        self.observations.flush()
-        # A tree deeper than the tokens left would be thrown away; the last token of a request is never drafted for.
-        wanted = [s for s in batch if s.request.draft and s.num_left > 1]
-        if not wanted:
-            return [plain] * len(batch)
-        deepest = max(s.num_left for s in wanted) - 2
-        budget = self.options.budget
-        budget = Budget(budget.rows, budget.top_k, min(budget.depth, deepest))
-        trees = self.drafter.propose([DraftState(s.slot, s.token_ids) for s in wanted], budget)
-        by_slot = {s.slot: tree for s, tree in zip(wanted, trees, strict=True)}
-        return [by_slot.get(s.slot, plain) for s in batch]
+    def _verify(self, batch: list[RunningSequence], proposals: Sequence[Proposal]) -> tuple[list[Turn], list[Event]]:
+        """One pass over all rows. Where it fails the trees are left out; where that fails too, each request runs alone,
+        so that only those which cannot run are ended."""
+        try:
+            return self._pass(batch, proposals), []
+        except Exception as error:
+            if any(map(len, proposals)):
+                self.drafting.failed(error)
+                return self._verify(batch, [PLAIN] * len(batch))
+        turns: list[Turn] = []
+        events: list[Event] = []
+        for sequence in batch:
 
-    def _may_draft(self, batch: Sequence[RunningSequence]) -> bool:
-        """Whether this batch would be drafted for: somebody wants it, and the guard does not object."""
-        if not any(s.request.draft for s in batch):
-            return False
-        return not self.options.guard or self.guard.wants_draft(len(batch))
+            def alone(sequence: RunningSequence = sequence) -> list[Event]:
+                turns.extend(self._pass([sequence], [PLAIN]))
+                return []
 
-    def _chooser(
-        self, sequence: RunningSequence, verified: Verified, greedy_ids: list[int], first_row: int, num_rows: int
-    ) -> Choose:
-        if sequence.request.sampling.is_plain_greedy:
-            return greedy(greedy_ids[first_row : first_row + num_rows])
-        seed = self.seeds[sequence.request.request_id]
-        return chooser(sequence, seed, lambda row: verified.logits([first_row + row])[0])
+            events += self._alone(sequence, alone)
+        return turns, events
+
+    def _pass(self, batch: list[RunningSequence], proposals: Sequence[Proposal]) -> list[Turn]:
+        """The target's verify pass, with the arg-max of its rows where somebody wants that."""
+        rows = [VerifyRows(s.slot, s.token_ids[-1], p) for s, p in zip(batch, proposals, strict=True)]
+        verified = self.target.verify(rows)
+        if any(s.request.sampling.is_plain_greedy for s in batch):
+            verified[0].argmax()
+        return [Turn(*turn) for turn in zip(batch, proposals, verified, strict=True)]
+
+    def _settle(self, turn: Turn) -> list[Event]:
+        """Accept, keep, observe: what the round gives one request."""
+        sequence = turn.sequence
+        accepted = accept(turn.proposal, chooser(sequence, turn.verified))
+        sequence.stats.rounds += 1
+        sequence.stats.drafted += len(turn.proposal)
+        events = self._commit(sequence, accepted)
+        if sequence.is_running:
+            self.target.keep(sequence.slot, accepted.rows)
+            self.drafting.observe(sequence, turn.verified.features(accepted.rows), accepted.token_ids)
+        return events
 
     def _commit(self, sequence: RunningSequence, accepted: Accepted) -> list[Event]:
         """Append what acceptance gave, as far as the request goes; end the request where it ends."""
@@ -203,46 +197,38 @@ class Engine:
         if accepted.rows:
             sequence.stats.accepted += sum(drafted)
             sequence.stats.committed += len(token_ids)
-        events: list[Event] = [TokensEvent(sequence.request.request_id, token_ids, drafted)]
+        events: list[Event] = [TokensEvent(sequence.request_id, token_ids, drafted)]
         if reason is not None:
             events.append(self._end(sequence, reason))
         return events
 
-    def _keep(self, sequence: RunningSequence, accepted: Accepted, verified: Verified, first_row: int) -> None:
-        """The target keeps the path's rows; the drafter will see their features."""
-        self.target.keep(sequence.slot, accepted.rows)
-        if self.observations is not None:
-            features = verified.features[[first_row + row for row in accepted.rows]]
-            self.observations.add(Observation(sequence.slot, features, accepted.token_ids))
+    def _alone(self, sequence: RunningSequence, work: Callable[[], list[Event]]) -> list[Event]:
+        """Do a request's own work; an error in it ends that request and no other."""
+        try:
+            return work()
+        except Exception as error:
+            logger.exception("request %s failed and is ended", sequence.request_id)
+            if not sequence.is_running:
+                return []
+            return [self._end(sequence, FinishReason.FAILED, f"{type(error).__name__}: {error}")]
 
     def _end(self, sequence: RunningSequence, reason: FinishReason, error: str | None = None) -> FinishedEvent:
-        self.scheduler.remove(sequence.request.request_id)
-        return self._finished(sequence, reason, error)
-
-    def _finished(self, sequence: RunningSequence, reason: FinishReason, error: str | None = None) -> FinishedEvent:
-        """Clean up behind a request that has left the scheduler."""
-        if sequence.slot >= 0:
-            self.target.release(sequence.slot)
-            if self.observations is not None:
-                self.observations.release(sequence.slot)
-        self.seeds.pop(sequence.request.request_id, None)
+        """Take a request out, wherever it is, and free what it held."""
+        slot = self.scheduler.remove(sequence)
+        if slot is not None:
+            self.target.release(slot)
+            self.drafting.release(slot)
         sequence.timings.finished = time.monotonic()
-        return FinishedEvent(sequence.request.request_id, reason, sequence.stats, sequence.timings, error)
+        return FinishedEvent(sequence.request_id, reason, sequence.stats, sequence.timings, error)
 
-    def _account(
-        self,
-        batch: Sequence[RunningSequence],
-        proposals: Sequence[Proposal],
-        num_tokens: int,
-        moments: tuple[float, float, float, float],
-    ) -> None:
-        """Share the round's time out, and tell the guard."""
+    def _account(self, turns: Sequence[Turn], num_tokens: int, moments: Sequence[float]) -> None:
+        """Share the round's time out, and tell drafting what it gave."""
         started, drafted, checked, ended = moments
         self.clock.draft_s += drafted - started
         self.clock.verify_s += checked - drafted
         self.clock.other_s += ended - checked
         self.clock.rounds += 1
-        self.clock.rows += sum(proposal.num_rows for proposal in proposals)
+        self.clock.rows += sum(turn.proposal.num_rows for turn in turns)
         self.clock.tokens += num_tokens
-        if self.drafter is not None and any(s.request.draft for s in batch):
-            self.guard.record(len(batch), any(map(len, proposals)), num_tokens, ended - started)
+        is_drafted = any(len(turn.proposal) for turn in turns)
+        self.drafting.record([turn.sequence for turn in turns], is_drafted, num_tokens, ended - started)

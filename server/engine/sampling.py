@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from server.engine.acceptance import Choose, greedy
 from server.engine.request import SamplingParams
-from server.engine.scheduler import Sequence as RunningSequence
+from server.engine.sequence import RunningSequence
+from server.targets.target import Verified
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -73,10 +75,20 @@ def draw(probs: Tensor, number: float) -> int:
     return token_id
 
 
-def chooser(
-    sequence: RunningSequence, seed: int, logits_of: Callable[[int], Tensor]
-) -> Callable[[int, Sequence[int]], int]:
-    """The target's choice at a row for a request that is not plain greedy.
+def chooser(sequence: RunningSequence, verified: Verified) -> Choose:
+    """The target's own choice at the rows of a request's verify pass."""
+    if sequence.request.sampling.is_plain_greedy:
+        return greedy(verified.argmax())
+    return row_chooser(sequence, verified.logits)
+
+
+def prompt_chooser(sequence: RunningSequence, logits: Tensor) -> Choose:
+    """The target's choice behind the prompt, from the logits [vocabulary] of its last row."""
+    return row_chooser(sequence, lambda _: logits)
+
+
+def row_chooser(sequence: RunningSequence, logits_of: Callable[[int], Tensor]) -> Choose:
+    """The choice from whole rows of logits: everything that may change or forbid a token happens here, row by row.
 
     ``logits_of(row)`` gives the row's logits [vocabulary]; the tokens accepted on the way to the row are its own
     ancestors and count for the penalties.
@@ -92,6 +104,6 @@ def chooser(
         if params.temperature == 0:
             return int(logits.argmax())
         position = sequence.num_output + len(accepted)
-        return draw(probabilities(logits, params), uniform(seed, sequence.request.choice, position))
+        return draw(probabilities(logits, params), uniform(sequence.seed, sequence.request.choice, position))
 
     return choose

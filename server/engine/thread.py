@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from server.engine.drafting import DraftingStatus
 from server.engine.engine import Engine
 from server.engine.request import EngineStopped, Event, QueueFull, Request
 
@@ -27,6 +28,7 @@ class EngineStatus:
     waiting: int
     slots: int
     free_slots: int
+    drafting: DraftingStatus
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,12 @@ class EngineThread:
 
     def status(self) -> EngineStatus:
         """Numbers for health checks; a moment old."""
-        slots = self.engine.scheduler.slots
-        free = len(slots.free)
+        scheduler = self.engine.scheduler
+        free = len(scheduler.free_slots)
         with self.lock:
-            running = slots.num_slots - free
-            return EngineStatus(running, max(0, len(self.unfinished) - running), slots.num_slots, free)
+            running = scheduler.num_slots - free
+            waiting = max(0, len(self.unfinished) - running)
+        return EngineStatus(running, waiting, scheduler.num_slots, free, self.engine.drafting.status)
 
     def submit(self, request: Request) -> None:
         """Hand a request in. Errors: EngineStopped, QueueFull, what ``Engine.check`` refuses."""
@@ -104,6 +107,8 @@ class EngineThread:
                 events = self._take_in()
                 if self.engine.scheduler.has_work:
                     events += self.engine.step()
+                else:
+                    self.engine.check_integrity()
                 self._hand_over(events)
         except Exception:
             logger.exception("the engine thread died; its requests are cancelled")

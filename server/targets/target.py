@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,19 +53,47 @@ class VerifyRows:
     proposal: Proposal
 
 
-class Verified(Protocol):
-    """Results of one verify pass. Rows are numbered through all requests in the order they were given."""
+class RowOutputs(Protocol):
+    """What a verify pass gives for all its rows, numbered through all requests in the order they were given."""
 
     features: Tensor
-    """[rows, feature width], the vectors the LM head consumes."""
+    """[rows, feature width], the selected features."""
 
     def argmax(self) -> list[int]:
-        """The target's greedy next token after each row."""
+        """The target's greedy next token after each row; computed once."""
         ...
 
     def logits(self, row_ids: Sequence[int]) -> Tensor:
         """[len(row_ids), vocabulary] fp32 on the CPU; computed for the rows asked."""
         ...
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One request's share of a verify pass; its rows count from its root, which is row 0."""
+
+    outputs: RowOutputs
+    first_row: int
+    num_rows: int
+
+    def argmax(self) -> list[int]:
+        """The target's greedy next token after each of the request's rows."""
+        return self.outputs.argmax()[self.first_row : self.first_row + self.num_rows]
+
+    def logits(self, row: int) -> Tensor:
+        """[vocabulary] fp32 after one row."""
+        return self.outputs.logits([self.first_row + row])[0]
+
+    def features(self, rows: Sequence[int]) -> Tensor:
+        """[len(rows), feature width] of these rows."""
+        return self.outputs.features[[self.first_row + row for row in rows]]
+
+
+def share_out(outputs: RowOutputs, rows: Sequence[VerifyRows]) -> list[Verified]:
+    """Each request's share of a pass over ``rows``."""
+    counts = [part.proposal.num_rows for part in rows]
+    firsts = itertools.accumulate(counts[:-1], initial=0)
+    return [Verified(outputs, first, count) for first, count in zip(firsts, counts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -91,8 +120,8 @@ class Target(Protocol):
         """Run and commit prompt rows."""
         ...
 
-    def verify(self, rows: Sequence[VerifyRows]) -> Verified:
-        """One forward pass over all rows of all requests; commits nothing until ``keep``."""
+    def verify(self, rows: Sequence[VerifyRows]) -> list[Verified]:
+        """One forward pass over all rows of all requests, shared out to them; commits nothing until ``keep``."""
         ...
 
     def keep(self, slot: int, rows: Sequence[int]) -> None:
@@ -105,10 +134,6 @@ class Target(Protocol):
 
     def release(self, slot: int) -> None:
         """Empty a slot."""
-        ...
-
-    def length(self, slot: int) -> int:
-        """Committed rows of a slot."""
         ...
 
     def embedding(self) -> Tensor:

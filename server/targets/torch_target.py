@@ -20,7 +20,7 @@ from kernels.tree_attention.transformers_plugin import ATTENTION_NAME, RowPass, 
 from server.placement.devices import CPU
 from server.targets.checkpoint import check_files, read_config
 from server.targets.feature_tap import FeatureTap
-from server.targets.target import PrefillChunk, Prefilled, TargetError, TargetInfo, VerifyRows
+from server.targets.target import PrefillChunk, Prefilled, TargetError, TargetInfo, Verified, VerifyRows, share_out
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KV_CACHES = {"bf16": torch.bfloat16, "int8": torch.int8}
 
 
-class TorchVerified:
+class TorchOutputs:
     """Features of every row; arg-max and logits are computed when asked, in one product over all rows."""
 
     def __init__(self, features: Tensor, last: Tensor, head: LogitsHead) -> None:
@@ -41,9 +41,14 @@ class TorchVerified:
         """[rows, vocabulary] fp32."""
         return self.head(self.last)
 
+    @cached_property
+    def greedy_ids(self) -> list[int]:
+        """The arg-max of every row."""
+        return self.head.argmax(self.last)
+
     def argmax(self) -> list[int]:
         """The greedy next token after each row."""
-        return self.head.argmax(self.last)
+        return self.greedy_ids
 
     def logits(self, row_ids: Sequence[int]) -> Tensor:
         """[len(row_ids), vocabulary] fp32."""
@@ -162,7 +167,7 @@ class TorchTarget:
         self.slots.lengths[chunk.slot] = length + len(chunk.token_ids)
         return Prefilled(self.tap.features(last), self.head(last[-1:])[0])
 
-    def verify(self, rows: Sequence[VerifyRows]) -> TorchVerified:
+    def verify(self, rows: Sequence[VerifyRows]) -> list[Verified]:
         """One pass over the rows of all requests; they stay behind the committed rows until ``keep``."""
         segments, token_ids, positions = [], list[int](), list[int]()
         for part in rows:
@@ -171,7 +176,7 @@ class TorchTarget:
             token_ids += [part.root_id, *part.proposal.token_ids]
             positions += [length, *(length + depth for depth in part.proposal.depths)]
         last = self._forward(segments, token_ids, positions)
-        return TorchVerified(self.tap.features(last), last, self.head)
+        return share_out(TorchOutputs(self.tap.features(last), last, self.head), rows)
 
     def select_features(self, layers: Sequence[str]) -> None:
         """Capture these layers from now on."""
@@ -188,10 +193,6 @@ class TorchTarget:
     def release(self, slot: int) -> None:
         """Empty a slot."""
         self.slots.release(slot)
-
-    def length(self, slot: int) -> int:
-        """Committed rows."""
-        return self.slots.lengths[slot]
 
     def embedding(self) -> Tensor:
         """[vocabulary, hidden]."""

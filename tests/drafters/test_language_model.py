@@ -7,8 +7,8 @@ import pytest
 
 from drafters.train.language_model import train_language_model
 from kernels.training import RecipeError
+from server.engine.completion import generate
 from server.engine.engine import Engine, EngineOptions
-from server.engine.generate import generate
 from server.engine.request import Request, SamplingParams
 from server.targets.torch_target import TorchTarget
 from server.text import TextCodec

@@ -42,27 +42,40 @@ def best_closed_sum(growth: TreeGrowth, count: int) -> float:
     return best
 
 
+def ranked(growth: TreeGrowth) -> list[int]:
+    """All nodes ever added, best first."""
+    return sorted(range(len(growth.scores)), key=lambda node: (-growth.scores[node], growth.depths[node], node))
+
+
 @pytest.mark.parametrize("seed", range(8))
-def test_mask_depths_and_paths(seed: int) -> None:
+def test_depths_paths_and_parts_of_a_tree(seed: int) -> None:
     proposal = random_proposal(9, seed)
-    depths = (0, *proposal.depths)
     assert proposal.num_rows == 10
-    assert [sum(row) for row in proposal.mask] == [depth + 1 for depth in depths]
-    assert all(row[0] for row in proposal.mask)
-    leaves = [row for row in range(10) if not proposal.children[row]]
-    assert [path[-1] for path in proposal.paths] == leaves
-    assert {row for path in proposal.paths for row in path} == set(range(10))
-    for path in proposal.paths:
-        assert list(path) == [row for row in range(10) if proposal.mask[path[-1]][row]]
+    for row in range(1, 10):
+        path = proposal.path(row)
+        assert len(path) == proposal.depths[row - 1] + 1
+        assert all(later in proposal.children[earlier] for earlier, later in itertools.pairwise(path))
+    for depth in range(4):
+        part = proposal.cut(depth)
+        assert sorted(part.depths) == sorted(own for own in proposal.depths if own <= depth)
+        assert {tokens_on(part, row) for row in range(part.num_rows)} == {
+            tokens_on(proposal, row) for row in range(10) if len(proposal.path(row)) <= depth + 1
+        }
+    assert proposal.cut(9) is proposal
+    with pytest.raises(ProposalError, match="without its parent"):
+        chain([5, 6, 7]).select([0, 2])
+
+
+def tokens_on(proposal: Proposal, row: int) -> tuple[int, ...]:
+    return tuple(proposal.token_ids[i - 1] for i in proposal.path(row)[1:])
 
 
 def test_a_chain_and_an_empty_proposal() -> None:
     proposal = chain([5, 6, 7])
     assert proposal.depths == (1, 2, 3)
-    assert proposal.paths == ((0, 1, 2, 3),)
+    assert proposal.path(3) == [0, 1, 2, 3]
     assert Proposal().num_rows == 1
-    assert Proposal().mask == ((True,),)
-    assert Proposal().paths == ((0,),)
+    assert Proposal().children == ((),)
 
 
 @pytest.mark.parametrize("parents", [(0,), (None, 2), (None, -1), (1, None)])
@@ -94,7 +107,7 @@ def test_the_kept_set_is_the_best_closed_one(seed: int, values: tuple[float, ...
     budget = Budget(rows=6, top_k=2, depth=2)
     growth = grow(Budget(rows=100, top_k=2, depth=2), random.Random(seed), values)
     pruned = grow(budget, random.Random(seed), values)
-    kept = list(itertools.islice(growth.ranked(), 5))
+    kept = ranked(growth)[:5]
     assert sum(growth.scores[node] for node in kept) == pytest.approx(best_closed_sum(growth, 5))
     assert sum(pruned.scores[node] for node in pruned.kept()) == pytest.approx(best_closed_sum(pruned, 5))
 
@@ -106,7 +119,7 @@ def test_trees_are_closed_bounded_and_equal_the_plain_ranking(
     seed: int, budget: Budget, values: tuple[float, ...] | None
 ) -> None:
     growth = grow(budget, random.Random(seed), values)
-    assert growth.kept() == sorted(itertools.islice(growth.ranked(), budget.rows - 1))
+    assert growth.kept() == sorted(ranked(growth)[: budget.rows - 1])
     proposal = growth.proposal()  # would raise if a parent were missing
     assert proposal.num_rows <= budget.rows
     assert max(proposal.depths, default=0) <= budget.depth + 1

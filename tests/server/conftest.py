@@ -48,11 +48,18 @@ def build_tokenizer() -> Tokenizer:
 
 
 @dataclass(frozen=True)
+class Drafting:
+    state: str = "failed"
+    reason: str = "the device is gone"
+
+
+@dataclass(frozen=True)
 class Status:
     running: int
     waiting: int
     slots: int
     free_slots: int
+    drafting: Drafting = Drafting()
 
 
 @dataclass

@@ -11,8 +11,8 @@ from scipy import stats
 from drafters.proposal import Proposal, chain
 from server.engine.acceptance import Accepted, accept, greedy
 from server.engine.request import Request, SamplingParams
-from server.engine.sampling import chooser, draw, penalise, probabilities, uniform
-from server.engine.scheduler import Sequence as RunningSequence
+from server.engine.sampling import draw, penalise, probabilities, row_chooser, uniform
+from server.engine.sequence import RunningSequence
 
 VOCAB = 12
 DRAWS = 100_000
@@ -242,11 +242,11 @@ def test_uniform_numbers_depend_on_seed_choice_and_position_only() -> None:
 def test_penalties_count_the_rows_own_ancestors() -> None:
     params = SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=1.0)
     request = Request("r", [1, 2], 10, params)
-    sequence = RunningSequence(request, [1, 2, 4])
+    sequence = RunningSequence(request, [1, 2, 4], seed=0)
     sequence.output_counts.update([4])
     logits = torch.zeros(VOCAB)
     logits[4], logits[5], logits[6] = 2.0, 1.2, 1.0
-    choose = chooser(sequence, 0, lambda row: logits)
+    choose = row_chooser(sequence, lambda row: logits)
     assert choose(0, []) == 5  # 4 was generated once: 2.0 - 1.5
     assert choose(1, [5]) == 6  # 5 is an ancestor now: 1.2 - 1.5
     assert choose(2, [5, 6]) == 4  # 4: 0.5, 6: -0.5, 5: -0.3

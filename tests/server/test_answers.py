@@ -11,8 +11,8 @@ from rich.console import Console
 
 from doubles import save_word_tokenizer, tiny_llama
 from server.answers import AnswersError, AnswersFile, Writing, questions_of, write_answers
+from server.engine.completion import generate
 from server.engine.engine import Engine, EngineOptions
-from server.engine.generate import generate
 from server.engine.request import EngineError, Request, SamplingParams
 from server.targets.torch_target import TorchTarget
 from server.text import TextCodec

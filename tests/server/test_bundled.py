@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM
 from drafters.drafter import Drafter
 from drafters.proposal import Budget
 from server.bench.prompts import load_prompts
+from server.engine.completion import generate
 from server.engine.engine import Engine, EngineOptions
-from server.engine.generate import generate
 from server.engine.request import Request, SamplingParams
 from server.launch import ASSETS, load_drafter
 from server.targets.torch_target import TorchTarget

@@ -18,8 +18,8 @@ from drafters.ngram import NGramDrafter
 from drafters.proposal import Budget
 from drafters.small_lm import SmallLMDrafter
 from kernels import native
+from server.engine.completion import Completion, generate
 from server.engine.engine import Engine, EngineOptions
-from server.engine.generate import Generated, generate
 from server.engine.request import Request, SamplingParams
 from server.launch import LaunchError, load_drafter
 from server.targets.torch_target import TorchTarget
@@ -55,7 +55,7 @@ def load(target: TorchTarget, folder: Path) -> Callable[[str], Drafter | None]:
     return lambda name: load_drafter(target, folder, name, "cpu", 4, CAPACITY)
 
 
-def run(target: TorchTarget, drafter: Drafter | None, mode: str, budget: Budget | None = None) -> list[Generated]:
+def run(target: TorchTarget, drafter: Drafter | None, mode: str, budget: Budget | None = None) -> list[Completion]:
     options = EngineOptions(4, 120, budget or Budget(), prefill_chunk=3, guard=False)
     requests = [Request(f"r{i}", p, NUM_TOKENS, MODES[mode]) for i, p in enumerate(PROMPTS)]
     results = generate(Engine(target, drafter, options), requests)

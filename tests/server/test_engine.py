@@ -8,9 +8,9 @@ import torch
 
 from doubles import OracleDrafter, tiny_llama
 from drafters.drafter import Drafter, DraftState, Observation
-from drafters.proposal import Budget, Proposal
+from drafters.proposal import Budget, Proposal, chain
+from server.engine.completion import Completion, Completions, generate, step
 from server.engine.engine import Engine, EngineOptions
-from server.engine.generate import Generated, generate
 from server.engine.request import (
     ContextTooLong,
     EngineError,
@@ -20,6 +20,7 @@ from server.engine.request import (
     SamplingParams,
     TokensEvent,
 )
+from server.targets.target import Verified, VerifyRows
 from server.targets.torch_target import TorchTarget
 
 PROMPTS = ([1, 2, 3, 4, 5], [9], [30, 31, 32, 30, 31, 32, 30], [5, 4, 3, 2, 1, 0, 66])
@@ -47,14 +48,14 @@ def run(
     budget: Budget | None = None,
     prompts: Sequence[Sequence[int]] = PROMPTS,
     **more: object,
-) -> list[Generated]:
+) -> list[Completion]:
     options = EngineOptions(max_seqs=batch, context_length=120, budget=budget or Budget(), prefill_chunk=3, guard=False)
     engine = Engine(target, drafter, options)
     requests = [Request(f"r{i}", p, NUM_TOKENS, sampling, **more) for i, p in enumerate(prompts)]  # type: ignore[arg-type]
     results = generate(engine, requests)
-    engine.scheduler.slots.check()
+    engine.check_integrity()
     assert not engine.scheduler.has_work
-    assert [target.length(slot) for slot in range(4)] == [0] * 4
+    assert target.slots.lengths == [0] * 4
     return [results[f"r{i}"] for i in range(len(prompts))]
 
 
@@ -163,31 +164,146 @@ def test_cancel_frees_the_slot_in_every_state(target: TorchTarget) -> None:
         (event,) = engine.cancel(name)
         assert isinstance(event, FinishedEvent)
         assert event.reason == FinishReason.CANCELLED
-        engine.scheduler.slots.check()
+        engine.check_integrity()
         engine.step()
     assert engine.cancel("decoding") == []
     assert not engine.scheduler.has_work
-    assert engine.scheduler.slots.owners == {}
+    assert len(engine.scheduler.free_slots) == 2
 
 
-class BrokenDrafter(OracleDrafter):
-    """Fails in its second round."""
+class FailingDrafter(OracleDrafter):
+    """Knows the text, and fails in one of its calls, in one way."""
 
-    calls = 0
+    def __init__(self, texts: Sequence[Sequence[int]], way: str, call: int) -> None:
+        super().__init__(texts, 67)
+        self.way = way
+        self.calls_left = call
+        self.shown: dict[int, list[int]] = {}
+
+    def is_due(self, way: str) -> bool:
+        self.calls_left -= way == self.way
+        return way == self.way and self.calls_left == 0
 
     def propose(self, states: Sequence[DraftState], budget: Budget) -> list[Proposal]:
-        self.calls += 1
-        if self.calls == 2:
+        for state in states:
+            assert self.shown[state.slot] == list(state.token_ids[1:])  # it has seen everything, once and in order
+        trees = super().propose(states, budget)
+        if self.is_due("propose"):
             raise RuntimeError("the device is gone")
-        return super().propose(states, budget)
+        if self.is_due("nan"):
+            trees[0] = Proposal(trees[0].token_ids, trees[0].parents, (float("nan"),) * len(trees[0]))
+        if self.is_due("unknown token"):
+            trees[0] = chain([99])
+        if self.is_due("too few"):
+            trees.pop()
+        return trees
+
+    def observe(self, batch: Sequence[Observation]) -> None:
+        if self.is_due("observe"):
+            raise MemoryError("no memory is left")
+        for seen in batch:
+            self.shown.setdefault(seen.slot, []).extend(seen.next_ids)
+
+    def release(self, slot: int) -> None:
+        self.shown.pop(slot, None)
 
 
-def test_an_error_fails_the_batch_it_touched_and_the_engine_lives(target: TorchTarget) -> None:
-    engine = Engine(target, BrokenDrafter([], 67), EngineOptions(2, 120, guard=False))
-    results = generate(engine, [Request("a", [1], 20, GREEDY), Request("b", [2], 20, GREEDY)])
-    assert {r.finished.reason for r in results.values()} == {FinishReason.FAILED}
-    assert "the device is gone" in str(results["a"].finished.error)
-    assert generate(engine, [Request("c", [1], 4, GREEDY)])["c"].finished.reason == FinishReason.LENGTH
+@pytest.mark.parametrize("call", [1, 2, 5])
+@pytest.mark.parametrize("way", ["propose", "observe", "nan", "unknown token", "too few"])
+def test_a_drafter_that_fails_costs_speed_and_nothing_else(
+    target: TorchTarget, plain: dict[str, list[list[int]]], way: str, call: int
+) -> None:
+    texts = [[*p, *t] for p, t in zip(PROMPTS, plain["sampled"], strict=True)]
+    drafter = FailingDrafter(texts, way, call)
+    engine = Engine(target, drafter, EngineOptions(4, 120, Budget(4, 1, 1), prefill_chunk=3, guard=False))
+    times = iter(range(10**6))
+    engine.drafting.now = lambda: next(times) / 20  # a second is a few rounds
+    requests = [Request(f"r{i}", prompt, NUM_TOKENS, SAMPLED) for i, prompt in enumerate(PROMPTS)]
+    for request in requests:
+        engine.submit(request)
+    states = set()
+    completions = Completions(Completion(request) for request in requests)
+    results = dict(completions.by_id)
+    while completions.num_open:
+        step(engine, completions)
+        states.add(engine.drafting.status.state)
+    assert [list(results[r.request_id].token_ids) for r in requests] == plain["sampled"]
+    assert {"on", "failed"} == states
+    assert engine.drafting.status.state == "on"  # it was tried again, and works
+    assert sum(sum(r.drafted) for r in results.values()) > NUM_TOKENS
+    engine.check_integrity()
+
+
+def test_a_drafter_that_stays_broken_is_named_and_tried_ever_more_rarely(target: TorchTarget) -> None:
+    class Broken(OracleDrafter):
+        calls = 0
+
+        def propose(self, states: Sequence[DraftState], budget: Budget) -> list[Proposal]:
+            self.calls += 1
+            raise RuntimeError("the device is gone")
+
+    drafter = Broken([], 67)
+    engine = Engine(target, drafter, EngineOptions(1, 200, guard=False))
+    times = iter(range(10**6))
+    engine.drafting.now = lambda: next(times) / 10
+    result = generate(engine, [Request("a", [1], 100, GREEDY)])["a"]
+    assert result.finished.reason == FinishReason.LENGTH
+    assert 2 <= drafter.calls <= 6
+    assert engine.drafting.status.state == "failed"
+    assert "the device is gone; tried again in" in engine.drafting.status.reason
+
+
+def test_a_request_without_drafting_is_never_shown_to_the_drafter(target: TorchTarget) -> None:
+    class Unwanted(OracleDrafter):
+        def observe(self, batch: Sequence[Observation]) -> None:
+            assert {seen.slot for seen in batch} == {0}
+
+    engine = Engine(target, Unwanted([], 67), EngineOptions(2, 120, guard=False))
+    results = generate(engine, [Request("a", [1, 2], 8, GREEDY), Request("b", [3, 4], 8, GREEDY, draft=False)])
+    assert engine.drafting.status.state == "on"
+    assert results["b"].finished.stats.drafted == 0 < results["a"].finished.stats.drafted
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_an_error_in_one_request_fails_that_one_alone(
+    target: TorchTarget, plain: dict[str, list[list[int]]], draft: bool
+) -> None:
+    """A bias for a token that does not exist breaks the choice; a prompt with one breaks the target's own pass."""
+    broken = [
+        Request("bias", [1, 2], 8, SamplingParams(temperature=0, logit_bias={10**6: 1.0})),
+        Request("prompt", [1, 10**6], 8, GREEDY),
+    ]
+    good = [Request(f"r{i}", prompt, NUM_TOKENS, GREEDY) for i, prompt in enumerate(PROMPTS)]
+    drafter = drafter_named("oracle", plain["greedy"]) if draft else None
+    results = generate(Engine(target, drafter, EngineOptions(4, 120, guard=False)), [*broken, *good])
+    assert [list(results[r.request_id].token_ids) for r in good] == plain["greedy"]
+    for request in broken:
+        assert results[request.request_id].finished.reason == FinishReason.FAILED
+        assert "IndexError" in str(results[request.request_id].finished.error)
+    assert target.slots.lengths == [0] * 4
+
+
+def test_a_pass_that_fails_runs_again_without_the_request_that_broke_it(
+    target: TorchTarget, plain: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request whose row the target cannot run, in the middle of its text, ends alone."""
+    whole = target.verify
+    poisoned: list[int] = []
+
+    def verify(rows: Sequence[VerifyRows]) -> list[Verified]:
+        if any(part.slot == 1 for part in rows) and len(poisoned) < 100:
+            poisoned.append(len(rows))
+            if len(poisoned) > 3:
+                raise RuntimeError("row 1 is broken")
+        return whole(rows)
+
+    monkeypatch.setattr(target, "verify", verify)
+    results = run(target, None, GREEDY)
+    assert [r.finished.reason for r in results].count(FinishReason.FAILED) == 1
+    assert "row 1 is broken" in str(results[1].finished.error)
+    assert [list(r.token_ids) for i, r in enumerate(results) if i != 1] == [
+        text for i, text in enumerate(plain["greedy"]) if i != 1
+    ]
 
 
 def test_what_cannot_run_is_refused_before_it_is_queued(target: TorchTarget) -> None:

@@ -97,7 +97,7 @@ def test_stop_ends_what_runs_and_refuses_what_comes(target: TorchTarget) -> None
     assert not thread.alive
     with pytest.raises(EngineStopped):
         thread.submit(Request("late", [1], 2, GREEDY))
-    assert [target.length(slot) for slot in range(2)] == [0, 0]
+    assert target.slots.lengths == [0, 0]
 
 
 def test_an_idle_engine_does_not_spin(running: tuple[EngineThread, "queue.Queue[Event]"]) -> None:

@@ -14,8 +14,8 @@ from drafters.native import NativeDrafter
 from drafters.network import DovetailConfig, DovetailNetwork
 from drafters.proposal import Budget, Proposal
 from kernels import native
+from server.engine.completion import generate
 from server.engine.engine import Engine, EngineOptions
-from server.engine.generate import generate
 from server.engine.request import Request, SamplingParams
 from server.targets.native_target import NativeTarget, load_target
 from server.targets.target import PrefillChunk, TargetError, VerifyRows
@@ -55,12 +55,12 @@ def test_a_tree_row_equals_the_plain_row_bit_for_bit(folder: Path, weights: str)
     for slot in (0, 1):
         target.prefill(PrefillChunk(slot, PROMPT))
     target.prefill(PrefillChunk(2, [3]))
-    tree = target.verify([VerifyRows(2, 8, Proposal()), VerifyRows(0, 9, TREE)])
+    _, tree = target.verify([VerifyRows(2, 8, Proposal()), VerifyRows(0, 9, TREE)])
     for token_id, row in ((9, 0), (11, 1), (13, 3), (15, 5)):  # the path 9, 11, 13, 15, one token at a time
-        plain = target.verify([VerifyRows(1, token_id, Proposal())])
-        assert torch.equal(plain.features[0], tree.features[1 + row])
-        assert torch.equal(plain.logits([0])[0], tree.logits([1 + row])[0])
-        assert plain.argmax()[0] == tree.argmax()[1 + row]
+        (plain,) = target.verify([VerifyRows(1, token_id, Proposal())])
+        assert torch.equal(plain.features([0]), tree.features([row]))
+        assert torch.equal(plain.logits(0), tree.logits(row))
+        assert plain.argmax() == [tree.argmax()[row]]
         target.keep(1, [0])
     target.keep(0, [0, 1, 3, 5])
     assert torch.equal(target.slots.keys[:, 0, :, :11], target.slots.keys[:, 1, :, :11])

@@ -20,8 +20,8 @@ from doubles import tiny_llama, tiny_qwen3
 from kernels import native
 from kernels.linear_lowbit import FORMAT_VERSION, PackedFormatError, checkpoint
 from server.bench.contestants import create_peers
+from server.engine.completion import generate
 from server.engine.engine import Engine, EngineOptions
-from server.engine.generate import generate
 from server.engine.request import Request, SamplingParams
 from server.targets import native_target
 from server.targets.conversion import ConversionOptions, convert_target

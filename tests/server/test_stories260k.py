@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from drafters.drafter import DraftState
 from drafters.ngram import NGramDrafter
 from drafters.proposal import Budget, Proposal
+from server.engine.completion import generate
 from server.engine.engine import Engine, EngineOptions
-from server.engine.generate import generate
 from server.engine.request import Request, SamplingParams
 from server.targets.torch_target import TorchTarget
 

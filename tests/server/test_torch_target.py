@@ -35,16 +35,16 @@ def test_rows_of_a_tree_equal_plain_forward_passes_on_their_paths(pair: tuple[to
         features, logits = plain(model, prompt)
         torch.testing.assert_close(result.features, features, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(result.logits, logits[-1], atol=1e-5, rtol=1e-4)
-    verified = target.verify([VerifyRows(0, 9, TREE), VerifyRows(2, 10, Proposal())])
-    assert verified.features.shape[0] == TREE.num_rows + 1
+    verified, other = target.verify([VerifyRows(0, 9, TREE), VerifyRows(2, 10, Proposal())])
+    assert (verified.num_rows, other.num_rows) == (TREE.num_rows, 1)
     for row in range(TREE.num_rows):
         path = [9, *(TREE.token_ids[i - 1] for i in TREE.path(row)[1:])]
         features, logits = plain(model, prompts[0] + path)
-        torch.testing.assert_close(verified.features[row], features[-1], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(verified.logits([row])[0], logits[-1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(verified.features([row])[0], features[-1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(verified.logits(row), logits[-1], atol=1e-5, rtol=1e-4)
     _, logits = plain(model, [6, 7, 10])
-    torch.testing.assert_close(verified.logits([TREE.num_rows])[0], logits[-1], atol=1e-5, rtol=1e-4)
-    assert verified.argmax()[-1] == int(logits[-1].argmax())
+    torch.testing.assert_close(other.logits(0), logits[-1], atol=1e-5, rtol=1e-4)
+    assert other.argmax() == [int(logits[-1].argmax())]
 
 
 def test_keep_commits_the_path_and_nothing_else(pair: tuple[torch.nn.Module, TorchTarget]) -> None:
@@ -52,10 +52,10 @@ def test_keep_commits_the_path_and_nothing_else(pair: tuple[torch.nn.Module, Tor
     target.prefill(PrefillChunk(1, [1, 2, 3]))
     target.verify([VerifyRows(1, 9, TREE)])
     target.keep(1, [0, 1, 3])
-    assert target.length(1) == 6
+    assert target.slots.lengths[1] == 6
     target.slots.keys[:, 1, :, 6:] = float("nan")  # rejected rows must never be read again
     target.slots.values[:, 1, :, 6:] = float("nan")
-    got = target.verify([VerifyRows(1, 20, Proposal())]).logits([0])[0]
+    got = target.verify([VerifyRows(1, 20, Proposal())])[0].logits(0)
     torch.testing.assert_close(got, plain(model, [1, 2, 3, 9, 11, 13, 20])[1][-1], atol=1e-5, rtol=1e-4)
 
 
@@ -69,7 +69,7 @@ def test_chunked_prefill_and_fork_equal_one_pass(pair: tuple[torch.nn.Module, To
     forked = target.prefill(PrefillChunk(1, [60, 61]))
     torch.testing.assert_close(forked.logits, plain(model, [*prompt[:7], 60, 61])[1][-1], atol=1e-5, rtol=1e-4)
     target.release(0)
-    assert (target.length(0), target.length(1)) == (0, 9)
+    assert target.slots.lengths[:2] == [0, 9]
 
 
 def test_sliding_window_models_see_their_window(save_model: Callable[..., Path]) -> None:
@@ -86,9 +86,9 @@ def test_sliding_window_models_see_their_window(save_model: Callable[..., Path])
     target.prefill(PrefillChunk(0, prompt[:6]))
     result = target.prefill(PrefillChunk(0, prompt[6:]))
     torch.testing.assert_close(result.logits, plain(model, prompt)[1][-1], atol=1e-5, rtol=1e-4)
-    verified = target.verify([VerifyRows(0, 9, TREE)])
+    (verified,) = target.verify([VerifyRows(0, 9, TREE)])
     want = plain(model, [*prompt, 9, 11, 13, 15])[1][-1]
-    torch.testing.assert_close(verified.logits([5])[0], want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(verified.logits(5), want, atol=1e-5, rtol=1e-4)
 
 
 def test_tied_weights_are_one_tensor_and_counted_once(save_model: Callable[..., Path]) -> None:
@@ -148,9 +148,9 @@ def test_inner_features_are_the_inputs_of_their_layers_and_leave_the_logits_alon
     want = torch.cat([hidden[layer][0] for layer in (2, 4, 5)], dim=-1)
     torch.testing.assert_close(result.features, want, atol=1e-3, rtol=1e-3)  # unnormalised, so of any size
     assert torch.equal(result.logits, before.logits)
-    verified = target.verify([VerifyRows(1, 9, TREE)])
-    assert verified.features.shape == (TREE.num_rows, 3 * 64)
-    torch.testing.assert_close(verified.logits([0])[0], plain(model, [*prompt, 9])[1][-1], atol=1e-5, rtol=1e-4)
+    (verified,) = target.verify([VerifyRows(1, 9, TREE)])
+    assert verified.features(range(TREE.num_rows)).shape == (TREE.num_rows, 3 * 64)
+    torch.testing.assert_close(verified.logits(0), plain(model, [*prompt, 9])[1][-1], atol=1e-5, rtol=1e-4)
     target.select_features(("last",))
     target.release(1)
     assert torch.equal(target.prefill(PrefillChunk(1, prompt)).features, before.features)

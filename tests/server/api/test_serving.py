@@ -35,7 +35,9 @@ async def test_while_loading_the_server_answers(connect, make_model):
             await asyncio.sleep(0.01)
         assert (await client.get("/v1/models/tiny")).json()["max_model_len"] == 200
         assert (await client.post("/v1/completions", json=COMPLETION)).status_code == 200
-        assert (await client.get("/health")).json()["free_slots"] == 4
+        health = (await client.get("/health")).json()
+        assert health["free_slots"] == 4
+        assert health["drafting"] == {"state": "failed", "reason": "the device is gone"}
         assert set((await client.get("/version")).json()) == {"version"}
 
 

@@ -125,7 +125,7 @@ def test_draft_step_leaves_the_slot_empty_and_asks_for_whole_trees(target: Torch
 
     assert draft_step_ms(target, Asked([], 67), Budget(3, 2, 3), repeats=2) is not None
     assert asked[:2] == [Budget(15, 2, 0), Budget(15, 2, 3)]
-    assert target.length(0) == 0
+    assert target.slots.lengths[0] == 0
     assert draft_step_ms(target, Asked([], 67), Budget(3, 2, 0)) is None
 
 

@@ -1,6 +1,6 @@
 """What the drafter has not seen yet: committed positions wait here until it drafts again.
 
-While the guard has switched drafting off, showing every token to the drafter would cost time for nothing; the features
+While drafting does not pay or the drafter has failed, showing it every token would cost time for nothing; the features
 are small, so they wait, and are shown in order and in bounded pieces when drafting resumes.
 """
 
@@ -13,7 +13,7 @@ import torch
 from drafters.drafter import Drafter, Observation
 
 
-class Observations:
+class Backlog:
     """Queues of observations per slot, shown to the drafter for all slots together."""
 
     def __init__(self, drafter: Drafter, max_rows: int) -> None:
@@ -25,27 +25,34 @@ class Observations:
         """Queue committed positions of one slot."""
         self.waiting.setdefault(observation.slot, deque()).append(observation)
 
-    def flush(self) -> None:
-        """Show everything, in calls of at most ``max_rows`` positions for each slot."""
+    def show(self) -> None:
+        """Show everything, in calls of at most ``max_rows`` positions for each slot.
+
+        What the drafter failed on waits on: a drafter takes in all of a call or nothing.
+        """
         while self.waiting:
-            self.drafter.observe([self._next(slot) for slot in list(self.waiting)])
+            batch = [self._join(slot) for slot in self.waiting]
+            self.drafter.observe(batch)
+            for observation in batch:
+                queue = self.waiting[observation.slot]
+                queue.popleft()
+                if not queue:
+                    del self.waiting[observation.slot]
 
     def release(self, slot: int) -> None:
-        """Forget a slot, here and in the drafter."""
+        """Forget what waits for a slot."""
         self.waiting.pop(slot, None)
-        self.drafter.release(slot)
 
-    def _next(self, slot: int) -> Observation:
-        """As many of the slot's queued positions as one call may hold, joined."""
+    def _join(self, slot: int) -> Observation:
+        """As many of the slot's queued positions as one call may hold, put together at the head of its queue."""
         queue = self.waiting[slot]
         taken = [queue.popleft()]
         num_rows = len(taken[0].next_ids)
         while queue and num_rows + len(queue[0].next_ids) <= self.max_rows:
             taken.append(queue.popleft())
             num_rows += len(taken[-1].next_ids)
-        if not queue:
-            del self.waiting[slot]
-        if len(taken) == 1:
-            return taken[0]
-        next_ids = [token_id for piece in taken for token_id in piece.next_ids]
-        return Observation(slot, torch.cat([piece.features for piece in taken]), next_ids)
+        if len(taken) > 1:
+            features = torch.cat([observation.features for observation in taken])
+            taken = [Observation(slot, features, [token_id for o in taken for token_id in o.next_ids])]
+        queue.appendleft(taken[0])
+        return taken[0]

@@ -1,0 +1,133 @@
+"""What requests give, as it grows: the one reader of the engine's events, for server, commands and scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from server.engine.request import EngineError, Event, FinishedEvent, FinishReason, Request
+from server.engine.stop import TextOutput
+
+if TYPE_CHECKING:
+    from server.engine.engine import Engine
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The text one token completed, and whether the token was a draft; the text at the very end is nobody's draft."""
+
+    text: str
+    drafted: bool = False
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one event added; ``finish_reason`` is set once, by the last: "stop" or "length" as clients know them."""
+
+    pieces: tuple[Piece, ...] = ()
+    finish_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """All pieces in one."""
+        return "".join(piece.text for piece in self.pieces)
+
+
+class Completion:
+    """One request's tokens and, with an ``output``, its text.
+
+    token_ids and drafted hold what counts: nothing behind the token that completed a stop string. ``stopped``: such a
+    string was met, so the engine may be told to end the request.
+    """
+
+    def __init__(self, request: Request, output: TextOutput | None = None) -> None:
+        self.request = request
+        self.output = output
+        self.token_ids: list[int] = []
+        self.drafted: list[bool] = []
+        self.stopped = False
+        self.ending: FinishedEvent | None = None
+
+    @property
+    def finished(self) -> FinishedEvent:
+        """How it ended; only to be asked of one that has."""
+        assert self.ending is not None
+        return self.ending
+
+    def check(self) -> None:
+        """Errors: EngineError where the engine failed on the request."""
+        if self.ending is not None and self.ending.reason is FinishReason.FAILED:
+            raise EngineError(self.ending.error or "the engine failed on this request")
+
+    def take(self, event: Event) -> Delta:
+        """Take in one event of this request."""
+        if isinstance(event, FinishedEvent):
+            return self._finish(event)
+        pieces: list[Piece] = []
+        for token_id, drafted in zip(event.token_ids, event.drafted, strict=True):
+            if self.stopped:
+                break
+            self.token_ids.append(token_id)
+            self.drafted.append(drafted)
+            if self.output is not None:
+                delta = self.output.push([token_id])
+                self.stopped = delta.stopped
+                pieces.append(Piece(delta.text, drafted))
+        return Delta(tuple(pieces))
+
+    def _finish(self, event: FinishedEvent) -> Delta:
+        self.ending = event
+        rest = "" if self.stopped or self.output is None else self.output.flush().text
+        is_cut = event.reason is FinishReason.LENGTH and not (self.output is not None and self.output.matcher.stopped)
+        return Delta((Piece(rest),), "length" if is_cut else "stop")
+
+
+class Completions:
+    """Requests that run together: those that have not ended."""
+
+    def __init__(self, completions: Iterable[Completion] = ()) -> None:
+        self.by_id: dict[str, Completion] = {}
+        for completion in completions:
+            self.add(completion)
+
+    def add(self, completion: Completion) -> None:
+        """One more. Errors: EngineError for an id that another one has."""
+        request_id = completion.request.request_id
+        if request_id in self.by_id:
+            raise EngineError(f"two requests are called {request_id!r}; every request needs an id of its own")
+        self.by_id[request_id] = completion
+
+    @property
+    def num_open(self) -> int:
+        """Those that have not ended."""
+        return len(self.by_id)
+
+    def take(self, event: Event) -> tuple[Completion, Delta]:
+        """Whose event it is, and what it added; one that ends is forgotten."""
+        completion = self.by_id[event.request_id]
+        delta = completion.take(event)
+        if completion.ending is not None:
+            del self.by_id[event.request_id]
+        return completion, delta
+
+
+def step(engine: Engine, completions: Completions) -> list[Completion]:
+    """One step of an engine that no thread owns, every event taken in; the completions that ended in it."""
+    ended: list[Completion] = []
+    for event in engine.step():
+        completion, delta = completions.take(event)
+        if delta.finish_reason is not None:
+            ended.append(completion)
+    return ended
+
+
+def generate(engine: Engine, requests: Sequence[Request]) -> dict[str, Completion]:
+    """Submit all requests and step until every one has ended; results by request id."""
+    completions = Completions(Completion(request) for request in requests)
+    for request in requests:
+        engine.submit(request)
+    results = dict(completions.by_id)
+    while completions.num_open:
+        step(engine, completions)
+    return results

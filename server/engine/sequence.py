@@ -1,0 +1,92 @@
+"""A request in the engine: its tokens, where it stands and what it gave so far. No torch here."""
+
+from __future__ import annotations
+
+import enum
+import secrets
+from collections import Counter
+from dataclasses import dataclass, field
+
+from server.engine.request import DraftStats, FinishReason, Request, Timings
+
+
+class Status(enum.Enum):
+    """Where a request stands. Only PREFILLING and DECODING ones hold a slot."""
+
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    ENDED = "ended"
+
+
+@dataclass(eq=False)
+class RunningSequence:
+    """Everything the engine knows of one request, from submission to its end.
+
+    token_ids: every committed token, prompt first; num_prefilled: prompt tokens whose rows the target holds; seed: of
+    its sampling, drawn when the request names none; held_slot: None while it waits and once it has ended.
+    """
+
+    request: Request
+    token_ids: list[int]
+    seed: int
+    status: Status = Status.WAITING
+    held_slot: int | None = None
+    num_prefilled: int = 0
+    stats: DraftStats = field(default_factory=DraftStats)
+    timings: Timings = field(default_factory=Timings)
+    output_counts: Counter[int] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, request: Request) -> RunningSequence:
+        """A request that has just come in."""
+        seed = request.sampling.seed
+        return cls(request, list(request.prompt_ids), secrets.randbits(63) if seed is None else seed)
+
+    @property
+    def request_id(self) -> str:
+        """The request's name."""
+        return self.request.request_id
+
+    @property
+    def slot(self) -> int:
+        """The slot it holds; only to be asked of one that runs."""
+        assert self.held_slot is not None
+        return self.held_slot
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it holds a slot."""
+        return self.status in (Status.PREFILLING, Status.DECODING)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_output(self) -> int:
+        """Tokens committed behind the prompt."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_left(self) -> int:
+        """Tokens the request may still get."""
+        return self.request.max_tokens - self.num_output
+
+    def prefilled(self, num_tokens: int) -> None:
+        """The target holds so many more of the prompt's rows; behind the last one the request decodes."""
+        self.num_prefilled += num_tokens
+        if self.num_prefilled == self.num_prompt:
+            self.status = Status.DECODING
+
+    def commit(self, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], FinishReason | None]:
+        """Append tokens up to the first stop id or the token limit; (what was appended, why it ends or None)."""
+        for count, token_id in enumerate(token_ids, 1):
+            self.token_ids.append(token_id)
+            self.output_counts[token_id] += 1
+            if token_id in self.request.stop_ids:
+                return token_ids[:count], FinishReason.STOP
+            if self.num_left == 0:
+                return token_ids[:count], FinishReason.LENGTH
+        return token_ids, None
