@@ -9,12 +9,12 @@ from typing import Any
 from drafters.network import FEATURES, DovetailConfig
 from drafters.train.feature_source import DataOptions
 from drafters.train.memory import MemoryEstimate, estimate_memory
-from kernels.losses.drafting import acceptance_loss, blended_acceptance_loss
+from kernels.losses.drafting import acceptance_loss, blended_acceptance_loss, total_variation
 from kernels.training import RecipeError, TrainingOptions, check_tables, take_table
 from kernels.training.processes import num_processes
 
 TABLES = ("drafter", "loss", "data", "training")
-ACCEPTANCE_LOSSES = {"log": acceptance_loss, "lambda": blended_acceptance_loss}
+ACCEPTANCE_LOSSES = {"log": acceptance_loss, "lambda": blended_acceptance_loss, "total_variation": total_variation}
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class LossOptions:
     """A recipe's ``[loss]`` table; the defaults are the paper's.
 
     noise: amplitude of the feature noise, 0 for clean features; unrolled_steps: 1 is teacher forcing, more add the
-    losses of drafts that deep, each ``unrolled_decay`` times the one before (EAGLE-3's training-time test);
-    acceptance_form: ``log`` or ``lambda``, the two forms of the acceptance loss.
+    losses of drafts that deep, the k-th weighted ``unrolled_decay`` ** (k - 1) (EAGLE-3's training-time test; with
+    DSpark's exp(-(k - 1) / gamma) the decay is exp(-1 / gamma)); acceptance_form: ``log``, ``lambda`` or
+    ``total_variation``, three forms of the acceptance loss.
     """
 
     regression_weight: float = 1.0

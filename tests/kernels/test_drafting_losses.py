@@ -12,6 +12,7 @@ from kernels.losses.drafting import (
     blended_acceptance_loss,
     feature_regression,
     soft_cross_entropy,
+    total_variation,
     with_feature_noise,
 )
 
@@ -43,6 +44,14 @@ def test_acceptance_loss_by_hand() -> None:
     assert math.isfinite(acceptance_loss(far, -far, torch.ones(1, 1)).item())
 
 
+def test_total_variation_by_hand() -> None:
+    # Half the sum of |3/4 - 1/2| and |1/4 - 1/2|, then of |3/4 - 1/5| and |1/4 - 4/5|; 1 where nothing is shared.
+    target = torch.tensor([[[math.log(3.0), 0.0], [math.log(3.0), 0.0], [0.0, 50.0]]])
+    draft = torch.tensor([[[0.0, 0.0], [0.0, math.log(4.0)], [50.0, 0.0]]])
+    assert total_variation(draft, target, MASK).item() == pytest.approx((0.25 + 0.55) / 2.00001, rel=1e-6)
+    assert total_variation(draft, target, 1 - MASK).item() == pytest.approx(1 / 1.00001, rel=1e-6)
+
+
 def test_blended_acceptance_loss_by_hand() -> None:
     # As above: acceptance 3/4 and 9/20; KL(target || draft) in nats; w = exp(-3 acceptance).
     target = torch.tensor([[[math.log(3.0), 0.0], [math.log(3.0), 0.0], [0.0, 50.0]]])
@@ -70,7 +79,9 @@ def test_agreement_counts_the_mask_only() -> None:
     assert argmax_agreement(draft, target, MASK).item() == pytest.approx(0.5, abs=1e-5)
 
 
-@pytest.mark.parametrize("loss", [feature_regression, soft_cross_entropy, acceptance_loss, blended_acceptance_loss])
+@pytest.mark.parametrize(
+    "loss", [feature_regression, soft_cross_entropy, acceptance_loss, blended_acceptance_loss, total_variation]
+)
 @pytest.mark.parametrize("poison", [0.0, 1e4])
 def test_masked_positions_have_no_gradient(loss: Callable[..., torch.Tensor], poison: float) -> None:
     torch.manual_seed(0)
@@ -85,7 +96,15 @@ def test_masked_positions_have_no_gradient(loss: Callable[..., torch.Tensor], po
 
 
 @pytest.mark.parametrize(
-    "loss", [feature_regression, soft_cross_entropy, acceptance_loss, blended_acceptance_loss, argmax_agreement]
+    "loss",
+    [
+        feature_regression,
+        soft_cross_entropy,
+        acceptance_loss,
+        blended_acceptance_loss,
+        total_variation,
+        argmax_agreement,
+    ],
 )
 def test_an_empty_mask_gives_zero(loss: Callable[..., torch.Tensor]) -> None:
     assert loss(torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.zeros(2, 3)).item() == 0.0

@@ -236,7 +236,7 @@ def test_a_trimmed_vocabulary_is_the_frequent_part_and_nothing_else_is_drafted(
     ids = np.tile(np.array([*frequent * 3, 2, 9], dtype=np.uint16), 60)
     np.save(tmp_path / "tokens.npy", ids)
     recipe["drafter"]["draft_vocab_size"] = 5
-    recipe["loss"] = {"acceptance_weight": 1.0, "acceptance_form": "lambda"}
+    recipe["loss"] = {"acceptance_weight": 0.9, "acceptance_form": "total_variation", "unrolled_steps": 2}
     recipe["training"] |= {"steps": 2, "evaluate_every": 2, "save_every": 2}
     report = train_drafter(recipe, create_source)
     target, cpu = TinyTarget(), torch.device("cpu")
@@ -313,7 +313,7 @@ def load_state(output: Path) -> dict[str, torch.Tensor]:
         ("data", {"window_length": 5000}, "one window takes 5000"),
         ("data", {"held_out_share": 1.0}, "held_out_share is 1.0"),
         ("loss", {"unrolled_steps": 0}, "unrolled_steps is 0"),
-        ("loss", {"acceptance_form": "exp"}, "'exp'; allowed are log, lambda"),
+        ("loss", {"acceptance_form": "exp"}, "'exp'; allowed are log, lambda, total_variation"),
         ("drafter", {"draft_vocab_size": 99}, "draft_vocab_size is 99; allowed are 1 to the vocabulary, 24"),
         ("lose", {"noise": 0.0}, "unknown tables lose"),
         ("drafter", {"features": "low+high"}, r"'low\+high'; allowed are last, low\+mid\+high"),
