@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -54,15 +56,21 @@ def create_app(
     return app
 
 
+class ListenError(OSError):
+    """The address cannot be listened on: taken, not this machine's, or not allowed."""
+
+
 class DrainingServer(uvicorn.Server):
     """uvicorn, except that it lets running requests finish before it closes their connections.
 
     On the first signal new requests get 503 and running ones ``settings.drain_s`` to finish; a second SIGINT cuts it.
-    A model that cannot be loaded ends the server as well; ``load_error`` then says why.
+    A model that cannot be loaded ends the server as well; ``load_error`` then says why. A Ctrl-C that comes before all
+    models are loaded sets ``load_interrupted``.
     """
 
     def __init__(self, settings: Settings, load: Load | None, vision: VisionWorker | None = None) -> None:
         self.load_error: Exception | None = None
+        self.load_interrupted = False
         self.app = create_app(settings, load, self._fail, vision)
         config = uvicorn.Config(
             self.app,
@@ -83,20 +91,55 @@ class DrainingServer(uvicorn.Server):
         await serving.drain(hurry=lambda: self.force_exit)
         await super().shutdown(sockets)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came."""
+        serving: Serving | None = getattr(self.app.state, "serving", None)
+        self.load_interrupted |= sig == signal.SIGINT and (serving is None or serving.is_loading)
+        super().handle_exit(sig, frame)
+
     def _fail(self, error: Exception) -> None:
         self.load_error = error
         self.should_exit = True
 
 
 def serve(settings: Settings, load: Load | None, vision: VisionWorker | None = None) -> None:
-    """Serve until told to end; see ``create_app``. Errors: whatever loading a model raised."""
+    """Serve until told to end; see ``create_app``.
+
+    Errors: ListenError before anything is loaded, whatever loading a model raised, KeyboardInterrupt where Ctrl-C came
+    before the models were there.
+    """
     if not is_loopback(settings.host) and settings.api_key is None:
         logger.warning("listening on %s without an API key: anyone who reaches it can use it", settings.host)
+    sockets = bind_sockets(settings.host, settings.port)
     server = DrainingServer(settings, load, vision)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    logger.info("listening on http://%s:%d (Ctrl-C ends it)", host, sockets[0].getsockname()[1])
     with signals_spent():
-        server.run()
+        server.run(sockets)
     if server.load_error is not None:
         raise server.load_error
+    if server.load_interrupted:
+        raise KeyboardInterrupt
+
+
+def bind_sockets(host: str, port: int) -> list[socket.socket]:
+    """A socket for each address that ``host`` stands for. Errors: ListenError."""
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, *_, address in dict.fromkeys(found):
+            sockets.append(socket.socket(family))
+            sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sockets[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sockets[-1].bind(address)
+    except OSError as error:
+        for opened in sockets:
+            opened.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ListenError(f"port {port} of {host} is taken; choose another with --port (0: a free one)") from error
+        raise ListenError(f"{host}, port {port} cannot be listened on: {error.strerror}") from error
+    return sockets
 
 
 @contextmanager

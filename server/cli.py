@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from typing import Annotated
+import threading
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -16,11 +18,11 @@ from server.commands.face_quality import face_quality
 from server.commands.generate import generate
 from server.commands.serve import serve
 from server.engine.request import EngineError
-from server.settings import SettingsError
+from server.settings import LOADING_THREAD, SettingsError
 
 logger = logging.getLogger(__name__)
 
-FAILED, USAGE = 1, 2
+FINE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
     name="dovetail",
@@ -57,17 +59,33 @@ def set_up(
 
 
 def main() -> None:
-    """The console script. Exit codes: 0 fine, 1 failed, 2 usage. An error that has a type of ours is one line."""
+    """The console script. Exit codes: 0 fine, 1 failed, 2 usage, 130 Ctrl-C. An error that has a type is one line."""
     try:
         app()
+        exit_code = FINE
+    except SystemExit as end:
+        exit_code = end.code if isinstance(end.code, int) else FAILED
+        if exit_code == INTERRUPTED:
+            sys.stderr.write("dovetail: interrupted\n")
     except SettingsError as error:
-        fail(error, USAGE)
+        exit_code = fail(error, USAGE)
     except (ValueError, OSError, ImportError, EngineError) as error:
-        fail(error, FAILED)
+        exit_code = fail(error, FAILED)
+    leave(exit_code)
 
 
-def fail(error: Exception, exit_code: int) -> None:
+def fail(error: Exception, exit_code: int) -> int:
     """One line on stderr; the traceback only with --verbose."""
     logger.debug("the command failed", exc_info=error)
     sys.stderr.write(f"dovetail: {error}\n")
+    return exit_code
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End the process. A thread that still loads a model is in native code, and the usual teardown would abort in it."""
+    if any(thread.name == LOADING_THREAD for thread in threading.enumerate()):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
     sys.exit(exit_code)

@@ -19,6 +19,7 @@ from pydantic_settings import (
 
 BUNDLED = "dovetail"
 NO_VISION = "none"
+LOADING_THREAD = "dovetail-load"  # the server loads in it; the command line looks for it when it ends
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 

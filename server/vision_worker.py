@@ -11,11 +11,13 @@ import json
 import logging
 import multiprocessing
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -295,14 +297,18 @@ class VisionWorker:
         # A fresh interpreter: a fork would copy the engine's threads' locks in whatever state they are.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(
+        process = context.Process(
             target=run_vision_process,
             args=(theirs, self.paths, self.options.limits, self.options.niceness),
             name="dovetail-vision",
             daemon=True,
         )
-        self.process.start()
+        with ctrl_c_blocked():
+            process.start()
+        self.process = process  # only now: what has not been started cannot be killed by stop()
         theirs.close()
+        if self.stopping:
+            raise self._stopped()
         try:
             hello = self._receive(self.options.load_timeout_s)
         except (ProcessDied, EOFError, OSError) as error:
@@ -340,6 +346,23 @@ class VisionWorker:
                 return
             if entry is not None and entry.future.set_running_or_notify_cancel():
                 fail([entry], self._stopped())
+
+
+@contextlib.contextmanager
+def ctrl_c_blocked() -> Iterator[None]:
+    """A process started from this thread meanwhile never sees Ctrl-C, which reaches the whole group.
+
+    The server ends it itself. Without this the signal meets it while it imports, and it prints a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # a process start would start it, and that unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def fail(batch: Sequence[Pending], error: VisionError) -> None:

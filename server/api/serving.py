@@ -17,7 +17,7 @@ from fastapi import Request as HttpRequest
 from server.api.dispatcher import Dispatcher
 from server.api.errors import ApiError, NotServing, shown
 from server.engine.request import Event, Request
-from server.settings import Settings
+from server.settings import LOADING_THREAD, Settings
 from server.text import TextCodec
 from server.vision_worker import VisionWorker
 
@@ -159,7 +159,12 @@ class Serving:
         if self.load is None:
             self.phase = Phase.READY
             return
-        threading.Thread(target=self._load, name="dovetail-load", daemon=True).start()
+        threading.Thread(target=self._load, name=LOADING_THREAD, daemon=True).start()
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a model is still to come."""
+        return self.phase is Phase.LOADING or (self.vision is not None and not self.vision_ready)
 
     def model(self) -> ServedModel:
         """The language model, ready to answer. Errors: NotServing (503) with the reason, 404 where there is none."""
