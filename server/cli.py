@@ -82,7 +82,7 @@ def fail(error: Exception, exit_code: int) -> int:
 
 
 def leave(exit_code: int) -> NoReturn:
-    """End the process. A thread that still loads a model is in native code, and the usual teardown would abort in it."""
+    """End the process. A thread that still loads a model is in native code, where the usual teardown would abort."""
     if any(thread.name == LOADING_THREAD for thread in threading.enumerate()):
         logging.shutdown()
         sys.stdout.flush()
