@@ -66,12 +66,11 @@ class Reply:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @classmethod
-    def to(cls, body: GenerationBody, format: ChoiceFormat, keepalive_s: float) -> Reply:
+    def to(cls, body: GenerationBody, model: str, format: ChoiceFormat, keepalive_s: float) -> Reply:
         """The reply that this body asks for; a stream silent for ``keepalive_s`` sends a comment."""
         options = body.stream_options
-        include_usage = options is not None and bool(options.include_usage)
-        continuous = options is not None and bool(options.continuous_usage_stats)
-        return cls(format, body.model, int(time.time()), include_usage, continuous, keepalive_s)
+        continuous = options.include_usage and options.continuous_usage_stats
+        return cls(format, model, int(time.time()), options.include_usage, continuous, keepalive_s)
 
     async def send(self, generation: Generation, request: HttpRequest, *, stream: bool) -> Response:
         """Stream the generation, or collect it while watching for the client to leave."""

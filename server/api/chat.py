@@ -11,14 +11,16 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from server.api.answer import Reply
-from server.api.fields import NEUTRAL_CHAT, NEUTRAL_MESSAGE, check_body, check_extra_fields
+from server.api.fields import check_fields
 from server.api.gate import require_json
 from server.api.generation import Generation
+from server.api.messages import ChatBody
+from server.api.openapi import ASKING
 from server.api.prompts import plan_requests
-from server.api.schemas import ChatBody
+from server.api.schemas import AS_MUCH_AS_FITS
 from server.api.serving import CurrentServing
 
-router = APIRouter(dependencies=[Depends(require_json)])
+router = APIRouter(dependencies=[Depends(require_json)], responses=ASKING)
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,20 @@ class ChatChoices:
 @router.post("/v1/chat/completions")
 async def create_chat_completion(body: ChatBody, request: HttpRequest, serving: CurrentServing) -> Response:
     """Answer a conversation. Without a limit the answer may fill the context."""
-    lenient = serving.settings.lenient
-    check_body(body, NEUTRAL_CHAT, lenient=lenient)
-    for index, message in enumerate(body.messages):
-        check_extra_fields(message.model_extra, NEUTRAL_MESSAGE, lenient=lenient, path=f"messages.{index}.")
+    check_fields(body, request, serving)
     model = serving.model_named(body.model)
     body.check_token_ids(model.codec.vocab_size)
     turns = [message.for_template() for message in body.messages]
     prompt = await asyncio.to_thread(model.codec.chat, turns)
-    reply = Reply.to(body, ChatChoices(), serving.settings.keepalive_s)
+    reply = Reply.to(body, model.name, ChatChoices(), serving.settings.keepalive_s)
     requests = plan_requests(
         reply.id,
         [prompt],
         body,
         model,
         max_tokens=body.max_completion_tokens or body.max_tokens,
-        default_max_tokens=None,
+        default_max_tokens=AS_MUCH_AS_FITS,
         max_requests=serving.settings.max_waiting,
     )
     generation = Generation(serving, model, requests, body.stop)
-    return await reply.send(generation, request, stream=bool(body.stream))
+    return await reply.send(generation, request, stream=body.stream)

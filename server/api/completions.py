@@ -12,9 +12,10 @@ from fastapi.responses import JSONResponse, Response
 
 from server.api.answer import Reply
 from server.api.errors import InvalidValue, UnsupportedParameter
-from server.api.fields import NEUTRAL_COMPLETION, check_body
+from server.api.fields import check_fields
 from server.api.gate import require_json
 from server.api.generation import Generation
+from server.api.openapi import ASKING
 from server.api.prompts import answer_limit, plan_requests
 from server.api.schemas import CompletionBody
 from server.api.serving import CurrentServing
@@ -23,7 +24,7 @@ from server.text import TextCodec
 
 DEFAULT_MAX_TOKENS = 16
 
-router = APIRouter(dependencies=[Depends(require_json)])
+router = APIRouter(dependencies=[Depends(require_json)], responses=ASKING)
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,13 @@ class CompletionChoices:
 @router.post("/v1/completions")
 async def create_completion(body: CompletionBody, request: HttpRequest, serving: CurrentServing) -> Response:
     """Continue one or several prompts."""
-    check_fields(body, lenient=serving.settings.lenient)
+    check_fields(body, request, serving)
+    check_best_of(body)
     model = serving.model_named(body.model)
     body.check_token_ids(model.codec.vocab_size)
     prompts = await asyncio.to_thread(encode_prompts, model.codec, body)
     echoes = await asyncio.to_thread(echo_texts, model.codec, body)
-    reply = Reply.to(body, CompletionChoices(echoes), serving.settings.keepalive_s)
+    reply = Reply.to(body, model.name, CompletionChoices(echoes), serving.settings.keepalive_s)
     if body.max_tokens == 0:
         return only_echo(reply, prompts, body, model.context_length)
     requests = plan_requests(
@@ -76,12 +78,11 @@ async def create_completion(body: CompletionBody, request: HttpRequest, serving:
         max_requests=serving.settings.max_waiting,
     )
     generation = Generation(serving, model, requests, body.stop)
-    return await reply.send(generation, request, stream=bool(body.stream))
+    return await reply.send(generation, request, stream=body.stream)
 
 
-def check_fields(body: CompletionBody, *, lenient: bool) -> None:
-    """Refuse what is not declared, and ``best_of`` other than ``n``: picking among hidden answers is not offered."""
-    check_body(body, NEUTRAL_COMPLETION, lenient=lenient)
+def check_best_of(body: CompletionBody) -> None:
+    """Refuse ``best_of`` other than ``n``: picking among hidden answers is not offered."""
     if body.best_of is not None and body.best_of != body.num_choices:
         message = f"best_of is {body.best_of}; only null or the value of n ({body.num_choices}) is supported."
         raise UnsupportedParameter("best_of", message)
@@ -106,7 +107,7 @@ def echo_texts(codec: TextCodec, body: CompletionBody) -> tuple[str, ...]:
 def only_echo(reply: Reply, prompts: list[list[int]], body: CompletionBody, context_length: int) -> Response:
     """max_tokens 0 with echo: the prompts come back; the engine is not asked."""
     for prompt in prompts:
-        answer_limit(len(prompt), 0, None, context_length)
+        answer_limit(len(prompt), 0, DEFAULT_MAX_TOKENS, context_length)
     if body.stream:
         raise UnsupportedParameter("stream", "max_tokens 0 has nothing to stream; leave stream out.")
     num_tokens = sum(len(prompt) for prompt in prompts)

@@ -20,7 +20,7 @@ MAX_SHOWN = 80
 
 
 class ApiError(HTTPException):
-    """An answer other than success: HTTP status and the four keys of OpenAI's error object."""
+    """An answer other than success: HTTP status, the four keys of OpenAI's error object, and numbers for programs."""
 
     def __init__(
         self,
@@ -31,8 +31,10 @@ class ApiError(HTTPException):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        details: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(status, message, dict(headers or {}))
+        self.details = dict(details or {})
         self.kind = kind
         self.param = param
         self.code = code
@@ -46,6 +48,7 @@ class ApiError(HTTPException):
                 "param": None if self.param is None else printable(self.param),
                 "code": self.code,
             }
+            | self.details
         }
 
     def response(self) -> JSONResponse:
@@ -104,7 +107,8 @@ def from_engine(error: EngineError) -> ApiError:
         headers = {"Retry-After": retry_after(error.retry_after_s)}
         return ApiError(429, f"{error}.", kind="overloaded", code="queue_full", headers=headers)
     if isinstance(error, ContextTooLong):
-        return ApiError(400, str(error), param="max_tokens", code="context_length_exceeded")
+        details = {"n_prompt_tokens": error.prompt_tokens, "n_ctx": error.context}
+        return ApiError(400, str(error), code="context_length_exceeded", details=details)
     if isinstance(error, EngineStopped):
         return NotServing("engine_dead", str(error) or "The engine has stopped; restart the server.", MAX_RETRY_AFTER_S)
     return ApiError(500, "The engine failed on this request.", kind="server_error", code="internal_error")

@@ -17,8 +17,9 @@ from pydantic import BeforeValidator, model_validator
 
 from server.api.answer import CLIENT_CLOSED_REQUEST
 from server.api.errors import InvalidValue
-from server.api.fields import check_extra_fields
+from server.api.fields import check_fields
 from server.api.gate import MAX_VISION_BODY_BYTES
+from server.api.openapi import ASKING
 from server.api.serving import CurrentServing, Serving
 from server.api.vision import (
     PICTURE_TYPES,
@@ -107,7 +108,7 @@ BODY_DOCUMENTATION = {
     }
 }
 
-router = APIRouter()
+router = APIRouter(responses=ASKING)
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ async def read_plan(request: HttpRequest, serving: Serving, worker: VisionWorker
     """Read and check a request. Errors: ApiError."""
     sent = await read_vision_request(request, FaceQualityBody)
     body = sent.body
-    check_extra_fields(body.model_extra, {}, lenient=serving.settings.lenient)
+    check_fields(body, request, serving)
     picture_type = wanted_picture(request, sent.single)
     info = model_of_kind(FACE_QUALITY, body.model, serving, worker)
     draw = PICTURE_TYPES[picture_type] if picture_type else "JPEG" if body.draw else None

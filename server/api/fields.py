@@ -1,100 +1,74 @@
-"""Request fields that this server knows but does not honour, and fields nobody knows.
+"""Fields that a request holds and its schema does not declare: nothing that changes an answer is dropped in silence.
 
-A field that cannot change the answer is accepted with any value. One that can is accepted where its value is null or
-neutral, and refused by name otherwise: nothing that changes an answer is dropped in silence.
+A known field that cannot change the answer passes; one that would is refused by name. A name nobody knows is ignored
+and reported (response header ``X-Dovetail-Ignored``, one log line for each name), or refused by a strict server.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from server.api.errors import ApiError, UnsupportedParameter, shown
-from server.api.schemas import GenerationBody
+from fastapi import Request as HttpRequest
+
+from server.api.body import Body
+from server.api.errors import ApiError, UnsupportedParameter, printable, shown
+from server.api.serving import Serving
 
 logger = logging.getLogger(__name__)
 
-WITHOUT_EFFECT = frozenset(
-    {
-        "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-        "parallel_tool_calls", "cache_salt",
-    }
-)  # fmt: skip
-
-NEUTRAL_BOTH: dict[str, tuple[Any, ...]] = {
-    "min_tokens": (0,),
-    "typical_p": (1,),
-    "skip_special_tokens": (True,),
-    "prompt_logprobs": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "truncate_prompt_tokens": (),
-    "priority": (0,),
-    "store": (False,),
-}
-NEUTRAL_COMPLETION: dict[str, tuple[Any, ...]] = NEUTRAL_BOTH | {"suffix": ("",), "logprobs": ()}
-NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = NEUTRAL_BOTH | {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": ("medium",),
-    "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-}
-NEUTRAL_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
-    "function_call": (),
-    "refusal": (),
-    "annotations": ([],),
-    "audio": (),
-    "reasoning_content": ("",),
-}
-NEUTRAL_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {"include_obfuscation": (False,)}
-NEUTRAL_SPECULATIVE: dict[str, tuple[Any, ...]] = {"n_max": (), "n_min": (), "p_min": ()}
+MAX_REPORTED = 1000  # names a process remembers having logged
+MAX_NAMES = 32  # names in one response header
 
 
-def check_extra_fields(
-    extra: Mapping[str, Any] | None, neutral: Mapping[str, tuple[Any, ...]], *, lenient: bool, path: str = ""
-) -> None:
-    """Judge the fields a schema does not declare. ``path`` prefixes their names in messages.
+def check_fields(body: Body, request: HttpRequest, serving: Serving) -> None:
+    """Judge every undeclared field of a body and of the objects in it; the ignored ones go to the response's header.
 
-    Errors: UnsupportedParameter for a known field with a value that would change the answer; ApiError
-    ``unknown_parameter`` for an unknown name, unless ``lenient``.
+    Errors: UnsupportedParameter, and ApiError ``unknown_parameter`` where the server is strict.
     """
-    for name, value in (extra or {}).items():
-        param = path + name
-        if name in neutral:
-            if value is not None and value not in neutral[name]:
-                allowed = " or ".join(["null", *(shown(v) for v in neutral[name])])
-                raise UnsupportedParameter(
-                    param,
-                    f"{param} is {shown(value)}, which this server does not support; leave it out or send {allowed}.",
-                )
-        elif name not in WITHOUT_EFFECT:
-            if not lenient:
-                message = f"Unknown field {shown(param)}; leave it out, or start the server with --lenient."
-                raise ApiError(400, message, param=param, code="unknown_parameter")
-            logger.debug("unknown field %r is dropped", param)
+    ignored: dict[str, None] = {}
+    for path, inner in objects_in(body, ()):
+        for name, value in (inner.model_extra or {}).items():
+            param = ".".join([*path, name])
+            if is_ignored(inner, name, value, param):
+                if serving.settings.strict:
+                    message = f"Unknown field {shown(param)}; leave it out, or start the server without --strict."
+                    raise ApiError(400, message, param=param, code="unknown_parameter")
+                ignored[".".join(["*" if part.isdecimal() else part for part in path] + [name])] = None
+    if ignored:
+        names = [printable(name) for name in ignored]
+        request.state.ignored_fields = names[:MAX_NAMES]
+        report(names, serving.reported_fields)
 
 
-def check_body(body: GenerationBody, neutral: Mapping[str, tuple[Any, ...]], *, lenient: bool) -> None:
-    """Judge the undeclared fields of a body and of its ``stream_options`` and ``speculative``."""
-    check_extra_fields(body.model_extra, neutral, lenient=lenient)
-    if body.stream_options is not None:
-        extra = body.stream_options.model_extra
-        check_extra_fields(extra, NEUTRAL_STREAM_OPTIONS, lenient=lenient, path="stream_options.")
-    if body.speculative is not None:
-        check_extra_fields(body.speculative.model_extra, NEUTRAL_SPECULATIVE, lenient=lenient, path="speculative.")
+def report(names: list[str], known: set[str]) -> None:
+    """One log line for each name that this process has not logged yet."""
+    for name in names:
+        if name not in known and len(known) < MAX_REPORTED:
+            known.add(name)
+            logger.warning("the request field %s is not known and is ignored", shown(name))
+
+
+def is_ignored(body: Body, name: str, value: Any, param: str) -> bool:
+    """Whether nobody knows the name. Errors: UnsupportedParameter for a known field that would change the answer."""
+    if name in body.without_effect:
+        return False
+    if name not in body.neutral:
+        return True
+    if value in body.neutral[name]:
+        return False
+    allowed = " or ".join(["null", *(shown(v) for v in body.neutral[name])])
+    message = f"{param} is {shown(value)}, which this server does not support; leave it out or send {allowed}."
+    raise UnsupportedParameter(param, message)
+
+
+def objects_in(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Body]]:
+    """Every declared object of a body with its path, the body itself first."""
+    if isinstance(value, Body):
+        yield path, value
+        for name in type(value).model_fields:
+            yield from objects_in(getattr(value, name), (*path, name))
+    elif isinstance(value, list) and any(isinstance(inner, Body) for inner in value[:1]):
+        for index, inner in enumerate(value):
+            yield from objects_in(inner, (*path, str(index)))

@@ -10,6 +10,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from server.api.errors import NotServing
+from server.api.openapi import failures
 from server.api.serving import CurrentServing
 
 DISTRIBUTION = "dovetail-server"
@@ -17,7 +18,7 @@ DISTRIBUTION = "dovetail-server"
 router = APIRouter()
 
 
-@router.get("/health")
+@router.get("/health", responses=failures(503))
 async def health(serving: CurrentServing) -> JSONResponse:
     """200 while requests are answered; 503 with the reason while loading, going down, or after a failure."""
     try:
@@ -42,7 +43,7 @@ async def health(serving: CurrentServing) -> JSONResponse:
     return JSONResponse(answer)
 
 
-@router.get("/version")
+@router.get("/version", responses=failures(401))
 async def read_version() -> dict[str, Any]:
     """The distribution's version."""
     return {"version": installed_version()}

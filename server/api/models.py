@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 
+from server.api.errors import InvalidValue, shown
+from server.api.openapi import LOOKING
 from server.api.serving import CurrentServing, Serving
 
-router = APIRouter()
+LANGUAGE = "language"
+
+router = APIRouter(responses=LOOKING)
+
+Kind = Annotated[
+    str | None, Query(description=f"Only models of this kind: {LANGUAGE}, or a vision model's, such as detector.")
+]
 
 
 @router.get("/v1/models")
-async def list_models(serving: CurrentServing) -> dict[str, Any]:
+async def list_models(serving: CurrentServing, kind: Kind = None) -> dict[str, Any]:
     """The models that are, or will be, served: the language model first, then vision models."""
-    return {"object": "list", "data": [describe(serving, name) for name in serving.names]}
+    entries = [describe(serving, name) for name in serving.names]
+    kinds = [entry["kind"] for entry in entries if "kind" in entry]
+    if kind is not None and kind not in kinds and not serving.is_loading:
+        raise InvalidValue("kind", f"kind is {shown(kind)}; this server has models of the kinds {', '.join(kinds)}.")
+    return {"object": "list", "data": [entry for entry in entries if kind in (None, entry.get("kind"))]}
 
 
 @router.get("/v1/models/{model_id:path}")
@@ -26,17 +38,20 @@ async def retrieve_model(model_id: str, serving: CurrentServing) -> dict[str, An
 
 
 def describe(serving: Serving, name: str) -> dict[str, Any]:
-    """OpenAI's model object.
+    """OpenAI's model object, with ``kind`` as far as it is known.
 
-    Once the model is loaded, the context length and the drafter join it; kind, licence, classes, input size and runtime
-    for a vision model.
+    Once the model is loaded, the context length and the drafter join it; licence, classes, input size and runtime for a
+    vision model.
     """
-    entry = {"id": name, "object": "model", "created": serving.created, "owned_by": "dovetail"}
+    entry: dict[str, Any] = {"id": name, "object": "model", "created": serving.created, "owned_by": "dovetail"}
     for info in serving.vision.models if serving.vision is not None else ():
         if info.name == name:
             return entry | {key: value for key, value in info.json().items() if key != "name"}
+    if serving.load is None or name != serving.name:
+        return entry
+    entry["kind"] = LANGUAGE
     model = serving.loaded
-    if model is None or name != model.name:
+    if model is None:
         return entry
     return entry | {
         "created": model.created,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from server.api.errors import InvalidValue
-from server.api.schemas import GenerationBody
+from server.api.schemas import AS_MUCH_AS_FITS, GenerationBody
 from server.api.serving import ServedModel
 from server.engine.request import ContextTooLong, Request
 
@@ -17,13 +17,13 @@ def plan_requests(
     model: ServedModel,
     *,
     max_tokens: int | None,
-    default_max_tokens: int | None,
+    default_max_tokens: int,
     max_requests: int,
 ) -> list[Request]:
     """One request for each prompt and choice, prompt-major.
 
-    max_tokens None takes ``default_max_tokens`` (None: all there is), cut to what the context leaves; a number that was
-    asked for is never cut. Errors: InvalidValue for more answers than the server takes at once, ContextTooLong.
+    Every answer may have what ``answer_limit`` says. Errors: InvalidValue for more answers than the server takes at
+    once, ContextTooLong.
     """
     num_requests = len(prompts) * body.num_choices
     if num_requests > max_requests:
@@ -39,19 +39,20 @@ def plan_requests(
             sampling=sampling,
             stop_ids=stop_ids,
             choice=choice,
-            draft=body.wants_draft,
+            draft=body.speculative.enabled,
         )
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         for choice in range(body.num_choices)
     ]
 
 
-def answer_limit(num_prompt: int, asked: int | None, default: int | None, context: int) -> int:
-    """Tokens the answer may have. Errors: ContextTooLong where the prompt leaves no room, or less than asked."""
+def answer_limit(num_prompt: int, asked: int | None, default: int, context: int) -> int:
+    """Tokens the answer may have: what was asked for, else ``default``, cut to what the context leaves.
+
+    ``AS_MUCH_AS_FITS`` is all of that. Errors: ContextTooLong where the prompt leaves no room.
+    """
+    wanted = default if asked is None else asked
     room = context - num_prompt
-    wanted = asked if asked is not None else 1
-    if wanted > room:
-        raise ContextTooLong(num_prompt, wanted, context)
-    if asked is not None:
-        return asked
-    return room if default is None else min(default, room)
+    if room < min(abs(wanted), 1):
+        raise ContextTooLong(num_prompt, 1, context)
+    return room if wanted == AS_MUCH_AS_FITS else min(wanted, room)

@@ -1,39 +1,36 @@
-"""Request bodies: the fields this server honours, their types and ranges."""
+"""Request bodies of completions: the fields this server honours, their types and ranges."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from server.api.errors import InvalidValue, UnsupportedParameter, shown
+from server.api.body import Body, NeutralValues, RequestBody, Text, WholeNumber
+from server.api.errors import InvalidValue, shown
 from server.engine.request import SamplingParams
 from server.text import check_text
 
-MAX_STOPS = 16
+MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_CHOICES = 128
+AS_MUCH_AS_FITS = -1
 
-Text = Annotated[str, AfterValidator(check_text)]
 TokenIds = list[int]
 
 
 def parse_prompts(value: Any) -> list[str] | list[TokenIds]:
     """The four shapes of ``prompt`` as a list of texts or of token-id lists."""
-    prompts = [value] if isinstance(value, str) or is_id_list(value) else value
+    prompts = [value] if isinstance(value, str) or (value and is_id_list(value)) else value
     if not isinstance(prompts, list) or not prompts:
-        raise ValueError(
-            "send a text, a list of texts, a list of token ids, or a list of such lists; none may be empty"
-        )
+        raise ValueError("send a text, a list of texts, a list of token ids, or a list of such lists")
     texts = all(isinstance(prompt, str) for prompt in prompts)
     if not texts and not all(is_id_list(prompt) for prompt in prompts):
         raise ValueError("send either texts or lists of token ids (whole numbers), not a mixture of types")
-    if not all(prompts):
-        raise ValueError("a prompt is empty; send at least one character or token id")
     return [check_text(prompt) for prompt in prompts] if texts else prompts
 
 
@@ -43,88 +40,99 @@ def is_id_list(value: Any) -> bool:
 
 
 def parse_stops(value: Any) -> list[str]:
-    """``stop`` as a list: one string, several, or null."""
-    stops = [] if value is None else [value] if isinstance(value, str) else value
+    """``stop`` as a list: one string, or several. An empty one, which stops nothing, is dropped."""
+    stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise ValueError("send a text or a list of texts")
     if len(stops) > MAX_STOPS:
         raise ValueError(f"{len(stops)} stop strings were given; at most {MAX_STOPS} are allowed")
-    if not all(0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
-        raise ValueError(f"every stop string must have 1 to {MAX_STOP_CHARS} characters")
-    return [check_text(stop) for stop in stops]
+    if any(len(stop) > MAX_STOP_CHARS for stop in stops):
+        raise ValueError(f"a stop string may have at most {MAX_STOP_CHARS} characters")
+    return [check_text(stop) for stop in stops if stop]
 
 
 def parse_logit_bias(value: Any) -> dict[int, float]:
-    """``logit_bias``: token ids, as JSON object keys, to -100 .. 100."""
-    entries = {} if value is None else value
-    if not isinstance(entries, dict):
+    """``logit_bias``: token ids, as JSON object keys or in pairs, to -100 .. 100."""
+    if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        value = {str(token_id): bias for token_id, bias in value}
+    if not isinstance(value, dict):
         raise ValueError('send an object such as {"50256": -100}')
-    if len(entries) > MAX_LOGIT_BIASES:
-        raise ValueError(f"{len(entries)} entries were given; at most {MAX_LOGIT_BIASES} are allowed")
-    for key, bias in entries.items():
+    if len(value) > MAX_LOGIT_BIASES:
+        raise ValueError(f"{len(value)} entries were given; at most {MAX_LOGIT_BIASES} are allowed")
+    for key, bias in value.items():
         if not re.fullmatch(r"[0-9]{1,9}", str(key)):
-            raise ValueError("every key must be a token id written in digits")
+            raise ValueError(f"the key {shown(key)} is no token id; write it in digits")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
-            raise ValueError("every value must be a number from -100 to 100")
-    return {int(key): float(bias) for key, bias in entries.items()}
-
-
-class Body(BaseModel):
-    """Strict types, finite numbers; what is not declared is kept and judged by ``fields.check_extra_fields``."""
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+            raise ValueError(f"the value of {key} must be a number from -100 to 100")
+    return {int(key): float(bias) for key, bias in value.items()}
 
 
 class StreamOptions(Body):
-    """include_usage: a closing chunk with the usage; continuous_usage_stats: running counts on every chunk."""
+    """include_usage: a closing chunk with the usage; continuous_usage_stats: with it, running counts on every chunk."""
 
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
+    neutral: ClassVar[NeutralValues] = {"include_obfuscation": (False,)}
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class Speculative(Body):
     """Extension. ``enabled`` false asks for plain decoding of this request."""
 
-    enabled: bool | None = None
+    neutral: ClassVar[NeutralValues] = {"n_max": (), "n_min": (), "p_min": ()}
+
+    enabled: bool = True
 
 
-class GenerationBody(Body):
-    """What completions and chat completions share; null means the default everywhere."""
+class GenerationBody(RequestBody):
+    """What completions and chat completions share."""
 
-    model: Text
-    max_tokens: int | None = Field(None, ge=0)
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        {
+            "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+            "parallel_tool_calls", "cache_salt", "cache_prompt",
+        }
+    )  # fmt: skip
+    neutral: ClassVar[NeutralValues] = {
+        "min_tokens": (0,),
+        "typical_p": (1,),
+        "skip_special_tokens": (True,),
+        "prompt_logprobs": (),
+        "return_token_ids": (False,),
+        "return_tokens_as_token_ids": (False,),
+        "truncate_prompt_tokens": (),
+        "priority": (0,),
+        "store": (False,),
+    }
+
+    model: Text | None = Field(None, description="Left out: the language model this server has.")
+    max_tokens: WholeNumber | None = Field(
+        None, ge=AS_MUCH_AS_FITS, description="Tokens of the answer; cut to what the context leaves; -1: all of that."
+    )
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: Annotated[list[str], BeforeValidator(parse_stops)] = []
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    logit_bias: Annotated[dict[int, float], BeforeValidator(parse_logit_bias)] = {}
+    n: WholeNumber | None = Field(None, ge=1, le=MAX_CHOICES)
+    stop: Annotated[list[str], BeforeValidator(parse_stops, json_schema_input_type=str | list[str])] = Field([])
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    seed: WholeNumber | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    logit_bias: Annotated[
+        dict[int, float],
+        BeforeValidator(parse_logit_bias, json_schema_input_type=dict[str, float] | list[list[float]]),
+    ] = Field({})
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    top_k: int | None = Field(None, ge=-1, description="0 or -1: all tokens")
+    top_k: WholeNumber | None = Field(None, ge=-1, description="0 or -1: all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
-    ignore_eos: bool | None = None
-    speculative: Speculative | None = None
-
-    @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> GenerationBody:
-        if self.stream_options is not None and not self.stream:
-            raise InvalidValue("stream_options", "stream_options is allowed only with stream: true.")
-        return self
+    stop_token_ids: list[WholeNumber] = Field([], max_length=MAX_STOP_TOKEN_IDS)
+    ignore_eos: bool = False
+    speculative: Speculative = Speculative()
 
     @property
     def num_choices(self) -> int:
         """Answers to each prompt."""
         return self.n or 1
-
-    @property
-    def wants_draft(self) -> bool:
-        """Whether drafting may be used."""
-        return self.speculative is None or self.speculative.enabled is not False
 
     def sampling(self) -> SamplingParams:
         """The sampling fields, defaults filled in."""
@@ -136,21 +144,26 @@ class GenerationBody(Body):
 
     def stop_ids(self, model_stop_ids: frozenset[int]) -> frozenset[int]:
         """Ids that end the text: the model's, unless ignored, and the request's."""
-        own = frozenset(self.stop_token_ids or ())
+        own = frozenset(self.stop_token_ids)
         return own if self.ignore_eos else own | model_stop_ids
 
     def check_token_ids(self, vocab_size: int) -> None:
         """Refuse ids outside the vocabulary."""
-        check_ids("stop_token_ids", self.stop_token_ids or (), vocab_size)
+        check_ids("stop_token_ids", self.stop_token_ids, vocab_size)
         check_ids("logit_bias", tuple(self.logit_bias), vocab_size)
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: Annotated[list[str] | list[TokenIds], BeforeValidator(parse_prompts)]
-    echo: bool | None = None
-    best_of: int | None = None
+    neutral: ClassVar[NeutralValues] = GenerationBody.neutral | {"suffix": ("",), "logprobs": ()}
+
+    prompt: Annotated[
+        list[str] | list[TokenIds],
+        BeforeValidator(parse_prompts, json_schema_input_type=str | list[str] | TokenIds | list[TokenIds]),
+    ]
+    echo: bool = False
+    best_of: WholeNumber | None = None
 
     @model_validator(mode="after")
     def _zero_only_with_echo(self) -> CompletionBody:
@@ -166,69 +179,10 @@ class CompletionBody(GenerationBody):
                 check_ids("prompt", prompt, vocab_size)
 
 
-class TextPart(BaseModel):
-    """A part of a message's content."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    type: Literal["text"]
-    text: Text
-
-
-def parse_content(value: Any) -> str:
-    """A message's content as one text; parts are joined by newlines."""
-    if isinstance(value, str):
-        return check_text(value)
-    if not isinstance(value, list) or not value:
-        raise ValueError("send a text, or a list of parts of type text")
-    for part in value:
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise ValueError("every part must be an object with a type, such as {'type': 'text', 'text': '...'}")
-        if part["type"] != "text":
-            kind = shown(part["type"])
-            raise UnsupportedParameter("messages", f"Content parts of type {kind} are not supported; send type text.")
-    return "\n".join(TextPart.model_validate(part).text for part in value)
-
-
-class Message(Body):
-    """One turn. ``developer`` is the newer name of ``system``."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(parse_content)]
-    name: Text | None = None
-
-    def for_template(self) -> dict[str, str]:
-        """The turn as chat templates know it."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content} | ({} if self.name is None else {"name": self.name})
-
-
-class ChatBody(GenerationBody):
-    """POST /v1/chat/completions."""
-
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-
-    @field_validator("messages", mode="before")
-    @classmethod
-    def _no_tool_turns(cls, value: Any) -> Any:
-        for index, turn in enumerate(value if isinstance(value, list) else []):
-            if isinstance(turn, dict) and turn.get("role") in ("tool", "function"):
-                param = f"messages.{index}.role"
-                raise UnsupportedParameter(param, f"{param} is {turn['role']}; this server does not support tools.")
-        return value
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> ChatBody:
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            raise InvalidValue("max_tokens", "max_tokens and max_completion_tokens differ; send one of them.")
-        return self
-
-
 def check_ids(param: str, token_ids: Sequence[int], vocab_size: int) -> None:
     """Errors: InvalidValue naming the first id outside the vocabulary."""
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
-            raise InvalidValue(param, f"{param} holds the token id {token_id}; allowed are 0 to {vocab_size - 1}.")
+            raise InvalidValue(
+                param, f"{param} holds the token id {shown(token_id)}; allowed are 0 to {vocab_size - 1}."
+            )

@@ -15,7 +15,7 @@ from fastapi import Depends
 from fastapi import Request as HttpRequest
 
 from server.api.dispatcher import Dispatcher
-from server.api.errors import ApiError, NotServing, shown
+from server.api.errors import ApiError, InvalidValue, NotServing, shown
 from server.engine.request import Event, Request
 from server.settings import LOADING_THREAD, Settings
 from server.text import TextCodec
@@ -150,6 +150,7 @@ class Serving:
         self.created = int(time.time())
         self.loaded: ServedModel | None = None
         self.failure = ""
+        self.reported_fields: set[str] = set()
         self.dispatcher = Dispatcher(asyncio.get_running_loop())
 
     def start_loading(self) -> None:
@@ -206,11 +207,19 @@ class Serving:
             )
         return NotServing("engine_dead", "The engine has stopped; the text is not complete.", LONG_RETRY_S)
 
-    def model_named(self, name: str) -> ServedModel:
-        """The model if that is its name. Errors: NotServing, ApiError 404 listing what is served."""
+    def model_named(self, name: str | None) -> ServedModel:
+        """The language model, if that is its name or none was sent.
+
+        Errors: NotServing, ApiError 404 listing what is served, InvalidValue for a vision model.
+        """
+        if self.vision is not None and name in self.vision.names:
+            models = [] if self.load is None else [self.name]
+            known = ", ".join(repr(known) for known in models) or "none"
+            message = f"{name!r} is a vision model and has no text; this server's language models are: {known}."
+            raise InvalidValue("model", message)
         model = self.model()
-        if name != model.name:
-            raise self.unknown_model(name)
+        if name not in (None, model.name):
+            raise self.unknown_model(str(name))
         return model
 
     def unknown_model(self, name: str) -> ApiError:

@@ -33,5 +33,8 @@ class EventStream(EventSourceResponse):
 
 
 def event(payload: Mapping[str, Any]) -> bytes:
-    """One ``data:`` event. NaN and infinity are refused, since JSON has neither."""
-    return format_sse_event(data_str=json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+    """One ``data:`` event, in ASCII: readers that split lines at U+2028, U+2029 or U+0085 find none inside it.
+
+    NaN and infinity are refused, since JSON has neither.
+    """
+    return format_sse_event(data_str=json.dumps(payload, allow_nan=False, separators=(",", ":")))

@@ -18,8 +18,9 @@ from fastapi.responses import JSONResponse, Response
 from server.api.answer import CLIENT_CLOSED_REQUEST, client_left
 from server.api.detection_formats import OBJECT_FORMATS, WRITERS
 from server.api.errors import ApiError, from_vision
-from server.api.fields import check_extra_fields
+from server.api.fields import check_fields
 from server.api.gate import MAX_VISION_BODY_BYTES
+from server.api.openapi import ASKING
 from server.api.remote_images import fetch_image
 from server.api.serving import CurrentServing, Serving
 from server.api.vision_body import DetectionBody, FileSource, Source, UrlSource, read_vision_request
@@ -50,7 +51,7 @@ class Order:
     draw: str | None
 
 
-router = APIRouter()
+router = APIRouter(responses=ASKING)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ async def read_plan(request: HttpRequest, serving: Serving, worker: VisionWorker
     """Read and check a request. Errors: ApiError."""
     vision_request = await read_vision_request(request, DetectionBody)
     body = vision_request.body
-    check_extra_fields(body.model_extra, {}, lenient=serving.settings.lenient)
+    check_fields(body, request, serving)
     picture_type = wanted_picture(request, vision_request.single)
     info = model_of_kind(DETECTOR, body.model, serving, worker)
     return Plan(body, info, vision_request.sources, vision_request.single, picture_type)

@@ -16,23 +16,24 @@ from python_multipart.exceptions import MultipartParseError
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from server.api.body import RequestBody, Text, WholeNumber
 from server.api.detection_formats import OBJECT_FORMATS, Format
 from server.api.errors import ApiError, InvalidValue, shown
 from server.api.gate import MAX_VISION_BODY_BYTES
-from server.api.schemas import Body, Text
 from vision.detect import DEFAULT_MAX_DETECTIONS, DEFAULT_SCORE_THRESHOLD
 from vision.images import ImageError
 from vision.predict import ModelInfo
 
 MAX_IMAGES = 8
 MAX_CLASSES = 256
+MAX_ID_DIGITS = 9
 MAX_FORM_FIELDS = 32 + MAX_CLASSES
 DATA_URI = re.compile(r"data:[\w/+.-]*(;[\w=.-]+)*;base64,")
 URL = re.compile(r"https?://", re.IGNORECASE)
 LISTS = frozenset({"classes"})
 
 
-class ImageBody(Body):
+class ImageBody(RequestBody):
     """What every vision route takes: ``image`` or ``images`` (base64, a data URI, or a URL), and the model's name."""
 
     model: Text | None = None
@@ -51,7 +52,7 @@ class DetectionBody(ImageBody):
     """POST /v1/vision/detections. ``classes`` holds names or ids; null means the default everywhere."""
 
     score_threshold: float | None = Field(None, ge=0, le=1)
-    max_detections: int | None = Field(None, ge=1, le=1000)
+    max_detections: WholeNumber | None = Field(None, ge=1, le=1000)
     classes: list[Text | Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1, max_length=MAX_CLASSES)
     format: Format | None = None
 
@@ -80,8 +81,9 @@ def class_id(entry: str | int, info: ModelInfo) -> int:
     """A class by name, or by id."""
     if entry in info.class_names:
         return info.class_names.index(str(entry))
-    if str(entry).isdecimal() and int(entry) < len(info.class_names):
-        return int(entry)
+    digits = str(entry)
+    if digits.isdecimal() and len(digits) <= MAX_ID_DIGITS and int(digits) < len(info.class_names):
+        return int(digits)
     known = ", ".join(info.class_names[:20]) + (", ..." if len(info.class_names) > 20 else "")
     raise InvalidValue("classes", f"classes holds {shown(entry)}; {info.name} knows {known}.")
 

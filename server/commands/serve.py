@@ -45,7 +45,7 @@ def serve(
     vision_url_hosts: Annotated[str | None, flag("vision_url_hosts")] = None,
     api_key: Annotated[str | None, flag("api_key")] = None,
     model_name: Annotated[str | None, flag("model_name")] = None,
-    lenient: Annotated[bool | None, flag("lenient")] = None,
+    strict: Annotated[bool | None, flag("strict")] = None,
     config: Config = None,
 ) -> None:
     """Answer OpenAI clients over HTTP, and vision requests beside them."""

@@ -26,6 +26,8 @@ class ContextTooLong(EngineError):
     """Prompt and requested tokens do not fit the context."""
 
     def __init__(self, prompt_tokens: int, max_tokens: int, context: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.context = context
         super().__init__(
             f"This model's maximum context length is {context} tokens. However, {prompt_tokens} tokens are in the "
             f"prompt and {max_tokens} were requested for the completion; shorten the prompt or lower max_tokens."

@@ -96,10 +96,10 @@ def test_serve_hands_its_settings_on(launch, monkeypatch, make_settings):
     served = []
     monkeypatch.setattr("server.app.serve", lambda settings, load, worker: served.append((settings, load)))
     launch.vision_worker = lambda settings: None
-    run("serve", "some/model", "--port", "0", "--lenient", "--max-seqs", "2", "--api-key", "k", "--vram", "1GiB")
+    run("serve", "some/model", "--port", "0", "--strict", "--max-seqs", "2", "--api-key", "k", "--vram", "1GiB")
     (settings, load) = served[0]
     assert load is launch.load_model
-    assert (settings.target, settings.port, settings.lenient, settings.max_seqs) == ("some/model", 0, True, 2)
+    assert (settings.target, settings.port, settings.strict, settings.max_seqs) == ("some/model", 0, True, 2)
     assert (settings.api_key.get_secret_value(), settings.vram) == ("k", 2**30)
 
 

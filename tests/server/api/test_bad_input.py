@@ -5,6 +5,7 @@ import pytest
 pytestmark = pytest.mark.anyio
 
 COMPLETION = {"model": "tiny", "prompt": "one"}
+TEXT_PART = {"type": "text", "text": "one"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "one"}]}
 
 
@@ -13,12 +14,11 @@ def bad(param, code, **fields):
 
 
 BOTH = [
-    bad("max_tokens", "invalid_value", max_tokens=-1),
+    bad("max_tokens", "invalid_value", max_tokens=-2),
     bad("max_tokens", "invalid_value", max_tokens=0),
     bad("max_tokens", "invalid_type", max_tokens="5"),
     bad("max_tokens", "invalid_type", max_tokens=True),
     bad("max_tokens", "invalid_type", max_tokens=2.5),
-    bad("max_tokens", "context_length_exceeded", max_tokens=10**30),
     bad("temperature", "invalid_value", temperature=-0.1),
     bad("temperature", "invalid_value", temperature=2.1),
     bad("temperature", "invalid_type", temperature="hot"),
@@ -26,8 +26,7 @@ BOTH = [
     bad("n", "invalid_value", n=0),
     bad("n", "invalid_value", n=1000000),
     bad("n", "invalid_value", n=9),
-    bad("stop", "invalid_value", stop=["x"] * 17),
-    bad("stop", "invalid_value", stop=[""]),
+    bad("stop", "invalid_value", stop=["x"] * 65),
     bad("stop", "invalid_value", stop="x" * 1025),
     bad("stop", "invalid_value", stop=[1]),
     bad("seed", "invalid_value", seed=2**63),
@@ -37,13 +36,11 @@ BOTH = [
     bad("logit_bias", "invalid_value", logit_bias={"5": 101}),
     bad("logit_bias", "invalid_value", logit_bias={"999999": 1}),
     bad("stop_token_ids", "invalid_value", stop_token_ids=[-1]),
-    bad("stream_options", "invalid_value", stream_options={"include_usage": True}),
-    bad("stream_options.surprise", "unknown_parameter", stream=True, stream_options={"surprise": 1}),
+    bad("stream_options.include_obfuscation", "unsupported_parameter", stream_options={"include_obfuscation": True}),
     bad("speculative.enabled", "invalid_type", speculative={"enabled": "no"}),
     bad("speculative.n_max", "unsupported_parameter", speculative={"n_max": 4}),
-    bad("unheard_of", "unknown_parameter", unheard_of=None),
+    bad("temperature", "invalid_type", temperature=10**4000),
     bad(None, "invalid_unicode", **{"\ud800": 1}),
-    bad("\0", "unknown_parameter", **{"\0": 1}),
     bad("model", "invalid_type", model=7),
     bad("model", "invalid_unicode", model="\ud800"),
     bad("store", "unsupported_parameter", store=True),
@@ -55,7 +52,7 @@ COMPLETIONS = [
     bad("prompt", "invalid_value", prompt=["one", ""]),
     bad("prompt", "invalid_value", prompt=["one", 1]),
     bad("prompt", "invalid_value", prompt=[1, True]),
-    bad("prompt", "invalid_value", prompt=None),
+    bad("prompt", "missing_required_parameter", prompt=None),
     bad("prompt", "invalid_value", prompt={"a": 1}),
     bad("prompt", "invalid_value", prompt=[-1]),
     bad("prompt", "invalid_value", prompt=[[1], [10**12]]),
@@ -68,16 +65,18 @@ COMPLETIONS = [
 ]
 CHATS = [
     bad("messages", "invalid_value", messages=[]),
-    bad("messages", "invalid_type", messages=None),
+    bad("messages", "missing_required_parameter", messages=None),
     bad("messages", "invalid_type", messages="one"),
     bad("messages.0", "invalid_type", messages=[123]),
     bad("messages.0.role", "missing_required_parameter", messages=[{}]),
     bad("messages.0.role", "invalid_value", messages=[{"role": 123, "content": "x"}]),
     bad("messages.0.role", "unsupported_parameter", messages=[{"role": "tool", "content": "x"}]),
     bad("messages.0.content", "invalid_value", messages=[{"role": "user", "content": 123}]),
+    bad("messages.0.content", "invalid_value", messages=[{"role": "user"}]),
+    bad("messages.0.content", "invalid_value", messages=[{"role": "user", "content": [TEXT_PART | {"text": 1}]}]),
+    bad("messages.0.content", "invalid_unicode", messages=[{"role": "user", "content": [TEXT_PART | {"text": "\0"}]}]),
     bad("messages.0.content", "invalid_unicode", messages=[{"role": "user", "content": "\udfff"}]),
     bad("messages", "unsupported_parameter", messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
-    bad("messages.0.surprise", "unknown_parameter", messages=[{"role": "user", "content": "x", "surprise": 1}]),
     bad("messages.0.audio", "unsupported_parameter", messages=[{"role": "user", "content": "x", "audio": {}}]),
     bad("tools", "unsupported_parameter", tools=[{"type": "function"}]),
     bad("response_format", "unsupported_parameter", response_format={"type": "json_object"}),
@@ -124,8 +123,9 @@ async def test_chats(connect, make_model, param, code, fields):
         (b"[1]", "invalid_type"),
         (b'"tiny"', "invalid_type"),
         (b'{"model": "tiny", "prompt": "x", "messages": [], "temperature": NaN}', "invalid_value"),
+        (b'{"model": "tiny", "logprobs": ' + b"[" * 300 + b"]" * 300 + b"}", "invalid_value"),
+        (b'{"model": "tiny", "user": ' + b'{"a":' * 300 + b"1" + b"}" * 300 + b"}", "invalid_value"),
         (b'{"model": "tiny", "prompt": "x", "messages": [], "temperature": 1e400}', "invalid_value"),
-        (b'{"prompt": "x", "messages": [{"role": "user", "content": "x"}]}', "missing_required_parameter"),
     ],
 )
 async def test_bodies_that_are_not_what_they_should_be(connect, make_model, path, content, code):
@@ -138,12 +138,14 @@ async def test_bodies_that_are_not_what_they_should_be(connect, make_model, path
 
 async def test_a_prompt_over_the_context_gets_both_numbers(connect, make_model):
     async with connect(make_model(context=50)) as client:
-        for fields in ({"prompt": [5] * 50}, {"prompt": [5] * 48, "max_tokens": 3}, {"prompt": [[5], [5] * 51]}):
+        for fields in ({"prompt": [5] * 50}, {"prompt": [5] * 50, "max_tokens": -1}, {"prompt": [[5], [5] * 51]}):
             answer = await send(client, "/v1/completions", COMPLETION | fields)
             error = answer.json()["error"]
             assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
             assert "maximum context length is 50 tokens" in error["message"]
+            assert error["n_ctx"] == 50
         assert "51 tokens are in the prompt" in error["message"]
+        assert error["n_prompt_tokens"] == 51
         fits = await send(client, "/v1/completions", COMPLETION | {"prompt": [5] * 48, "max_tokens": 2})
         assert fits.status_code == 200
         echo = {"prompt": [5] * 51, "echo": True, "max_tokens": 0}
@@ -224,7 +226,7 @@ async def test_no_value_of_any_field_takes_the_server_down(connect, make_model, 
                 answer = await send(client, path, base | {field: value})
                 assert answer.status_code in (200, 400, 404), (field, value, answer.text)
                 if answer.status_code != 200:
-                    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+                    assert set(answer.json()["error"]) >= {"message", "type", "param", "code"}
         assert not client.app.state.serving.dispatcher.queues
         assert (await client.get("/openapi.json")).status_code == 200
     assert model.engine.status().free_slots == 4

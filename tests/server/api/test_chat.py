@@ -105,3 +105,29 @@ async def test_a_model_without_a_template_says_so(connect, make_model):
         answer = await client.post("/v1/chat/completions", json=ask())
     assert answer.status_code == 400
     assert "/v1/completions" in answer.json()["error"]["message"]
+
+
+async def test_more_than_a_turn_needs_is_taken_and_reported(connect, make_model):
+    """What clients send back from earlier answers, and keys of their own, in turns and in parts."""
+    part = {"type": "text", "text": "two", "cache_control": {"type": "ephemeral"}, "mine": 1}
+    messages = [
+        {"role": "user", "content": [part, {"type": "input_text", "text": "three"}], "id": 7, "opts": {}},
+        {"role": "assistant"},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}], "reasoning_details": []},
+        {"role": "assistant", "content": None, "reasoning_content": "because", "function_call": None},
+        {"role": "user", "content": "one", "opts": {}},
+    ]
+    model = make_model()
+    async with connect(model) as client:
+        answer = await client.post("/v1/chat/completions", json=ask(messages=messages, reasoning_effort="low"))
+        assert answer.status_code == 200, answer.text
+    ignored = "messages.*.opts, messages.*.content.*.mine, messages.*.reasoning_details"
+    assert answer.headers["x-dovetail-ignored"] == ignored
+    rendered = model.codec.tokenizer.decode(model.engine.submitted[0].prompt_ids, skip_special_tokens=False)
+    assert "<|im_start|>assistant\n<|im_end|>\n<|im_start|>assistant\nno<|im_end|>" in rendered
+
+
+async def test_a_limit_of_nothing_is_refused(connect, make_model):
+    async with connect(make_model()) as client:
+        answer = await client.post("/v1/chat/completions", json=ask(max_completion_tokens=0))
+    assert answer.json()["error"]["param"] == "max_tokens"

@@ -58,7 +58,7 @@ def test_models_and_error_classes(openai_client):
         openai_client.completions.create(model="gpt-9", prompt="x")
     assert (not_found.value.code, not_found.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError, match="maximum context length is 200 tokens"):
-        openai_client.completions.create(model="tiny", prompt="x", max_tokens=1000)
+        openai_client.completions.create(model="tiny", prompt=[5] * 201)
 
 
 def test_a_failure_in_the_stream_is_raised(listen, make_model):
@@ -156,3 +156,20 @@ def test_garbage_on_the_wire_does_not_hurt(listen, make_model):
                 connection.sendall(garbage)
                 assert connection.recv(100).startswith(b"HTTP/1.1 4")
         assert httpx.post(f"{url}/v1/completions", json=COMPLETION).status_code == 200
+
+
+def test_a_refusal_arrives_although_the_body_is_still_coming(listen, make_model):
+    """A connection closed on unread data is reset, and the client never sees why."""
+    with listen(make_model(), api_key="sesame") as (url, _):
+        host, port = url.removeprefix("http://").split(":")
+        body = b" " * 9 * 2**20
+        for key, status in ((b"sesame", b"413"), (b"wrong", b"401")):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(
+                    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer " + key +
+                    b"\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+                )  # fmt: skip
+                connection.sendall(body)
+                answer = b"".join(iter(lambda connection=connection: connection.recv(65536), b""))
+            assert answer.startswith(b"HTTP/1.1 " + status)
+            assert b'"error"' in answer

@@ -169,9 +169,58 @@ async def test_fields_that_change_nothing_are_accepted(connect, make_model):
         await complete(client, **fields)
 
 
-async def test_lenient_servers_drop_unknown_fields_but_not_known_ones(connect, make_model):
-    async with connect(make_model(), lenient=True) as client:
-        await complete(client, unheard_of=1)
-        answer = await client.post("/v1/completions", json=ask(suffix="x"))
-    assert answer.status_code == 400
-    assert answer.json()["error"]["code"] == "unsupported_parameter"
+async def test_what_other_clients_send_is_taken(connect, make_model):
+    """One type of number in JSON, null for absence, options of a stream that is none, an empty stop string."""
+    model = make_model(text="x" * 300)
+    async with connect(model) as client:
+        await complete(client, max_tokens=6.0, n=1.0, seed=3.0, top_k=5.0, stop=["", "never"], prompt=[5])
+        await complete(client, stream_options={"include_usage": True}, unheard_of=None, logit_bias=[[7, -1]], user=5)
+        answer = await client.post("/v1/completions", json={"prompt": "one", "max_tokens": 2})
+        assert (answer.status_code, answer.json()["model"]) == (200, "tiny")
+    assert model.engine.submitted[0].max_tokens == 6
+
+
+@pytest.mark.parametrize("max_tokens", [-1, 1000, 10**30])
+async def test_a_limit_beyond_the_context_is_cut(connect, make_model, max_tokens):
+    async with connect(make_model(text="x" * 300)) as client:
+        body = await complete(client, prompt=[5] * 150, max_tokens=max_tokens)
+    assert body["usage"]["total_tokens"] == 200
+    assert body["choices"][0]["finish_reason"] == "length"
+
+
+async def test_usage_on_every_chunk_needs_usage(connect, make_model):
+    options = {"include_usage": False, "continuous_usage_stats": True}
+    async with connect(make_model()) as client:
+        answer = await client.post("/v1/completions", json=ask(stream=True, stream_options=options))
+    assert "usage" not in answer.text
+
+
+async def test_unknown_fields_are_ignored_and_reported(connect, make_model, caplog):
+    fields = {"num_ctx": 1, "a\nb": 1, "stream_options": {"odd": 1}, "top_k": 3}
+    async with connect(make_model()) as client:
+        for _ in range(2):
+            answer = await client.post("/v1/completions", json=ask(**fields))
+            assert answer.headers["x-dovetail-ignored"] == "num_ctx, a%0Ab, stream_options.odd"
+        assert "x-dovetail-ignored" not in (await client.post("/v1/completions", json=ask())).headers
+        known = await client.post("/v1/completions", json=ask(suffix="x", num_ctx=1))
+    assert sum("num_ctx" in record.getMessage() for record in caplog.records) == 1
+    assert known.json()["error"]["code"] == "unsupported_parameter"
+
+
+async def test_strict_servers_refuse_unknown_fields(connect, make_model):
+    async with connect(make_model(), strict=True) as client:
+        await complete(client, unheard_of=None, user="me")
+        for fields, param in [({"unheard_of": 1}, "unheard_of"), ({"stream_options": {"a": 1}}, "stream_options.a")]:
+            answer = await client.post("/v1/completions", json=ask(**fields))
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"], error["param"]) == (400, "unknown_parameter", param)
+
+
+LINE_ENDS = "a\u2028b\u2029c\x85d\x0be"
+
+
+async def test_no_text_breaks_the_lines_of_a_stream(connect, make_model, read_events):
+    async with connect(make_model(text=LINE_ENDS)) as client:
+        answer = await client.post("/v1/completions", json=ask(stream=True))
+    assert answer.content.isascii()
+    assert "".join(event["choices"][0]["text"] for event in read_events(answer.text)[:-1]) == LINE_ENDS

@@ -217,7 +217,6 @@ CROP = b64(encoded(drawn_face().resize((112, 112))))
         ({"landmarks": [POINTS] * 65}, "landmarks"),
         ({"landmarks": 5}, "landmarks"),
         ({"aligned": "yes"}, "aligned"),
-        ({"threshold": 3}, "threshold"),
         ({"model": "halves"}, "model"),
     ],
 )

@@ -182,3 +182,35 @@ async def test_request_ids_are_taken_where_harmless(connect, make_model):
             given = (await client.get("/nowhere", headers={"x-request-id": odd})).headers["x-request-id"]
             assert given
             assert given != odd
+
+
+async def test_paths_and_methods_that_other_servers_take(connect, make_model):
+    async with connect(make_model()) as client:
+        for path in ("/v1/models/", "/v1//models"):
+            answer = await client.get(path)
+            assert (answer.status_code, answer.json()["data"][0]["id"]) == (200, "tiny")
+        assert (await client.post("/v1/completions/", json=COMPLETION)).status_code == 200
+        assert (await client.head("/health")).status_code == 200
+        assert (await client.head("/v1/completions")).status_code == 405
+
+
+async def test_models_of_one_kind(connect, make_model):
+    async with connect(make_model()) as client:
+        (entry,) = (await client.get("/v1/models?kind=language")).json()["data"]
+        assert (entry["id"], entry["kind"]) == ("tiny", "language")
+        answer = await client.get("/v1/models?kind=detector")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "kind")
+
+
+async def test_the_description_names_the_statuses_that_occur(connect, make_model):
+    async with connect(make_model()) as client:
+        description = (await client.get("/openapi.json")).json()
+    for path, operations in description["paths"].items():
+        for operation in operations.values():
+            assert "422" not in operation["responses"], path
+            assert set(operation["responses"]) > {"200"}
+    assert set(description["paths"]["/v1/completions"]["post"]["responses"]) == {
+        "200", "400", "401", "404", "408", "413", "415", "429", "500", "503",
+    }  # fmt: skip
+    prompt = description["components"]["schemas"]["CompletionBody"]["properties"]["prompt"]
+    assert {shape["type"] for shape in prompt["anyOf"]} == {"string", "array"}

@@ -1,0 +1,68 @@
+"""What every request body has in common: strict types, null as absence, bounded depth, fields that change nothing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
+
+from server.api.errors import InvalidValue
+from server.text import check_text
+
+MAX_DEPTH = 128
+
+
+def whole_number(value: Any) -> Any:
+    """6.0 is 6: JSON has one type of number. Whatever else came is judged by the type."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Text = Annotated[str, AfterValidator(check_text)]
+NeutralValues = dict[str, tuple[Any, ...]]
+WholeNumber = Annotated[int, BeforeValidator(whole_number, json_schema_input_type=int)]
+
+
+class Body(BaseModel):
+    """An object in a request. A field that is null counts as left out; undeclared fields are kept for ``check_fields``.
+
+    without_effect: undeclared fields accepted with any value, since they cannot change the answer; neutral: undeclared
+    fields accepted with these values, and refused by name with any other, which would change it.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[NeutralValues] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absence(cls, value: Any) -> Any:
+        return {name: v for name, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+class RequestBody(Body):
+    """The whole of a request's body."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_too_deep(cls, value: Any) -> Any:
+        for name, inner in value.items() if isinstance(value, dict) else ():
+            if is_deeper(inner, MAX_DEPTH):
+                raise InvalidValue(name, f"{name} is nested more than {MAX_DEPTH} levels deep.")
+        return value
+
+
+def is_deeper(value: Any, limit: int) -> bool:
+    """Whether lists and objects stand in each other more than ``limit`` times; without recursion."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [inner for outer in level for inner in children(outer)]
+        if not level:
+            return False
+    return True
+
+
+def children(value: Any) -> list[Any]:
+    """The lists and objects directly inside a value."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [inner for inner in inside if isinstance(inner, dict | list)]

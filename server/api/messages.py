@@ -1,0 +1,146 @@
+"""The body of a chat: its turns and the parts of their content."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+
+from server.api.body import Body, NeutralValues, Text, WholeNumber
+from server.api.errors import InvalidValue, UnsupportedParameter, shown
+from server.api.schemas import AS_MUCH_AS_FITS, GenerationBody
+from server.text import InvalidText, check_text
+
+
+class TextPart(Body):
+    """A piece of a turn's text, as chat completions and as responses call it."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"cache_control", "annotations"})
+
+    type: Literal["text", "input_text", "output_text"]
+    text: Text
+
+
+class RefusalPart(Body):
+    """What an assistant said when it refused."""
+
+    type: Literal["refusal"]
+    refusal: Text
+
+    @property
+    def text(self) -> str:
+        """It is a turn's text like any other."""
+        return self.refusal
+
+
+Part = TextPart | RefusalPart
+PARTS: dict[str, type[Part]] = {
+    "text": TextPart, "input_text": TextPart, "output_text": TextPart, "refusal": RefusalPart,
+}  # fmt: skip
+
+
+def parse_content(value: Any) -> str | list[Part]:
+    """A turn's content: a text, or parts. Errors: ValueError, UnsupportedParameter for parts that are no text."""
+    if isinstance(value, str):
+        return check_text(value)
+    if not isinstance(value, list) or not value:
+        raise ValueError("send a text, or a list of parts of type text")
+    return [parse_part(part, index) for index, part in enumerate(value)]
+
+
+def parse_part(value: Any, index: int) -> Part:
+    """One part of a content."""
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise ValueError("every part must be an object with a type, such as {'type': 'text', 'text': '...'}")
+    if value["type"] not in PARTS:
+        kind = shown(value["type"])
+        raise UnsupportedParameter("messages", f"Content parts of type {kind} are not supported; send type text.")
+    try:
+        return PARTS[value["type"]].model_validate(value)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        cause = fault.get("ctx", {}).get("error")
+        if isinstance(cause, InvalidText):
+            raise cause from error
+        raise ValueError(f"part {index} has a wrong {fault['loc'][-1]}: {fault['msg']}") from error
+
+
+Content = Annotated[str | list[Part], BeforeValidator(parse_content, json_schema_input_type=str | list[Part])]
+
+
+class Message(Body):
+    """One turn. ``developer`` is the newer name of ``system``. Only an assistant's turn may have no content."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"id", "cache_control", "annotations"})
+    neutral: ClassVar[NeutralValues] = {
+        "tool_calls": ([],),
+        "tool_call_id": (),
+        "function_call": (),
+        "refusal": ("",),
+        "audio": (),
+    }
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content = ""
+    name: Text | None = None
+    reasoning_content: Text | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text; parts are joined by newlines."""
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+    def for_template(self) -> dict[str, str]:
+        """The turn as chat templates know it."""
+        turn = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        rest = {"name": self.name, "reasoning_content": self.reasoning_content}
+        return turn | {name: value for name, value in rest.items() if value is not None}
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    without_effect: ClassVar[frozenset[str]] = GenerationBody.without_effect | {"reasoning_effort"}
+    neutral: ClassVar[NeutralValues] = GenerationBody.neutral | {
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "prediction": (),
+        "verbosity": ("medium",),
+        "modalities": (["text"],),
+        "audio": (),
+        "web_search_options": (),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+    }
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: WholeNumber | None = Field(None, ge=AS_MUCH_AS_FITS)
+    max_completion_tokens: WholeNumber | None = Field(None, ge=AS_MUCH_AS_FITS)
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _turns_this_server_takes(cls, value: Any) -> Any:
+        for index, turn in enumerate(value if isinstance(value, list) else []):
+            if isinstance(turn, dict) and turn.get("role") in ("tool", "function"):
+                param = f"messages.{index}.role"
+                raise UnsupportedParameter(param, f"{param} is {turn['role']}; this server does not support tools.")
+        return value
+
+    @model_validator(mode="after")
+    def _contents_and_one_limit(self) -> ChatBody:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise InvalidValue("max_tokens", "max_tokens and max_completion_tokens differ; send one of them.")
+        if 0 in limits:
+            raise InvalidValue("max_tokens", "max_tokens is 0; ask for at least 1, or -1 for as much as fits.")
+        for index, message in enumerate(self.messages):
+            if message.role != "assistant" and "content" not in message.model_fields_set:
+                raise InvalidValue(f"messages.{index}.content", f"messages.{index}.content is missing.")
+        return self
