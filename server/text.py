@@ -1,26 +1,29 @@
 """Text in, token ids out and back, for one model: encode, incremental decode, chat template, stop ids.
 
-Reads the files that stand beside the weights (``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``,
-``generation_config.json``, ``config.json``); neither torch nor transformers is imported.
+Built from the files that stand beside the weights, or by whoever has a tokenizer, its special tokens and its templates
+from somewhere else (a GGUF file's metadata).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
+
+from server.chat_template import ChatTemplate, TemplateFault
+from server.tokenizer_files import DEFAULT_TEMPLATE, TokenizerFileError, read_tokenizer
 
 REPLACEMENT = "\ufffd"
 # An unfinished character is at most 3 bytes, and a byte-fallback decoder shows every byte of the run it stands in,
 # the up to 4 bytes of the character before it included, as one replacement character each.
 MAX_HELD_REPLACEMENTS = 8
+# Tokens of a prompt that its continuation is decoded behind: a character spans fewer.
+NUM_CONTEXT = 16
+TOOLS_TEMPLATE = "tool_use"
+REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
 class TextError(ValueError):
@@ -57,10 +60,12 @@ class IncrementalDecoder:
     held back until they are disproved.
     """
 
-    def __init__(self, tokenizer: Tokenizer, hidden_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, hidden_ids: frozenset[int], prompt_ids: Sequence[int] = ()) -> None:
+        """``prompt_ids``: what the text continues."""
         self.tokenizer = tokenizer
         self.hidden_ids = hidden_ids
-        self.context: list[int] = []
+        shown = [token_id for token_id in prompt_ids if token_id not in hidden_ids]
+        self.context = shown[-NUM_CONTEXT:]
         self.pending: list[int] = []
         self.num_emitted = 0
 
@@ -88,16 +93,21 @@ class IncrementalDecoder:
 
     def _window_text(self) -> str:
         before = self._decode(self.context) if self.context else ""
-        return self._decode(self.context + self.pending)[len(before) :]
+        whole = self._decode(self.context + self.pending)
+        if not whole.startswith(before):  # a prompt may end inside a character, which the first tokens complete
+            before = before.rstrip(REPLACEMENT)
+        return whole[len(before) :]
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=False))
 
 
 class TextCodec:
-    """One model's tokenizer, chat template and stop ids. Safe to call from several threads.
+    """One model's tokenizer, chat templates and stop ids. Safe to call from several threads.
 
-    vocab_size: ids below it are usable; stop_ids: every end-of-text id that the model's files name.
+    vocab_size: ids below it are usable; stop_ids: every end-of-text id that the model's files name; templates: Jinja by
+    name, ``default`` unless it is the only one; template_variables: what a template is given beside the conversation,
+    such as ``bos_token``.
     """
 
     def __init__(
@@ -105,7 +115,7 @@ class TextCodec:
         tokenizer: Tokenizer,
         *,
         stop_ids: frozenset[int] = frozenset(),
-        chat_template: str | None = None,
+        templates: Mapping[str, str] | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -114,74 +124,134 @@ class TextCodec:
         special = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self.hidden_ids = frozenset(special) | stop_ids
         self.special_texts = sorted(special.values(), key=len, reverse=True)
+        self.templates = {name: ChatTemplate(source) for name, source in (templates or {}).items()}
         self.template_variables = dict(template_variables or {})
-        self.template = None
-        if chat_template is not None:
-            try:
-                self.template = template_environment().from_string(chat_template)
-            except TemplateError as error:
-                raise ChatTemplateError(f"the model's chat template is not valid Jinja: {error}") from error
+        self.template_fault: str | None = None
+        self.model_vocab_size: int | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> TextCodec:
         """Read a model folder. Errors: TextError naming the file that is missing or cannot be read."""
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise TextError(f"{file} does not exist; a model folder needs the tokenizer in that form")
         try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the tokenizers package raises bare Exception
-            raise TextError(f"{file} cannot be read as a tokenizer: {error}") from error
-        config = read_json(folder / "tokenizer_config.json")
-        template_file = folder / "chat_template.jinja"
-        template = template_file.read_text(encoding="utf-8") if template_file.is_file() else named_template(config)
-        specials = {name: token_text(value) for name, value in config.items() if name.endswith("_token")}
-        return cls(
-            tokenizer,
-            stop_ids=read_stop_ids(folder, tokenizer, specials.get("eos_token")),
-            chat_template=template,
-            template_variables={name: text for name, text in specials.items() if text is not None},
+            files = read_tokenizer(folder)
+        except TokenizerFileError as error:
+            raise TextError(str(error)) from error
+        codec = cls(
+            files.tokenizer,
+            stop_ids=read_stop_ids(folder, files.eos_id),
+            templates=files.templates,
+            template_variables=files.special_tokens,
         )
+        codec.template_fault = files.template_fault
+        return codec
+
+    def fit(self, model_vocab_size: int) -> None:
+        """Refuse from now on texts that need a token the model has no embedding for.
+
+        Errors: TextError where the tokenizer's own vocabulary, added tokens aside, is larger than the model's.
+        """
+        own = max(self.tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+        if own > model_vocab_size:
+            raise TextError(
+                f"the tokenizer has {own} tokens and the model's embedding {model_vocab_size} (vocab_size in "
+                "config.json): it is another model's tokenizer; put the model's own tokenizer.json beside the weights"
+            )
+        self.model_vocab_size = model_vocab_size
 
     @property
     def has_chat_template(self) -> bool:
         """Whether ``chat`` can be asked."""
-        return self.template is not None
+        return bool(self.templates)
+
+    def check_templates(self) -> str | None:
+        """What is wrong with a chat template, in a sentence, and None where nothing is."""
+        for template in self.templates.values():
+            try:
+                template.check()
+            except TemplateFault as fault:
+                return f"the model's chat template {fault}"
+        return self.template_fault
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in it are recognised. Errors: InvalidText."""
-        return list(self.tokenizer.encode(check_text(text), add_special_tokens=add_special_tokens).ids)
+        return self._checked(self.tokenizer.encode(check_text(text), add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
-    def stream(self, skip_special_tokens: bool = True) -> IncrementalDecoder:
-        """A decoder for one text as it grows."""
-        return IncrementalDecoder(self.tokenizer, self.hidden_ids if skip_special_tokens else frozenset())
+    def stream(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> IncrementalDecoder:
+        """A decoder for one text as it grows; with ``prompt_ids`` for what continues that prompt, not a new text."""
+        hidden_ids = self.hidden_ids if skip_special_tokens else frozenset()
+        return IncrementalDecoder(self.tokenizer, hidden_ids, prompt_ids)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation in the model's own template.
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Token ids of a conversation in the model's own template; ``variables`` are given to it as well.
 
-        A special token written inside a message is taken as ordinary text, so that a user cannot end the turn: NUL,
-        which no message may hold, marks the places where the rendered text is cut before it is encoded.
+        A special token written inside a message is taken as ordinary text, so that a user cannot end the turn.
         Errors: ChatTemplateError, InvalidText.
         """
-        if self.template is None:
-            raise ChatTemplateError("this model has no chat template; use /v1/completions, or a model that has one")
-        turns = [self._as_plain_text(message) for message in messages]
+        pieces = self.render_chat(
+            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt
+        )
+        return self._checked(
+            [i for piece in pieces for i in self.tokenizer.encode(piece, add_special_tokens=False).ids]
+        )
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[str]:
+        """The template's text, cut where a special token stands inside a message: each piece is encoded on its own.
+
+        NUL, which no message may hold, marks those places while the template runs. Errors: as ``chat``.
+        """
+        template = self._template_for(tools)
+        given = {
+            **self.template_variables,
+            **(variables or {}),
+            "messages": [with_reasoning_names(self._as_plain_text(message)) for message in messages],
+            "tools": self._as_plain_text(tools),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            rendered = self.template.render(
-                messages=turns,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self.template_variables,
+            return template.render(given).split("\0")
+        except TemplateFault as fault:
+            raise ChatTemplateError(f"the model's chat template {fault}") from fault
+
+    def _template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
+        if self.template_fault is not None:
+            raise ChatTemplateError(f"chat is not possible: {self.template_fault}")
+        if not self.templates:
+            raise ChatTemplateError("this model has no chat template; use /v1/completions, or a model that has one")
+        if tools and TOOLS_TEMPLATE in self.templates:
+            return self.templates[TOOLS_TEMPLATE]
+        if DEFAULT_TEMPLATE in self.templates:
+            return self.templates[DEFAULT_TEMPLATE]
+        raise ChatTemplateError(
+            f"the model has chat templates named {', '.join(sorted(self.templates))} and none named {DEFAULT_TEMPLATE}"
+        )
+
+    def _checked(self, token_ids: list[int]) -> list[int]:
+        limit = self.model_vocab_size
+        if limit is not None and (largest := max(token_ids, default=0)) >= limit:
+            text = self.tokenizer.id_to_token(largest)
+            raise InvalidText(
+                f"the text holds {text!r}, which is token {largest}; the model has embeddings for {limit} tokens only"
             )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise ChatTemplateError(f"the model's chat template refuses these messages: {error}") from error
-        pieces = (self.tokenizer.encode(piece, add_special_tokens=False).ids for piece in rendered.split("\0"))
-        return [token_id for ids in pieces for token_id in ids]
+        return token_ids
 
     def _as_plain_text(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -197,18 +267,10 @@ class TextCodec:
         return value
 
 
-def template_environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as chat templates expect it: no attribute of an object can be reached that could run code."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    return environment
-
-
-def raise_exception(message: str) -> NoReturn:
-    """What a template calls to refuse a conversation."""
-    raise TemplateError(message)
+def with_reasoning_names(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message's reasoning under every name that templates know it by, as transformers gives it."""
+    reasoning = next((message[name] for name in REASONING_NAMES if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -224,26 +286,14 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def token_text(value: Any) -> str | None:
-    """A token's text as ``tokenizer_config.json`` writes it: a string, or an object with ``content``."""
-    content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) else None
-
-
-def named_template(config: Mapping[str, Any]) -> str | None:
-    """The chat template kept in ``tokenizer_config.json``; of several, the one named ``default``."""
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
-
-
-def read_stop_ids(folder: Path, tokenizer: Tokenizer, eos_token: str | None) -> frozenset[int]:
-    """End-of-text ids of the generation config, the model's config and the tokenizer together."""
-    found: set[int] = set()
+def read_stop_ids(folder: Path, eos_id: int | None) -> frozenset[int]:
+    """End-of-text ids of the generation config, the model's config and the tokenizer (``eos_id``) together."""
+    found: set[int] = set() if eos_id is None else {eos_id}
     for name in ("generation_config.json", "config.json"):
-        value = read_json(folder / name).get("eos_token_id")
-        found.update(value if isinstance(value, list) else [] if value is None else [value])
-    if eos_token is not None and (token_id := tokenizer.token_to_id(eos_token)) is not None:
-        found.add(token_id)
+        file = folder / name
+        value = read_json(file).get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise TextError(f"eos_token_id in {file} is {str(value)[:80]}; a whole number or a list of them is wanted")
+        found.update(ids)
     return frozenset(found)

@@ -19,6 +19,7 @@ from server.api.openapi import ASKING
 from server.api.prompts import plan_requests
 from server.api.schemas import AS_MUCH_AS_FITS
 from server.api.serving import CurrentServing
+from server.engine.stop import TextOutput
 
 router = APIRouter(dependencies=[Depends(require_json)], responses=ASKING)
 
@@ -70,5 +71,6 @@ async def create_chat_completion(body: ChatBody, request: HttpRequest, serving: 
         default_max_tokens=AS_MUCH_AS_FITS,
         max_requests=serving.settings.max_waiting,
     )
-    generation = Generation(serving, model, requests, body.stop)
+    outputs = [TextOutput(model.codec, body.stop) for _ in requests]
+    generation = Generation(serving, model, requests, outputs)
     return await reply.send(generation, request, stream=body.stream)

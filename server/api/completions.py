@@ -20,6 +20,7 @@ from server.api.prompts import answer_limit, plan_requests
 from server.api.schemas import CompletionBody
 from server.api.serving import CurrentServing
 from server.engine.report import timings_json
+from server.engine.stop import TextOutput
 from server.text import TextCodec
 
 DEFAULT_MAX_TOKENS = 16
@@ -77,7 +78,8 @@ async def create_completion(body: CompletionBody, request: HttpRequest, serving:
         default_max_tokens=DEFAULT_MAX_TOKENS,
         max_requests=serving.settings.max_waiting,
     )
-    generation = Generation(serving, model, requests, body.stop)
+    outputs = [TextOutput(model.codec, body.stop, request.prompt_ids) for request in requests]
+    generation = Generation(serving, model, requests, outputs)
     return await reply.send(generation, request, stream=body.stream)
 
 

@@ -70,16 +70,19 @@ class Choice:
 class Generation:
     """Submits a call's requests, merges their events, and cancels what is unfinished when it is closed.
 
-    choices: prompt-major, so the choice ``c`` of prompt ``p`` has index ``p * n + c``.
+    choices: prompt-major, so the choice ``c`` of prompt ``p`` has index ``p * n + c``. outputs: where the text of each
+    request comes from.
     """
 
-    def __init__(self, serving: Serving, model: ServedModel, requests: Sequence[Request], stops: Sequence[str]) -> None:
+    def __init__(
+        self, serving: Serving, model: ServedModel, requests: Sequence[Request], outputs: Sequence[TextOutput]
+    ) -> None:
         self.serving = serving
         self.engine: EngineHandle = model.engine
         self.dispatcher = serving.dispatcher
         self.choices = {
-            request.request_id: Choice(index, Completion(request, TextOutput(model.codec, stops)))
-            for index, request in enumerate(requests)
+            request.request_id: Choice(index, Completion(request, output))
+            for index, (request, output) in enumerate(zip(requests, outputs, strict=True))
         }
         self.running = Completions(choice.completion for choice in self.choices.values())
         self.events: asyncio.Queue[Event] = self.dispatcher.open(self.choices)

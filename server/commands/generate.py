@@ -160,7 +160,7 @@ def collect(
     model: ServedModel, request: Request, batches: queue.Queue[list[Event]], console: Console | None
 ) -> GenerationResult:
     """Take the engine's events until the request ends. Errors: EngineError where it failed."""
-    completion = Completion(request, TextOutput(model.codec))
+    completion = Completion(request, TextOutput(model.codec, prompt_ids=request.prompt_ids))
     completions = Completions([completion])
     text: list[str] = []
     while completions.num_open:

@@ -22,8 +22,8 @@ class Decoder(Protocol):
 class Codec(Protocol):
     """Whatever offers a fresh decoder."""
 
-    def stream(self, skip_special_tokens: bool = True) -> Decoder:
-        """A decoder for one text."""
+    def stream(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> Decoder:
+        """A decoder for one text, or for what continues a prompt."""
         ...
 
 
@@ -75,10 +75,13 @@ class TextDelta:
 
 
 class TextOutput:
-    """Tokens of one request in, showable text out: incremental decoding, then stop strings, token by token."""
+    """Tokens of one request in, showable text out: incremental decoding, then stop strings, token by token.
 
-    def __init__(self, codec: Codec, stops: Sequence[str] = ()) -> None:
-        self.decoder = codec.stream()
+    ``prompt_ids``: the prompt that the text continues; none where a new text begins, as a turn of a chat does.
+    """
+
+    def __init__(self, codec: Codec, stops: Sequence[str] = (), prompt_ids: Sequence[int] = ()) -> None:
+        self.decoder = codec.stream(prompt_ids=prompt_ids)
         self.matcher = StopMatcher(stops)
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:

@@ -208,7 +208,7 @@ def chunked(token_ids: Iterable[int], size: int) -> list[tuple[int, ...]]:
 def codec() -> TextCodec:
     tokenizer = build_tokenizer()
     stop_ids = frozenset({tokenizer.token_to_id(END), tokenizer.token_to_id(TURN_END)})
-    return TextCodec(tokenizer, stop_ids=stop_ids, chat_template=TEMPLATE)
+    return TextCodec(tokenizer, stop_ids=stop_ids, templates={"default": TEMPLATE})
 
 
 @pytest.fixture

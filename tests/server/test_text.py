@@ -82,19 +82,72 @@ def test_a_user_cannot_end_the_turn(codec: TextCodec) -> None:
 
 
 def test_templates_cannot_reach_the_interpreter(codec: TextCodec) -> None:
-    hostile = TextCodec(codec.tokenizer, chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    hostile = TextCodec(codec.tokenizer, templates={"default": "{{ ''.__class__.__mro__[1].__subclasses__() }}"})
     with pytest.raises(ChatTemplateError, match="refuses"):
         hostile.chat([{"role": "user", "content": "x"}])
 
 
 def test_a_template_may_refuse_messages(codec: TextCodec) -> None:
-    strict = TextCodec(codec.tokenizer, chat_template="{{ raise_exception('no system turns') }}")
+    strict = TextCodec(codec.tokenizer, templates={"default": "{{ raise_exception('no system turns') }}"})
     with pytest.raises(ChatTemplateError, match="no system turns"):
         strict.chat([{"role": "user", "content": "x"}])
     with pytest.raises(ChatTemplateError, match="not valid Jinja"):
-        TextCodec(codec.tokenizer, chat_template="{% if %}")
+        TextCodec(codec.tokenizer, templates={"default": "{% if %}"}).chat([])
     with pytest.raises(ChatTemplateError, match="no chat template"):
         TextCodec(codec.tokenizer).chat([{"role": "user", "content": "x"}])
+
+
+HOSTILE = {
+    "loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than"),
+    "power": ("{{ ((9 ** 999) ** 999) ** 999 }}", "takes more than|more memory"),
+    "multiplied": ("{{ 'x' * 10 ** 10 }}", "more memory"),
+    "multiplied list": ("{{ ([0] * 10 ** 10) | length }}", "more memory"),
+    "padded": ("{{ 'x' | center(10 ** 10) }}", "more memory"),
+    "formatted": ("{{ '%10000000000d' | format(1) }}", "more memory|refuses"),
+    "doubled": (
+        "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}", "more memory"
+    ),
+    "long": ("{% for i in range(99999) %}{{ 'abcdefghij' * 10 }}{% endfor %}", "more than 1000... characters"),
+    "range": ("{% for i in range(10 ** 9) %}{% endfor %}", "refuses these messages: Range too big"),
+    "zero": ("{{ 1 / 0 }}", "refuses these messages: division by zero"),
+    "recursion": ("{% macro again(n) %}{{ again(n + 1) }}{% endmacro %}{{ again(0) }}", "without an end"),
+    "nesting": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested too deep|ended the process"),
+    "attribute": ("{{ ''.__class__.__mro__ }}", "refuses these messages"),
+    "namespace": ("{% set ns = namespace(_x=1) %}", "underscore"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "reason"), HOSTILE.values(), ids=HOSTILE)
+def test_a_template_cannot_take_more_than_its_share(
+    codec: TextCodec, template: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.chat_template.CPU_S", 0.5)
+    hostile = TextCodec(codec.tokenizer, templates={"default": "{% if messages %}" + template + "{% endif %}ok"})
+    for _ in range(2):
+        with pytest.raises(ChatTemplateError, match=reason):
+            hostile.chat([{"role": "user", "content": "x"}])
+    assert TextCodec(codec.tokenizer, templates={"default": "ok"}).chat([]) == codec.encode("ok")
+
+
+def test_a_users_token_stays_text_inside_json(codec: TextCodec) -> None:
+    tools = TextCodec(codec.tokenizer, templates={"default": "{{ tools | tojson }}"})
+    text = r"a\u0000<|im_end|>\<|im_end|>"
+    ids = tools.chat([], tools=[{"description": text}])
+    assert not codec.hidden_ids.intersection(ids)
+    assert json.loads(codec.tokenizer.decode(ids, skip_special_tokens=False)) == [{"description": text}]
+
+
+def test_a_continuation_keeps_its_first_space() -> None:
+    vocabulary = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)} | {"▁a": 257, "b": 258}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    codec = TextCodec(tokenizer, stop_ids=frozenset({0}))
+    assert codec.stream().push([257, 258]) == "ab"
+    assert codec.stream(prompt_ids=[257, 258, 0]).push([257, 258]) == " ab"
+    half, rest = [byte + 1 for byte in "é".encode()]
+    assert codec.stream(prompt_ids=[258, half]).push([rest, 257]) == "é a"
 
 
 @pytest.fixture
