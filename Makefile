@@ -5,10 +5,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: serve test test-slow check fmt bench gguf clean
+# Further options of the command: `make serve ARGS="--port 8001"`.
+ARGS ?=
+TEXT ?= def fibonacci(n):
+
+.PHONY: serve generate doctor test test-slow check fmt bench gguf clean
 
 serve: $(VENV)/installed
-	$(BIN)/dovetail serve
+	$(BIN)/dovetail serve $(ARGS)
+
+generate: $(VENV)/installed
+	$(BIN)/dovetail generate "$(TEXT)" $(ARGS)
+
+doctor: $(VENV)/installed
+	$(BIN)/dovetail doctor $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/pytest -m "not slow"
@@ -26,7 +36,7 @@ fmt: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/installed
-	$(BIN)/dovetail bench --json bench.json
+	$(BIN)/dovetail bench --json bench.json $(ARGS)
 
 gguf: $(VENV)/installed
 	$(PIP) --editable '.[gguf]'

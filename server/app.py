@@ -20,6 +20,7 @@ from server.api.errors import install_error_handlers
 from server.api.gate import Gate
 from server.api.openapi import App
 from server.api.serving import Load, Serving
+from server.installation import own_version
 from server.settings import Settings
 from server.vision_worker import VisionWorker
 
@@ -47,7 +48,7 @@ def create_app(
         yield
         await app.state.serving.stop()
 
-    app = App(title="Dovetail", version=health.installed_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = App(title="Dovetail", version=own_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, api_key=settings.api_key.get_secret_value() if settings.api_key else None)
     install_error_handlers(app)
     for routes in (completions, chat, vision_api, face_quality, models, health):

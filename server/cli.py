@@ -18,6 +18,7 @@ from server.commands.face_quality import face_quality
 from server.commands.generate import generate
 from server.commands.serve import serve
 from server.engine.request import EngineError
+from server.installation import check_installation, own_version
 from server.settings import LOADING_THREAD, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -44,18 +45,28 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(export.app, name="export")
 
 
+def show_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        typer.echo(f"dovetail {own_version()}")
+        raise typer.Exit
+
+
 @app.callback()
 def set_up(
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every step, and tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=show_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Handlers are set up here and nowhere else; logs go to stderr."""
+    del version  # its callback has printed it
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
-    if not verbose:
-        logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # an export's every step, at INFO
+    check_installation()
 
 
 def main() -> None:

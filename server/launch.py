@@ -206,7 +206,11 @@ def load_engine(settings: Settings) -> Engine:
     target = load_target(folder, settings.weights, settings.max_seqs, capacity, settings.threads, settings.kv_cache)
     drafter_name = settings.drafter
     if drafter_name is None and settings.target is not None:
-        logger.warning("no drafter is named for %s, so it decodes plainly; --drafter names one", settings.target)
+        logger.warning(
+            "no drafter is named for %s, so it decodes plainly; --drafter names one, and --drafter ngram drafts from "
+            "the text itself",
+            settings.target,
+        )
         drafter_name = "none"
     drafter = load_drafter(target, folder, drafter_name, settings.drafter_device, settings.max_seqs, capacity)
     # What is loaded stays; without this every full collection walks all of transformers' and the model's objects.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
+import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +20,10 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+logger = logging.getLogger(__name__)
+
+PREFIX = "DOVETAIL_"
+OTHER_VARIABLES = {"TEST_DATA", "REQUIRE_NATIVE"}  # read by the tests and by the build
 BUNDLED = "dovetail"
 NO_VISION = "none"
 LOADING_THREAD = "dovetail-load"  # the server loads in it; the command line looks for it when it ends
@@ -56,7 +63,7 @@ class Settings(BaseSettings):
     None is what the target allows; rows, top_k and depth None are those that suit the weights.
     """
 
-    model_config = SettingsConfigDict(env_prefix="DOVETAIL_", frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
     target: str | None = Field(None, description="Folder of safetensors or hub id; nothing: the bundled model.")
     drafter: str | None = Field(
@@ -71,7 +78,11 @@ class Settings(BaseSettings):
         None, description="How keys and values are held; nothing: fp32 beside fp32 weights, else bf16."
     )
     drafter_device: str = Field("auto", description="auto, cpu or cuda:N.")
-    vram: Bytes | None = Field(None, gt=0, description="GPU memory that may be used, such as 3GiB.")
+    vram: Bytes | None = Field(
+        None,
+        gt=0,
+        description="GPU memory to place weights in: refused until serving does so; `dovetail plan` takes it.",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     threads: int | None = Field(None, ge=1, description="CPU threads; nothing: every core this process may use.")
@@ -103,6 +114,16 @@ class Settings(BaseSettings):
             raise ValueError(f"{value!r} is no device; use auto, cpu or cuda:N")
         return value
 
+    @field_validator("vram")
+    @classmethod
+    def _no_budget_yet(cls, value: int | None) -> int | None:
+        if value is not None:
+            raise ValueError(
+                "weights are not placed by a budget of GPU memory yet, only planned: leave it out, and see `dovetail "
+                "plan TARGET --vram 3GiB`"
+            )
+        return value
+
     @model_validator(mode="after")
     def _something_to_serve(self) -> Settings:
         if self.no_llm and self.target is not None:
@@ -120,7 +141,11 @@ class Settings(BaseSettings):
 
 
 def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
-    """Join all sources. ``flags`` holds only what the user gave. Errors: SettingsError, one line for each fault."""
+    """Join all sources. ``flags`` holds only what the user gave. Errors: SettingsError, one line for each fault.
+
+    An environment variable of ours that no setting has is logged with the name it may have been meant for.
+    """
+    warn_of_misspelt(os.environ)
     if config is not None and not config.is_file():
         raise SettingsError(f"the configuration file {config} does not exist")
 
@@ -145,6 +170,17 @@ def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Setti
         raise SettingsError("; ".join(describe_fault(fault) for fault in error.errors())) from error
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{config} is not TOML: {error}") from error
+
+
+def warn_of_misspelt(environment: Iterable[str]) -> None:
+    """One line for each ``DOVETAIL_*`` variable that nothing reads."""
+    known = {name.upper() for name in Settings.model_fields} | OTHER_VARIABLES
+    for name in sorted(environment):
+        ending = name.upper().removeprefix(PREFIX)
+        if name.upper().startswith(PREFIX) and ending not in known:
+            nearest = difflib.get_close_matches(ending, known, 1)
+            hint = f"; did you mean {PREFIX}{nearest[0]}?" if nearest else ""
+            logger.warning("the environment variable %s is not read by anything%s", name, hint)
 
 
 def describe_fault(fault: Mapping[str, Any]) -> str:

@@ -14,4 +14,4 @@ def refusal(*arguments: object) -> str:
     """Why a command is not carried out, usage errors included."""
     error = CliRunner().invoke(app, [str(argument) for argument in arguments], standalone_mode=False).exception
     assert error is not None, "the command was carried out"
-    return str(getattr(error, "message", error))
+    return error.format_message() if hasattr(error, "format_message") else str(error)

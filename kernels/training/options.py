@@ -77,7 +77,27 @@ class TrainingOptions:
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """Read a TOML recipe."""
+    """Read a TOML recipe, all but `data.source`, which is for people (see `check_data`)."""
+    recipe = read_toml(path)
+    if isinstance(data := recipe.get("data"), dict):
+        data.pop("source", None)
+    return recipe
+
+
+def check_data(path: Path) -> None:
+    """Errors: RecipeError where the data are not there; it repeats what the recipe's `data.source` says of them."""
+    data = read_toml(path).get("data")
+    if not isinstance(data, dict):
+        return
+    for key in ("root", "tokens", "conversations"):
+        place = data.get(key)
+        if isinstance(place, str) and not Path(place).expanduser().exists():
+            source = f"; they come from: {data['source']}" if "source" in data else ""
+            raise RecipeError(f"the data of {path} are not there: data.{key} is {place}, seen from this folder{source}")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file whole. Errors: RecipeError."""
     if not path.is_file():
         raise RecipeError(f"the recipe {path} does not exist")
     try:

@@ -130,6 +130,7 @@ class Generation:
         for request_id in list(self.running.by_id):
             del self.running.by_id[request_id]
             self.engine.cancel(request_id)
+            logger.info("request %s: cancelled after %d output tokens", request_id, self.choices[request_id].num_tokens)
 
     def usage(self) -> dict[str, int]:
         """OpenAI's counts so far: a prompt counts once whatever its number of choices."""

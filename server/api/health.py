@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import APIRouter
@@ -12,8 +11,7 @@ from fastapi.responses import JSONResponse
 from server.api.errors import NotServing
 from server.api.openapi import failures
 from server.api.serving import CurrentServing
-
-DISTRIBUTION = "dovetail-server"
+from server.installation import own_version
 
 router = APIRouter()
 
@@ -46,12 +44,4 @@ async def health(serving: CurrentServing) -> JSONResponse:
 @router.get("/version", responses=failures(401))
 async def read_version() -> dict[str, Any]:
     """The distribution's version."""
-    return {"version": installed_version()}
-
-
-def installed_version() -> str:
-    """The version that is installed; ``unknown`` where the code runs without being installed."""
-    try:
-        return version(DISTRIBUTION)
-    except PackageNotFoundError:
-        return "unknown"
+    return {"version": own_version()}

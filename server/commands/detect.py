@@ -48,19 +48,21 @@ def answer_images(
     options: Mapping[str, Any],
     show: Callable[[Path, dict[str, Any]], None] | None,
     draw: Path | None,
-) -> None:
+) -> list[dict[str, Any]]:
     """Answer each image by ``show``, or as a line of JSON where there is none; ``draw`` takes the last picture.
 
     Errors: ImageError naming the file, which ends the row.
     """
     from vision.images import ImageError, decode_image
 
+    answers = []
     for path in images:
         try:
             picture = decode_image(path.read_bytes())
         except ImageError as error:
             raise ImageError(error.code, f"{path}: {error}") from error
         (answer,) = model.predict([model.prepare(picture, options)])
+        answers.append(answer)
         if show is not None:
             show(path, answer)
         else:
@@ -68,6 +70,7 @@ def answer_images(
             typer.echo(json.dumps({"file": str(path), "model": model.info.name, "image": size} | answer))
         if draw is not None:
             model.draw(picture.image, answer).save(draw)
+    return answers
 
 
 def show(path: Path, answer: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.table import Column, Table
+
+from server.installation import installed_version
 
 DISTRIBUTIONS = ("dovetail-server", "torch", "transformers", "safetensors", "tokenizers", "fastapi")
 
@@ -30,7 +31,6 @@ EXTRAS = {
     "llama-cpp-python": Extra("llama_cpp", "the llama.cpp peer of the benchmark", "make gguf"),
     "gguf": Extra("gguf", "writing targets as GGUF", "make gguf"),
     "matplotlib": Extra("matplotlib", "plots of a training run", "pip install 'dovetail-server[train]'"),
-    "ray": Extra("ray", "serving on several machines", "pip install 'dovetail-server[ray]'"),
 }
 
 
@@ -53,7 +53,7 @@ def examine() -> dict[str, Any]:
     return {
         "hardware": hardware.json(),
         "devices": ["cpu", *(f"cuda:{i}" for i in range(len(hardware.gpus)))],
-        "versions": {name: version(name) for name in DISTRIBUTIONS},
+        "versions": {name: installed_version(name) for name in DISTRIBUTIONS},
         "bundled": {name: asset(ASSETS / name) for name in ("target", "drafter", "detector")},
         "extras": {
             name: dataclasses.asdict(extra) | {"present": importlib.util.find_spec(extra.module) is not None}
@@ -79,14 +79,6 @@ def kernels() -> dict[str, Any]:
         "available": available,
         "reason": f"the fastest that both this processor and the build have, of {', '.join(available)}",
     }
-
-
-def version(distribution: str) -> str | None:
-    """The installed version, or None."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def asset(folder: Path) -> dict[str, Any]:

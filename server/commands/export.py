@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +21,24 @@ def group() -> None:
     """Keeps the word after ``export`` a command, however many there are."""
 
 
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """The exporter without its account of every step, rewrite and operator that torch lacks here; errors are heard."""
+    import torch.onnx._internal.exporter  # noqa: F401 - its import sets the level that is raised here
+
+    levels = {name: logging.getLogger(name).level for name in ("onnx_ir", "onnxscript", "torch.onnx")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
 @app.command("classifier")
 def export_classifier(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained classifier.")],
@@ -26,7 +48,9 @@ def export_classifier(
     """An image classifier as ONNX, its answers checked against torch."""
     from vision.export import export_classifier
 
-    typer.echo(json.dumps(dataclasses.asdict(export_classifier(checkpoint, output, image_size=image_size))))
+    with quiet_exporter():
+        report = export_classifier(checkpoint, output, image_size=image_size)
+    typer.echo(json.dumps(dataclasses.asdict(report)))
 
 
 @app.command("detector")
@@ -40,7 +64,9 @@ def export_detector(
     """A detector as one ONNX graph, checked against torch. Beside its weights, the server runs it in torch's stead."""
     from vision.detection.export import export_detector
 
-    typer.echo(json.dumps(dataclasses.asdict(export_detector(checkpoint, output))))
+    with quiet_exporter():
+        report = export_detector(checkpoint, output)
+    typer.echo(json.dumps(dataclasses.asdict(report)))
 
 
 @app.command("face-quality")
@@ -63,4 +89,6 @@ def export_face_quality(
     from vision.face_quality.export import Calibration, export_scorer
 
     calibration = None if int8 is None else Calibration(kind, int8, split)
-    typer.echo(json.dumps(dataclasses.asdict(export_scorer(checkpoint, output, calibration))))
+    with quiet_exporter():
+        report = export_scorer(checkpoint, output, calibration)
+    typer.echo(json.dumps(dataclasses.asdict(report)))

@@ -34,7 +34,7 @@ def face_quality(
         typer.Option(dir_okay=False, help="Draw the boxes into this file; of one image.", show_default=False),
     ] = None,
 ) -> None:
-    """Score faces from 0 to 100; -1 with a status where a face cannot be scored."""
+    """Score faces from 0 to 100; -1 with a status where a face cannot be scored. Exits with 1 where none could be."""
     if len(images) != 1 and (draw is not None or landmarks is not None):
         raise typer.BadParameter(f"{len(images)} images were given; --landmarks and --draw belong to one")
     from server.launch import num_usable_cores, resolve_scorer
@@ -47,7 +47,9 @@ def face_quality(
     scorer = load_vision_model(resolve_scorer(model), num_usable_cores())
     if scorer.info.kind != FACE_QUALITY:
         raise ModelError(f"{scorer.info.name} is a {scorer.info.kind}, no face-quality scorer")
-    answer_images(scorer, images, options, None if as_json else show, draw)
+    answers = answer_images(scorer, images, options, None if as_json else show, draw)
+    if not any(face["quality"] >= 0 for answer in answers for face in answer["faces"]):
+        raise typer.Exit(1)
 
 
 def read_landmarks(text: str) -> list[Any]:

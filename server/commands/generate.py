@@ -126,7 +126,7 @@ def generate(
         typer.echo(result.json())
     else:
         console.print()
-        console.print(Text(result.closing_line(), style="dim"))
+        Console(stderr=True, markup=False).print(Text(result.closing_line(), style="dim"), soft_wrap=True)
 
 
 def run_generation(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -14,7 +14,18 @@ def flag(name: str) -> Any:
     """An option for a setting. Its own default is None: not given."""
     setting = Settings.model_fields[name]
     default = "" if setting.default in (None, False, ()) else f" Default: {setting.default}."
-    return typer.Option(f"--{name.replace('_', '-')}", help=f"{setting.description}{default}", show_default=False)
+    names = choices(setting.annotation)
+    metavar = f"[{'|'.join(names)}]" if names else None
+    return typer.Option(
+        f"--{name.replace('_', '-')}", help=f"{setting.description}{default}", show_default=False, metavar=metavar
+    )
+
+
+def choices(annotation: Any) -> list[str]:
+    """The values of a Literal, also where None is allowed beside it; empty for any other type."""
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    return [name for part in get_args(annotation) for name in choices(part)]
 
 
 Target = Annotated[str | None, typer.Argument(help=Settings.model_fields["target"].description, show_default=False)]

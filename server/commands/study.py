@@ -11,13 +11,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from server.commands.train import with_data
+
 if TYPE_CHECKING:
     from kernels.training.study import Outcome, Train
 
 app = typer.Typer(no_args_is_help=True, help="Train several variants of a recipe and compare them.")
 
 Recipe = Annotated[
-    Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe with [study].", show_default=False)
+    Path,
+    typer.Argument(
+        exists=True, dir_okay=False, help="TOML recipe with [study].", show_default=False, callback=with_data
+    ),
 ]
 Output = Annotated[Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)]
 Only = Annotated[str, typer.Option(help="Variants to train now, by commas; empty: all.", show_default=False)]

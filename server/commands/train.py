@@ -11,7 +11,18 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, help="Train a model from a recipe.")
 
-Recipe = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe.", show_default=False)]
+
+def with_data(recipe: Path) -> Path:
+    """The recipe, once the data that it names are found."""
+    from kernels.training.options import check_data
+
+    check_data(recipe)
+    return recipe
+
+
+Recipe = Annotated[
+    Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe.", show_default=False, callback=with_data)
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what memory and disk the run takes; train nothing.")]
 

@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -6,7 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from command_line import refusal
 from safetensors.torch import save_file
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from server import cli
@@ -45,9 +48,8 @@ def run_main(monkeypatch, capsys, *arguments):
 def test_generate_prints_the_text_and_the_figures(launch, make_model):
     launch.model = make_model()
     result = run("generate", "one", "--max-tokens", "100")
-    lines = result.stdout.splitlines()
-    assert lines[0] == "one" + ANSWER
-    assert "tokens/s, acceptance length 2." in lines[-1]
+    assert result.stdout == f"one{ANSWER}\n", "nothing but the text, which may be piped on"
+    assert "tokens/s, acceptance length 2." in result.stderr
     assert not launch.model.engine.alive
 
 
@@ -96,11 +98,11 @@ def test_serve_hands_its_settings_on(launch, monkeypatch, make_settings):
     served = []
     monkeypatch.setattr("server.app.serve", lambda settings, load, worker: served.append((settings, load)))
     launch.vision_worker = lambda settings: None
-    run("serve", "some/model", "--port", "0", "--strict", "--max-seqs", "2", "--api-key", "k", "--vram", "1GiB")
+    run("serve", "some/model", "--port", "0", "--strict", "--max-seqs", "2", "--api-key", "k")
     (settings, load) = served[0]
     assert load is launch.load_model
     assert (settings.target, settings.port, settings.strict, settings.max_seqs) == ("some/model", 0, True, 2)
-    assert (settings.api_key.get_secret_value(), settings.vram) == ("k", 2**30)
+    assert settings.api_key.get_secret_value() == "k"
 
 
 @pytest.mark.parametrize(
@@ -108,12 +110,8 @@ def test_serve_hands_its_settings_on(launch, monkeypatch, make_settings):
     [
         (["generate", "x", "--weights", "int3"], 2, "Input should be 'fp32', 'bf16', 'int8' or 'int4'"),
         (["generate", "x", "--config", "nowhere.toml"], 2, "nowhere.toml does not exist"),
-        (["generate", "x", "--no-draft", "--drafter", "y"], 2, "contradicts"),
-        (["generate", "x", "--max-tokens", "0"], 2, "max-tokens"),
-        (["generate"], 2, "Missing argument"),
         (["generate", "x" * 300], 1, "maximum context length is 200"),
         (["generate", "a\udcff"], 1, "lone surrogate"),
-        (["train", "language-model", "nowhere.toml"], 2, "does not exist"),
     ],
 )
 def test_errors_are_one_line_and_an_exit_code(
@@ -125,6 +123,31 @@ def test_errors_are_one_line_and_an_exit_code(
     assert given == code
     assert message in told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "x", "--no-draft", "--drafter", "y"], "contradicts"),
+        (["generate", "x", "--max-tokens", "0"], "max-tokens"),
+        (["generate"], "missing argument"),
+        (["train", "language-model", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_usage_errors_have_their_own_exit_code(arguments, message):
+    assert run(*arguments).exit_code == 2
+    assert message in refusal(*arguments).lower()
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert run("--version").stdout == f"dovetail {importlib.metadata.version('dovetail-server')}\n"
+
+
+@pytest.mark.parametrize("command", ["serve", "generate"])
+def test_help_lists_the_values_a_choice_may_have(command):
+    options = {option.name: option for option in get_command(cli.app).commands[command].params}
+    assert options["weights"].metavar == "[fp32|bf16|int8|int4]"
+    assert options["kv_cache"].metavar == "[bf16|int8]"
 
 
 def test_loading_errors_are_told(launch, monkeypatch, capsys):

@@ -2,16 +2,23 @@
 
 import dataclasses
 import json
+import logging
+import re
+import shutil
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from command_line import refusal
+from command_line import refusal, run
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from kernels.training import RecipeError, TrainingReport
+from kernels.training.options import check_data, load_recipe
 from server.cli import app
 from server.commands import bench
+from server.launch import ASSETS
 
 RUNNER = CliRunner()
 
@@ -155,3 +162,35 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "notes.jpg").write_text("no image")
     with pytest.raises(ImageError, match=r"notes\.jpg: the data are no image of a known format"):
         answer_images(None, [tmp_path / "notes.jpg"], {}, None, None)  # type: ignore[arg-type]
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RECIPES = sorted(ROOT.glob("vision/recipes/**/*.toml")) + sorted(ROOT.glob("drafters/recipes/*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_say_where_absent_data_come_from(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = tomllib.loads(recipe.read_text(encoding="utf-8")).get("data", {})
+    monkeypatch.chdir(tmp_path)
+    if not {"root", "tokens", "conversations"} & set(data):
+        return check_data(recipe)
+    with pytest.raises(RecipeError, match=f"data.* {re.escape(data.get('root') or data['tokens'])}") as refused:
+        check_data(recipe)
+    assert f"they come from: {data['source']}" in str(refused.value)
+    assert "source" not in load_recipe(recipe)["data"]
+
+
+def test_absent_data_end_a_training_before_it_begins(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[data]\nkind = "voc"\nroot = "no/such/folder"\nsource = "a friend"\n')
+    for command in ("train", "study"):
+        assert "data.root is no/such/folder" in refusal(command, "detector", recipe)
+
+
+@pytest.mark.skipif(find_spec("onnxscript") is None, reason="not installed (extra vision): onnxscript")
+def test_exports_print_their_report_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(ASSETS / "face_quality", tmp_path / "scorer")
+    caplog.set_level(logging.INFO)
+    result = run("export", "face-quality", tmp_path / "scorer", tmp_path / "scorer.onnx")
+    assert json.loads(result.stdout)["precision"] == "fp32"
+    assert result.stderr == "" and caplog.messages == []

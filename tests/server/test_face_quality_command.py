@@ -28,6 +28,12 @@ def run(*arguments):
     return CliRunner().invoke(app, ["face-quality", *(str(argument) for argument in arguments)])
 
 
+def test_an_exit_code_tells_whether_any_face_was_scored(files):
+    model = ("--aligned", "--model", files / "redness")
+    assert run(files / "face.png", *model, "--json").exit_code == 1
+    assert run(files / "face.png", files / "crop.png", *model, "--json").exit_code == 0
+
+
 def answer(*arguments):
     result = run(*arguments, "--json")
     if result.exception is not None:
@@ -61,7 +67,8 @@ def test_crops_in_one_call_and_a_drawing(files):
 
 def test_people_are_told_what_is_missing(files):
     shown = run(files / "face.png", "--model", files / "redness")
-    assert shown.exit_code == 0 and "landmarks_missing" in shown.stdout and "--landmarks" in shown.stdout
+    assert shown.exit_code == 1, "no face was scored"
+    assert "landmarks_missing" in shown.stdout and "--landmarks" in shown.stdout
     table = run(files / "face.png", "--model", files / "redness", "--landmarks", files / "points.json")
     assert table.exit_code == 0 and "ok" in table.stdout
 

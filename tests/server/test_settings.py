@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from server.settings import Settings, SettingsError, load_settings
+from server.settings import Settings, SettingsError, load_settings, parse_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,7 @@ def test_settings_are_frozen_and_keep_the_key_to_themselves() -> None:
     [
         ({"weights": "fp64"}, "weights: Input should be 'fp32', 'bf16', 'int8' or 'int4'"),
         ({"vram": "3 apples"}, "vram: '3 apples' is no amount of memory"),
+        ({"vram": "3GiB"}, "vram: weights are not placed by a budget of GPU memory yet"),
         ({"drafter_device": "gpu"}, "drafter_device: 'gpu' is no device"),
         ({"threads": 0}, "threads: Input should be greater than or equal to 1"),
         ({"port": 70000}, "port: "),
@@ -60,7 +61,7 @@ def test_faulty_files_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("given", "number"), [("3GiB", 3 * 2**30), ("1.5 MB", 1_500_000), ("7", 7)])
 def test_amounts_of_memory(given: str, number: int) -> None:
-    assert load_settings({"vram": given}).vram == number
+    assert parse_bytes(given) == number
 
 
 @pytest.mark.parametrize(
@@ -82,3 +83,17 @@ def test_lists_come_from_repeated_flags_and_from_commas(monkeypatch: pytest.Monk
     monkeypatch.setenv("DOVETAIL_VISION", "c, d")
     assert load_settings({}).vision == ("c", "d")
     assert load_settings({"vision_url_hosts": "images.example"}).vision_url_hosts == ("images.example",)
+
+
+def test_variables_that_nothing_reads_are_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DOVETAIL_WEIGHT", "int8")
+    monkeypatch.setenv("DOVETAIL_QQQ", "1")
+    monkeypatch.setenv("DOVETAIL_THREADS", "1")
+    monkeypatch.setenv("DOVETAIL_TEST_DATA", "/nowhere")
+    load_settings({})
+    assert [record.getMessage() for record in caplog.records] == [
+        "the environment variable DOVETAIL_QQQ is not read by anything",
+        "the environment variable DOVETAIL_WEIGHT is not read by anything; did you mean DOVETAIL_WEIGHTS?",
+    ]

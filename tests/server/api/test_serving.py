@@ -70,12 +70,14 @@ async def test_a_full_queue_is_429_and_recovers(connect, make_model):
         assert (await client.post("/v1/completions", json=COMPLETION)).status_code == 200
 
 
-async def test_when_some_choices_do_not_fit_the_others_are_taken_back(connect, make_model):
+async def test_when_some_choices_do_not_fit_the_others_are_taken_back(connect, make_model, caplog):
+    caplog.set_level(logging.INFO)
     model = make_model(max_waiting=2, slots=1)
     model.engine.turn.clear()
     async with connect(model) as client:
         answer = await client.post("/v1/completions", json=COMPLETION | {"n": 3})
         assert answer.status_code == 429
+        assert caplog.text.count("cancelled after 0 output tokens") == 3
         model.engine.turn.set()
         while len(model.engine.cancelled) < 2:
             await asyncio.sleep(0.01)
