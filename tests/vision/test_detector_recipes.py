@@ -6,7 +6,7 @@ import vision
 from kernels.training import load_recipe
 from kernels.training.study import expand
 from vision.backbones import list_backbones
-from vision.data.detection_sources import DetectionSource
+from vision.data.labelled_boxes import DetectionSource
 from vision.detection.checkpoint import load_detector
 from vision.tasks.detection_recipe import DetectorRecipe, build_model
 

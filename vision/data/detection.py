@@ -23,7 +23,8 @@ from vision.data.detection_augmentation import (
     draw_view,
     reflect,
 )
-from vision.data.detection_sources import DETECTION_SOURCES, MIN_SIDE, DetectionSource, LabelledImage, open_detection
+from vision.data.detection_sources import DETECTION_SOURCES, open_detection
+from vision.data.labelled_boxes import MIN_SIDE, DetectionSource, LabelledImage
 from vision.data.sources import DataError, UnreadableImageError, read_image
 from vision.data.view import RESIZES, Resize, render, whole_image
 
@@ -75,11 +76,20 @@ class DetectionDataOptions:
     def open_train(self) -> DetectionSource:
         """The training split, its first ``limit`` images."""
         source = open_detection(self.kind, Path(self.root), self.train_split, self.class_names)
-        return DetectionSource(source.class_names, source.images[: self.limit], source.degenerate)
+        return self._with_boxes(DetectionSource(source.class_names, source.images[: self.limit], source.degenerate))
 
     def open_eval(self, class_names: tuple[str, ...]) -> DetectionSource:
         """The split for evaluation, with the classes of the training split."""
-        return open_detection(self.kind, Path(self.root), self.eval_split, class_names)
+        return self._with_boxes(open_detection(self.kind, Path(self.root), self.eval_split, class_names))
+
+    def _with_boxes(self, source: DetectionSource) -> DetectionSource:
+        if source.count_boxes(difficult=self.train_difficult) == 0:
+            dropped = f" {source.degenerate} were dropped as degenerate;" if source.degenerate else ""
+            raise DataError(
+                f"no box is left on {len(source.images)} images of {self.root};{dropped} check the label files' place, "
+                "names and coordinates"
+            )
+        return source
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vision.data.sources import IMAGE_SUFFIXES, DataError, read_image
+from vision.data.sources import IMAGE_SUFFIXES, DataError, check_stems, read_image, split_folders
+from vision.images import DAMAGE
 from vision.segmentation.measure import IGNORED
 
 SHAPES = ("background", "disc", "square", "triangle", "ring", "cross")
@@ -37,36 +38,76 @@ class FolderMasks:
 
     def __init__(self, root: Path, split: str) -> None:
         try:
-            names = json.loads((root / "classes.json").read_text(encoding="utf-8"))
+            names = json.loads((root / "classes.json").read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise DataError(f"{root / 'classes.json'} must hold a JSON list of class names: {error}") from error
+        if not isinstance(names, list) or len(names) < 2 or len(set(map(str, names))) < len(names):
+            raise DataError(f"{root / 'classes.json'} must hold a list of at least two different names, not {names!r}")
         self.class_names = tuple(str(name) for name in names)
-        folder = root / split / "images"
+        folders = split_folders(root, split)
+        part = next((place for place in folders if place.is_dir()), folders[0])
+        folder = part / "images"
         self.images = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         if not self.images:
             raise DataError(f"{folder} holds no images")
-        masks = root / split / "masks"
+        masks = part / "masks"
         missing = [file.name for file in self.images if not (masks / f"{file.stem}.png").is_file()]
         if missing:
             raise DataError(f"{masks} lacks the masks of {len(missing)} images, the first: {', '.join(missing[:5])}")
         self.masks = [masks / f"{file.stem}.png" for file in self.images]
+        check_stems(self.images)
+        self._check_values(masks)
+
+    def _check_values(self, folder: Path) -> None:
+        """Errors: DataError where no mask holds a class but the first: nothing would be learned."""
+        values: set[int] = set()
+        for file in self.masks:
+            values |= set(np.unique(read_mask(file)).tolist())
+            if values - {0, IGNORED}:  # values beyond the classes are refused with their picture
+                return
+        hint = f", and {IGNORED} marks pixels that do not count: write class 1 as 1" if IGNORED in values else ""
+        raise DataError(
+            f"the masks in {folder} hold the values {sorted(values)} only; "
+            f"classes are 0 to {len(self.class_names) - 1} ({', '.join(self.class_names)}){hint}"
+        )
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         """The pair; DataError where sizes or classes do not fit."""
-        with Image.open(self.masks[index]) as opened:
-            # Palette masks, as VOC's, hold the class in the index and not in the colour.
-            mask = opened.copy() if opened.mode in ("L", "P") else opened.convert("L")
+        pixels = read_mask(self.masks[index])
+        mask = Image.fromarray(pixels)
         image = read_image(self.images[index], mask.size)
-        classes = np.unique(np.asarray(mask))
+        classes = np.unique(pixels)
         if mask.size != image.size or classes[classes != IGNORED].max(initial=0) >= len(self.class_names):
             raise DataError(
                 f"{self.masks[index]} is {mask.size} with classes {classes.tolist()}; its image is {image.size}, the "
                 f"classes are 0 to {len(self.class_names) - 1} and {IGNORED} for pixels that do not count"
             )
-        return image, Image.fromarray(np.asarray(mask))
+        return image, mask
+
+
+def read_mask(file: Path) -> NDArray[np.uint8]:
+    """The class of every pixel, [H, W]. Palette masks, as VOC's, hold it in the index and not in the colour.
+
+    Errors: DataError where the file is no image, has colours, or values that are no byte.
+    """
+    try:
+        with Image.open(file) as opened:
+            values = np.asarray(opened)
+    except (*DAMAGE, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} is not a readable mask ({error})") from error
+    if values.ndim == 3:
+        colours = values[..., :3]
+        if values.shape[2] == 2 or (colours != colours[..., :1]).any():
+            raise DataError(
+                f"{file} is a picture in colours; a mask holds the class of a pixel as one number, in grey or a palette"
+            )
+        values = colours[..., 0]
+    if values.min(initial=0) < 0 or values.max(initial=0) > IGNORED:
+        raise DataError(f"{file} holds values up to {values.max()}; classes go up to {IGNORED}")
+    return values.astype(np.uint8)
 
 
 class ShapeScenes:

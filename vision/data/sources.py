@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +17,13 @@ from PIL import Image
 
 from vision.images import DAMAGE, orientation_of, to_rgb, turn_upright, upright_size
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+)
+# Names of one split: recipes say val, Roboflow's exports valid.
+SPLIT_NAMES = {"val": ("valid", "validation"), "valid": ("val", "validation"), "validation": ("val", "valid")}
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801
 
 
@@ -51,8 +58,51 @@ def read_image(path: Path, annotated: tuple[int, int] | None = None) -> Image.Im
             if annotated == image.size != upright_size(image):
                 return to_rgb(image)
             return turn_upright(to_rgb(image), orientation)
+    except FileNotFoundError as error:
+        others = images_by_stem(path.parent).get(path.stem, []) if path.parent.is_dir() else []
+        hint = f"; {others[0].name} lies there, under another suffix" if others else ""
+        raise UnreadableImageError(f"{path} does not exist{hint}") from error
     except (*DAMAGE, Image.DecompressionBombError) as error:
         raise UnreadableImageError(f"{path} is not a readable image ({error})") from error
+
+
+def split_folders(root: Path, split: str) -> list[Path]:
+    """The folders a split may lie in, by preference; none of them need exist."""
+    return [root / name for name in (split, *SPLIT_NAMES.get(split, ()))]
+
+
+def image_files(folder: Path, besides: Collection[str] = (), *, deep: bool = True) -> list[Path]:
+    """Images in ``folder``, in order of their paths; with ``deep`` also in folders below.
+
+    Other files are named in a warning, but hidden ones and those with the suffixes ``besides``.
+    """
+    files = [file for file in (folder.rglob("*") if deep else folder.glob("*")) if file.is_file()]
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    known = {*IMAGE_SUFFIXES, *besides}
+    others = [file for file in files if file.suffix.lower() not in known and not file.name.startswith(".")]
+    if others:
+        logger.warning(
+            "%d files in %s are no images of a known kind, the first: %s; known suffixes are %s",
+            len(others), folder, min(others).name, ", ".join(sorted(IMAGE_SUFFIXES)),
+        )  # fmt: skip
+    return sorted(images, key=lambda file: file.parts)  # paths compare by their parts too, taken apart every time
+
+
+def check_stems(images: Iterable[Path]) -> None:
+    """Errors: DataError where two images would take their labels or mask from one file."""
+    seen: dict[Path, Path] = {}
+    for path in images:
+        if (other := seen.setdefault(path.with_suffix(""), path)) is not path:
+            raise DataError(f"{other} and {path.name} would share the labels of {path.stem}; rename one of them")
+
+
+def images_by_stem(folder: Path) -> dict[str, list[Path]]:
+    """Images directly in ``folder``, by their names without suffix."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            found.setdefault(file.stem, []).append(file)
+    return found
 
 
 class FolderSource:
@@ -70,8 +120,7 @@ class FolderSource:
         labels: list[int] = []
         empty: list[str] = []
         for label, folder in enumerate(folders):
-            files = [file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
-            files.sort(key=lambda file: file.parts)  # paths compare by their parts too, taken apart every time
+            files = image_files(folder)
             if not files:
                 empty.append(folder.name)
             self.paths += files
@@ -183,6 +232,12 @@ def cifar100_source(root: Path, split: str) -> ArraySource:
     return ArraySource(*cifar_records([root / f"{split}.bin"], label_bytes=2), names_in(root / "fine_label_names.txt"))
 
 
+def open_folder(root: Path, split: str) -> FolderSource:
+    """``FolderSource`` of the split's folder; the first of its names where none exists, for the message."""
+    folders = split_folders(root, split)
+    return FolderSource(next((folder for folder in folders if folder.is_dir()), folders[0]))
+
+
 def open_london_faces(root: Path, split: str) -> ImageSource:
     """``vision.data.faces.london_faces``."""
     from vision.data.faces import london_faces
@@ -207,7 +262,7 @@ class SourceKind:
 
 
 SOURCES: dict[str, SourceKind] = {
-    "folder": SourceKind(lambda root, split: FolderSource(root / split), "train", "val"),
+    "folder": SourceKind(open_folder, "train", "val"),
     "cifar10": SourceKind(cifar10_source, "train", "test"),
     "cifar100": SourceKind(cifar100_source, "train", "test"),
     "idx": SourceKind(idx_source, "train", "t10k"),

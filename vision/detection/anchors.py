@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vision.data.detection_sources import DetectionSource
+from vision.data.labelled_boxes import DetectionSource
 from vision.data.sources import UnreadableImageError, read_image
 from vision.data.view import Resize, whole_image
 from vision.detection.yolo_v2 import STRIDE, shape_iou

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from vision.data.detection_sources import DetectionSource, LabelledImage, open_detection
+from vision.data.detection_sources import open_detection
+from vision.data.labelled_boxes import DetectionSource, LabelledImage
 from vision.data.sources import DataError, UnreadableImageError, read_image
 from vision.detection.checkpoint import load_detector
 from vision.detection.coco import CocoFigures, evaluate_coco

@@ -13,7 +13,7 @@ from vision.backbones.backbone import BackboneError
 from vision.backbones.checkpoint import load_backbone
 from vision.data.detection import DetectionDataOptions
 from vision.data.detection_augmentation import DetectionAugmentation
-from vision.data.detection_sources import DetectionSource
+from vision.data.labelled_boxes import DetectionSource
 from vision.detection.anchors import cluster_shapes, shapes_in_cells
 from vision.detection.detector import DARKNET, DetectorConfig, Head, Network, build_detector
 from vision.detection.psroi_align import Reduction

@@ -16,7 +16,7 @@ from vision.data.detection_augmentation import (
     draw_view,
     reflect,
 )
-from vision.data.detection_sources import DetectionSource, LabelledImage
+from vision.data.labelled_boxes import DetectionSource, LabelledImage
 from vision.data.sources import DataError, UnreadableImageError
 from vision.data.view import Boxes, View
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vision.data.detection import DetectionDataOptions
 from vision.data.detection_sources import open_detection
-from vision.data.sources import DataError
+from vision.data.sources import DataError, read_image
 
 
 def voc_object(name: str, box: tuple[int, int, int, int], difficult: int = 0) -> str:
@@ -167,13 +168,192 @@ def test_yolo_shares_are_of_the_upright_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("lines", "message"), [
     ("0 0.5 0.5 0.5\n", r"a\.txt, line 1: expected a class id and four numbers"),
-    ("0 0.5 0.5 0.5 0.5\n0 0.1 0.1 0.2 0.1 0.2 0.2\n", r"a\.txt, line 2: expected"),
-    ("2 0.5 0.5 0.5 0.5\n", r"line 1: class 2 is beyond the 2 names"),
+    ("0 0.5 0.5 0.5 0.5\n0 0.1 0.1 0.2 0.1 0.2 0.2 0.9\n", r"a\.txt, line 2: expected"),
+    ("2 0.5 0.5 0.5 0.5\n", r"line 1: class 2 is beyond the 2 names.*ids are 0, 1"),
+    ("1.7 0.5 0.5 0.5 0.5\n", r"line 1: the class id 1.7 is not a whole number"),
+    ("nan 0.5 0.5 0.5 0.5\n", r"line 1: the class id nan is not a whole number"),
+    ("0 30 20 10 10\n", r"line 1: coordinates must be shares .* from 0 to 1"),
+    ("0 0.5 nan 0.5 0.5\n", r"line 1: coordinates must be shares"),
 ])  # fmt: skip
 def test_broken_yolo_labels_are_named(tmp_path: Path, lines: str, message: str) -> None:
     write_yolo(tmp_path, lines)
     with pytest.raises(DataError, match=message):
         open_detection("yolo", tmp_path, "train")
+
+
+@pytest.mark.parametrize(("names", "line", "expected"), [
+    ("names: {1: person, 2: car}", "1", "person"), ("names: {0: a, 3: b}", "3", "b"),
+    ("names: {" + ", ".join(f"'{n}': c{n}" for n in range(12)) + "}", "10", "c10"),
+    ("names: [yes, no]\nnc: 2", "1", "no"), ("names: [a, b]", "1.0", "b"),
+])  # fmt: skip
+def test_yolo_classes_go_by_their_ids(tmp_path: Path, names: str, line: str, expected: str) -> None:
+    write_yolo(tmp_path, f"{line} 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "data.yaml").write_text(names)
+    source = open_detection("yolo", tmp_path, "train")
+    assert [source.class_names[label] for label in source.images[0].labels] == [expected]
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    ("names: cat", "'cat' is one text"), ("names: {0: a, '0': b}", "gives one class id two names"),
+    ("names: {first: a}", "class id 'first'"), ("names: {-1: a}", "class id '-1'"), ("names: {1.5: a}", "'1.5'"),
+    ("names: [a, a]", "'a' more than once"), ("names: [a, b]\nnc: 3", "nc: 3 and names 2"), ("[", "is not YAML"),
+    ("names: [a, b]\nkpt_shape: [2, 2]", "describes poses"), ("train: x", "no list of class names"),
+])  # fmt: skip
+def test_yolo_names_that_contradict_themselves_are_refused(tmp_path: Path, names: str, message: str) -> None:
+    write_yolo(tmp_path, "1 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "data.yaml").write_text(names)
+    with pytest.raises(DataError, match=message):
+        open_detection("yolo", tmp_path, "train")
+
+
+def test_yolo_polygons_become_the_boxes_around_them(tmp_path: Path) -> None:
+    write_yolo(tmp_path, "1 0.1 0.2 0.5 0.1 0.3 0.5\n")
+    np.testing.assert_allclose(open_detection("yolo", tmp_path, "train").images[0].boxes, [[6, 4, 30, 20]], rtol=1e-6)
+
+
+def test_yolo_images_that_would_share_labels_are_refused(tmp_path: Path) -> None:
+    write_yolo(tmp_path, "1 0.5 0.5 0.5 0.5\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "images/train/a.JPG", "JPEG")
+    with pytest.raises(DataError, match="would share the labels of a"):
+        open_detection("yolo", tmp_path, "train")
+
+
+def test_yolo_layouts_of_roboflow_and_labelimg(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for place in ("valid/images", "valid/labels", "flat"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "data.yaml").write_text("names: [cat]")
+    for image, text in (("valid/images/a b.JPG", "valid/labels/a b.txt"), ("flat/c.png", "flat/c.txt")):
+        Image.new("RGB", (60, 40)).save(tmp_path / image)
+        (tmp_path / text).write_text("\ufeff0 0.5 0.5 0.5 0.5", encoding="utf-8")
+    (tmp_path / "valid/labels/gone.txt").write_text("0 0.5 0.5 0.5 0.5")
+    (tmp_path / "flat/classes.txt").write_text("dog\n")
+    (found,) = open_detection("yolo", tmp_path, "val").images
+    assert (found.path.name, len(found.boxes)) == ("a b.JPG", 1)
+    assert "1 label files" in caplog.text and "gone.txt" in caplog.text
+    source = open_detection("yolo", tmp_path / "flat", "all")
+    assert (source.class_names, len(source.images[0].boxes)) == (("dog",), 1)
+
+
+def voc_file(root: Path, stem: str, named: str, size: str = "") -> None:
+    found = voc_object("cat", (1, 1, 30, 20))
+    (root / "annotations" / f"{stem}.xml").write_text(
+        f"<annotation><filename>{named}</filename>{size}{found}</annotation>"
+    )
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    for folder in ("annotations", "images"):
+        (tmp_path / folder).mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "PNG", "jpeg", "bmp"])
+def test_a_stale_filename_does_not_move_boxes(own: Path, suffix: str) -> None:
+    Image.new("RGB", (60, 40)).save(own / "images" / f"a.{suffix}")
+    Image.new("RGB", (60, 40)).save(own / "images" / "b.jpg")
+    voc_file(own, "a", "b.jpg")
+    (image,) = open_detection("voc", own, "all").images
+    assert (image.path.name, image.size) == (f"a.{suffix}", (60, 40))
+
+
+def test_an_image_goes_with_one_annotation_alone(own: Path) -> None:
+    Image.new("RGB", (60, 40)).save(own / "images" / "b.jpg")
+    voc_file(own, "a", r"C:\pictures\b.jpg")
+    assert open_detection("voc", own, "all").images[0].path.name == "b.jpg", "no other annotation claims it"
+    voc_file(own, "b", "b.jpg")
+    names = [image.path.name for image in open_detection("voc", own, "all").images]
+    assert names == ["a.jpg", "b.jpg"], "a.jpg is missing, and b.jpg is not taken for it"
+    voc_file(own, "c", "x.jpg")
+    for suffix in ("jpg", "png"):
+        Image.new("RGB", (60, 40)).save(own / "images" / f"c.{suffix}")
+    with pytest.raises(DataError, match=r"could belong to c\.jpg or c\.png"):
+        open_detection("voc", own, "all")
+
+
+def test_boxes_drawn_on_another_size_are_left_out(own: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for stem, (width, height) in (("a", (40, 60)), ("b", (60, 40)), ("c", (600, 400))):
+        Image.new("RGB", (60, 40)).save(own / "images" / f"{stem}.jpg")
+        voc_file(own, stem, "", f"<size><width>{width}</width><height>{height}</height></size>")
+    source = open_detection("voc", own, "all")
+    assert [image.path.stem for image in source.images] == ["b"]
+    assert "has 60x40 pixels, its annotation was drawn on 40x60" in caplog.text
+    assert "2 pictures" in caplog.text
+    coco = {"images": [{"id": 1, "file_name": "a.jpg", "width": 120, "height": 80}],
+            "categories": [{"id": 1, "name": "cat"}], "annotations": []}  # fmt: skip
+    (own / "instances_train.json").write_text(json.dumps(coco))
+    with pytest.raises(DataError, match="1 were left out for another size"):
+        open_detection("coco", own, "train")
+
+
+def test_boxes_beyond_the_picture_are_named(own: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("RGB", (60, 40)).save(own / "images" / "a.jpg")
+    boxes = voc_object("cat", (11, 11, 90, 60)) + voc_object("cat", (100, 10, 200, 20))
+    (own / "annotations" / "a.xml").write_text(f"<annotation>{boxes}</annotation>")
+    source = open_detection("voc", own, "all")
+    assert (source.images[0].boxes.tolist(), source.degenerate) == ([[10, 10, 60, 40]], 1)
+    assert caplog.text.count("beyond the picture of 60x40 pixels") == 2
+
+
+def test_voc_layouts_of_labelimg_and_roboflow(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "valid"):
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (60, 40)).save(folder / "my cat.PNG")
+        (folder / "my cat.xml").write_text(f"<annotation>{voc_object('cat', (1, 1, 30, 20))}</annotation>")
+    for split, expected in (("all", tmp_path), ("val", tmp_path / "valid")):
+        (image,) = open_detection("voc", tmp_path, split).images
+        assert image.path == expected / "my cat.PNG"
+
+
+def test_stems_with_spaces_stand_in_lists(tmp_path: Path) -> None:
+    write_voc(tmp_path, {"my cat 1": [voc_object("cat", (1, 1, 9, 9))], "b": []})
+    (tmp_path / "ImageSets/Main").mkdir(parents=True)
+    (tmp_path / "ImageSets/Main/train.txt").write_text("my cat 1\nb  -1\nb.jpg\n")
+    images = open_detection("voc", tmp_path, "train").images
+    assert [image.path.stem for image in images] == ["my cat 1", "b", "b"]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"images": [{"id": 7, "file_name": "x.jpg"}, {"id": 7, "file_name": "y.jpg"}]}, "'x.jpg' and to 'y.jpg'"),
+    ({"images": [{"id": 7, "file_name": "x.jpg"}, {"id": 9, "file_name": "x.jpg"}]}, "stands under several ids"),
+    ({"categories": [{"id": 3, "name": "car"}, {"id": 3, "name": "dog"}]}, "category id 3 belongs to 'car' and to 'do"),
+    ({"categories": [{"id": 3, "name": "car"}, {"id": 18, "name": "car"}]}, "'car' more than once"),
+    ({"annotations": [{"image_id": 7, "category_id": 4, "bbox": [0, 0, 9, 9]}]}, "category_id 4; categories are 18, 3"),
+    ({"annotations": [{"image_id": 7, "category_id": 3}]}, "annotation 1 has neither a bbox nor polygons"),
+])  # fmt: skip
+def test_coco_files_that_contradict_themselves_are_refused(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "instances_val.json").write_text(json.dumps({**coco_content(), **change}))
+    with pytest.raises(DataError, match=message):
+        open_detection("coco", tmp_path, "val")
+
+
+def test_roboflow_coco_polygons_and_strays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "valid").mkdir()
+    Image.new("RGB", (60, 40)).save(tmp_path / "valid/x.jpg")
+    annotations = [{"image_id": 7, "category_id": 3, "segmentation": [[10, 5, 20, 5, 15, 25]]},
+                   {"image_id": 8, "category_id": 3, "bbox": [0, 0, 9, 9]}]  # fmt: skip
+    (tmp_path / "valid/_annotations.coco.json").write_text(json.dumps({**coco_content(), "annotations": annotations}))
+    first, _ = open_detection("coco", tmp_path, "val").images
+    assert (first.path, first.boxes.tolist()) == (tmp_path / "valid/x.jpg", [[10, 5, 20, 25]])
+    assert "1 annotations are of images that it does not list" in caplog.text
+
+
+def test_a_missing_image_names_what_lies_there_instead(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.PNG")
+    with pytest.raises(DataError, match=r"a\.jpg does not exist; a\.PNG lies there"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_a_split_without_boxes_is_refused(own: Path) -> None:
+    Image.new("RGB", (60, 40)).save(own / "images" / "a.jpg")
+    (own / "annotations" / "a.xml").write_text(f"<annotation>{voc_object('cat', (9, 9, 9, 9))}</annotation>")
+    options = DetectionDataOptions("voc", str(own), "all", "all")
+    for opened in (options.open_train, lambda: options.open_eval(("cat",))):
+        with pytest.raises(DataError, match=r"no box is left on 1 images .* 1 were dropped as degenerate"):
+            opened()
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:

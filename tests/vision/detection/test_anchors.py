@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vision.data.detection_sources import DetectionSource, LabelledImage
+from vision.data.labelled_boxes import DetectionSource, LabelledImage
 from vision.detection.anchors import cluster_shapes, shapes_in_cells
 
 

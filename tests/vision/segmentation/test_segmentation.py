@@ -161,9 +161,33 @@ class TestFolders:
         Image.new("L", (8, 6), 7).save(root / "train" / "masks" / "a.png")
         with pytest.raises(DataError, match=r"classes \[7\]"):
             FolderMasks(root, "train").read(0)
-        Image.new("L", (4, 6), 0).save(root / "train" / "masks" / "a.png")
+        Image.new("L", (4, 6), 1).save(root / "train" / "masks" / "a.png")
         with pytest.raises(DataError, match=r"\(4, 6\)"):
             FolderMasks(root, "train").read(0)
+
+    @pytest.mark.parametrize(("values", "message"), [
+        ([0, 255], r"values \[0, 255\] only.*write class 1 as 1"), ([0], r"values \[0\] only; classes are 0 to 1"),
+    ])  # fmt: skip
+    def test_masks_without_any_object_are_refused(self, root: Path, values: list[int], message: str) -> None:
+        pixels = np.resize(np.array(values, dtype=np.uint8), (6, 8))
+        Image.fromarray(pixels).save(root / "train" / "masks" / "a.png")
+        with pytest.raises(DataError, match=message):
+            FolderMasks(root, "train")
+
+    def test_only_numbers_are_classes(self, root: Path) -> None:
+        file = root / "train" / "masks" / "a.png"
+        Image.new("RGB", (8, 6), (1, 0, 0)).save(file)
+        with pytest.raises(DataError, match="is a picture in colours"):
+            FolderMasks(root, "train")
+        Image.new("RGB", (8, 6), (1, 1, 1)).save(file)
+        assert np.unique(np.asarray(FolderMasks(root, "train").read(0)[1])).tolist() == [1]
+        Image.new("1", (8, 6), 1).save(file)
+        assert np.unique(np.asarray(FolderMasks(root, "train").read(0)[1])).tolist() == [1]
+
+    def test_images_that_would_share_a_mask_are_refused(self, root: Path) -> None:
+        Image.new("RGB", (8, 6)).save(root / "train" / "images" / "a.png")
+        with pytest.raises(DataError, match="would share the labels of a"):
+            FolderMasks(root, "train")
 
     def test_missing_parts_are_named(self, root: Path) -> None:
         with pytest.raises(DataError, match="holds no images"):
