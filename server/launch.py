@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.engine.request import SamplingParams
+from server.sampling_defaults import read_sampling_defaults
 from server.settings import NO_VISION
 from server.text import TextCodec
 
@@ -48,6 +50,7 @@ class LoadedModel:
     engine: EngineThread
     codec: TextCodec
     info: TargetInfo
+    sampling: SamplingParams
     drafter_name: str
     context_length: int
 
@@ -315,7 +318,12 @@ def load_model(settings: Settings) -> LoadedModel:
     from server.engine.thread import EngineThread
 
     engine = load_engine(settings)
-    codec = TextCodec.from_folder(resolve_model(settings.target, "target"))
+    folder = resolve_model(settings.target, "target")
+    codec = TextCodec.from_folder(folder)
+    codec.fit(engine.target.info.vocab_size)
+    if fault := codec.check_templates():
+        logger.warning("%s; chats are refused, completions are not", fault)
+    by_model = settings.sampling_defaults == "model"
     drafter = engine.drafting.drafter
     return LoadedModel(
         name=settings.served_name,
@@ -323,6 +331,7 @@ def load_model(settings: Settings) -> LoadedModel:
         engine=EngineThread(engine, settings.max_waiting),
         codec=codec,
         info=engine.target.info,
+        sampling=read_sampling_defaults(folder) if by_model else SamplingParams(),
         drafter_name="none" if drafter is None else drafter.name,
         context_length=engine.options.context_length,
     )

@@ -103,6 +103,9 @@ class Settings(BaseSettings):
         (), description="Host names from which images may be fetched over https; nothing: URLs are refused."
     )
     model_name: str | None = Field(None, min_length=1, description="Name the model is served under.")
+    sampling_defaults: Literal["model", "openai"] = Field(
+        "model", description="Where sampling comes from that a request leaves out: 'model' is generation_config.json."
+    )
     strict: bool = Field(False, description="Refuse unknown request fields instead of ignoring and reporting them.")
     keepalive_s: float = Field(10.0, gt=0, description="Seconds of silence after which a stream sends a comment.")
     drain_s: float = Field(30.0, ge=0, description="Seconds that running requests get at shutdown.")

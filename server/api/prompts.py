@@ -29,7 +29,7 @@ def plan_requests(
     if num_requests > max_requests:
         message = f"The call asks for {num_requests} answers at once; this server takes at most {max_requests}."
         raise InvalidValue("n", message)
-    sampling, stop_ids = body.sampling(), body.stop_ids(model.codec.stop_ids)
+    sampling, stop_ids = body.sampling(model.sampling), body.stop_ids(model.codec.stop_ids)
     limits = [answer_limit(len(prompt), max_tokens, default_max_tokens, model.context_length) for prompt in prompts]
     return [
         Request(

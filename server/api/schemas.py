@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
@@ -134,13 +135,15 @@ class GenerationBody(RequestBody):
         """Answers to each prompt."""
         return self.n or 1
 
-    def sampling(self) -> SamplingParams:
-        """The sampling fields, defaults filled in."""
+    def sampling(self, defaults: SamplingParams) -> SamplingParams:
+        """The sampling fields, the model's own where the request says nothing."""
         names = (
             "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
         )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return SamplingParams(top_k=max(self.top_k or 0, 0), logit_bias=self.logit_bias, **given)
+        if self.top_k is not None:
+            given["top_k"] = max(self.top_k, 0)
+        return dataclasses.replace(defaults, logit_bias=self.logit_bias, **given)
 
     def stop_ids(self, model_stop_ids: frozenset[int]) -> frozenset[int]:
         """Ids that end the text: the model's, unless ignored, and the request's."""

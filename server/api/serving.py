@@ -16,7 +16,7 @@ from fastapi import Request as HttpRequest
 
 from server.api.dispatcher import Dispatcher
 from server.api.errors import ApiError, InvalidValue, NotServing, shown
-from server.engine.request import Event, Request
+from server.engine.request import Event, Request, SamplingParams
 from server.settings import LOADING_THREAD, Settings
 from server.text import TextCodec
 from server.vision_worker import VisionWorker
@@ -105,6 +105,10 @@ class ServedModel(Protocol):
     @property
     def codec(self) -> TextCodec:
         """Its tokenizer and chat template."""
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How a request is sampled that does not say."""
 
     @property
     def drafter_name(self) -> str:

@@ -45,6 +45,7 @@ def serve(
     vision_url_hosts: Annotated[str | None, flag("vision_url_hosts")] = None,
     api_key: Annotated[str | None, flag("api_key")] = None,
     model_name: Annotated[str | None, flag("model_name")] = None,
+    sampling_defaults: Annotated[str | None, flag("sampling_defaults")] = None,
     strict: Annotated[bool | None, flag("strict")] = None,
     config: Config = None,
 ) -> None:

@@ -17,6 +17,7 @@ from server.engine.request import (
     FinishReason,
     QueueFull,
     Request,
+    SamplingParams,
     Timings,
     TokensEvent,
 )
@@ -197,6 +198,7 @@ class ScriptedModel:
     created: int = 1700000000
     drafter_name: str = "scripted"
     context_length: int = 200
+    sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
 def chunked(token_ids: Iterable[int], size: int) -> list[tuple[int, ...]]:

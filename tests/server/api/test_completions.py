@@ -1,6 +1,9 @@
+import dataclasses
 import itertools
 
 import pytest
+
+from server.engine.request import SamplingParams
 
 pytestmark = pytest.mark.anyio
 ANSWER = "Grüße 🌍, one two three. STOP and more"
@@ -158,6 +161,17 @@ async def test_sampling_fields_reach_the_engine(connect, make_model):
     assert second.stop_ids == frozenset()
     assert second.draft
     assert (second.sampling.top_k, second.sampling.temperature) == (0, 1.0)
+
+
+async def test_what_a_request_leaves_out_is_the_models(connect, make_model):
+    defaults = SamplingParams(temperature=0.2, top_p=0.9, top_k=7, repetition_penalty=1.2)
+    model = dataclasses.replace(make_model(), sampling=defaults)
+    async with connect(model) as client:
+        await complete(client, temperature=None, top_k=None)
+        await complete(client, temperature=0.5, top_k=-1, top_p=1)
+    first, second = (request.sampling for request in model.engine.submitted)
+    assert first == model.sampling
+    assert second == SamplingParams(temperature=0.5, repetition_penalty=1.2)
 
 
 async def test_fields_that_change_nothing_are_accepted(connect, make_model):
