@@ -180,9 +180,15 @@ class TextCodec:
         """Text of token ids, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
-    def stream(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> IncrementalDecoder:
-        """A decoder for one text as it grows; with ``prompt_ids`` for what continues that prompt, not a new text."""
-        hidden_ids = self.hidden_ids if skip_special_tokens else frozenset()
+    def stream(
+        self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = (), shown: Sequence[str] = ()
+    ) -> IncrementalDecoder:
+        """A decoder for one text as it grows; with ``prompt_ids`` for what continues that prompt, not a new text.
+
+        ``shown``: special tokens that are part of the text all the same, such as those around calls of tools.
+        """
+        shown_ids = {self.tokenizer.token_to_id(text) for text in shown} - self.stop_ids
+        hidden_ids = self.hidden_ids - shown_ids if skip_special_tokens else frozenset()
         return IncrementalDecoder(self.tokenizer, hidden_ids, prompt_ids)
 
     def chat(
@@ -192,15 +198,19 @@ class TextCodec:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        continue_final: bool = False,
     ) -> list[int]:
         """Token ids of a conversation in the model's own template; ``variables`` are given to it as well.
+
+        ``continue_final``: the text ends with the last message, for the answer to go on with.
 
         A special token written inside a message is taken as ordinary text, so that a user cannot end the turn.
         Errors: ChatTemplateError, InvalidText.
         """
         pieces = self.render_chat(
-            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt
-        )
+            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt,
+            continue_final=continue_final,
+        )  # fmt: skip
         return self._checked(
             [i for piece in pieces for i in self.tokenizer.encode(piece, add_special_tokens=False).ids]
         )
@@ -212,6 +222,7 @@ class TextCodec:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        continue_final: bool = False,
     ) -> list[str]:
         """The template's text, cut where a special token stands inside a message: each piece is encoded on its own.
 
@@ -227,9 +238,12 @@ class TextCodec:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return template.render(given).split("\0")
+            text = template.render(given)
         except TemplateFault as fault:
             raise ChatTemplateError(f"the model's chat template {fault}") from fault
+        if continue_final:
+            text = up_to_last(text, given["messages"][-1].get("content") or "")
+        return text.split("\0")
 
     def _template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
         if self.template_fault is not None:
@@ -265,6 +279,15 @@ class TextCodec:
         if isinstance(value, list | tuple):
             return [self._as_plain_text(inner) for inner in value]
         return value
+
+
+def up_to_last(text: str, content: str) -> str:
+    """The text as far as the last message's content. Errors: ChatTemplateError where that is empty or not in it."""
+    content = content.strip()
+    start = text.rfind(content) if content else -1
+    if start < 0:
+        raise ChatTemplateError("the last message cannot be continued: it is empty, or the template changes its text")
+    return text[: start + len(content)]
 
 
 def with_reasoning_names(message: Mapping[str, Any]) -> Mapping[str, Any]:

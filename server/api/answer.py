@@ -1,13 +1,11 @@
-"""One API call's answer, whole or as a stream, for any wire format of choices."""
+"""One API call's answer, whole or as a stream, for any wire format."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import time
-import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,8 +14,8 @@ from fastapi.responses import JSONResponse, Response
 
 from server.api.errors import ApiError, from_engine, internal_error
 from server.api.generation import Generation
-from server.api.schemas import GenerationBody
-from server.api.sse import DONE, KEEPALIVE, EventStream, event
+from server.api.pieces import Answer, Parser, Piece, PlainText
+from server.api.sse import KEEPALIVE, EventStream
 from server.engine.request import EngineError
 
 logger = logging.getLogger(__name__)
@@ -25,58 +23,55 @@ logger = logging.getLogger(__name__)
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
 
 
-class ChoiceFormat(Protocol):
-    """How choices look on one route. Every method gives an entry of ``choices``; None means: send nothing."""
+class Wire(Protocol):
+    """How an answer looks on one route. The methods of a stream give the events to send, in order."""
 
-    @property
-    def id_prefix(self) -> str:
-        """What the answer's id begins with."""
+    def whole(self, answers: Sequence[Answer], generation: Generation) -> dict[str, Any]:
+        """A complete answer."""
+        ...
 
-    @property
-    def object_name(self) -> str:
-        """``object`` of a whole answer."""
+    def begin(self, generation: Generation) -> list[bytes]:
+        """What a stream sends before any text."""
+        ...
 
-    @property
-    def chunk_object_name(self) -> str:
-        """``object`` of a stream's chunk."""
+    def pieces(self, index: int, pieces: Sequence[Piece], generation: Generation) -> list[bytes]:
+        """Pieces of a choice as they come."""
+        ...
 
-    def whole(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
-        """A complete choice."""
+    def finish(self, index: int, answer: Answer, generation: Generation) -> list[bytes]:
+        """The end of a choice."""
+        ...
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """What a stream sends for a choice before its text."""
+    def end(self, generation: Generation) -> list[bytes]:
+        """The end of the stream."""
+        ...
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        """Text as it comes."""
-
-    def closing(self, index: int, finish_reason: str) -> dict[str, Any]:
-        """The last entry of a choice."""
+    def error(self, error: ApiError) -> bytes:
+        """A failure after the stream has begun; nothing follows."""
+        ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reply:
-    """Identity and format of an answer, and what the stream was asked to carry."""
+    """A generation on its way to the client; one parser for each choice. A silent stream sends comments."""
 
-    format: ChoiceFormat
-    model: str
-    created: int
-    include_usage: bool = False
-    continuous_usage: bool = False
+    wire: Wire
+    generation: Generation
     keepalive_s: float = 10.0
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    parser: Callable[[], Parser] = PlainText
+    parsers: list[Parser] = field(init=False)
+    answers: list[Answer] = field(init=False)
 
-    @classmethod
-    def to(cls, body: GenerationBody, model: str, format: ChoiceFormat, keepalive_s: float) -> Reply:
-        """The reply that this body asks for; a stream silent for ``keepalive_s`` sends a comment."""
-        options = body.stream_options
-        continuous = options.include_usage and options.continuous_usage_stats
-        return cls(format, model, int(time.time()), options.include_usage, continuous, keepalive_s)
+    def __post_init__(self) -> None:
+        self.parsers = [self.parser() for _ in self.generation.choices]
+        self.answers = [Answer() for _ in self.generation.choices]
 
-    async def send(self, generation: Generation, request: HttpRequest, *, stream: bool) -> Response:
+    async def send(self, request: HttpRequest, *, stream: bool) -> Response:
         """Stream the generation, or collect it while watching for the client to leave."""
+        generation = self.generation
         if stream:
-            return EventStream(self.events(generation, request.state.request_id), generation.close)
-        collecting = asyncio.ensure_future(self.collect(generation))
+            return EventStream(self.events(request.state.request_id), generation.close)
+        collecting = asyncio.ensure_future(self.collect())
         leaving = asyncio.ensure_future(client_left(request))
         try:
             await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -89,71 +84,52 @@ class Reply:
                 task.cancel()
             await asyncio.gather(collecting, leaving, return_exceptions=True)
 
-    async def collect(self, generation: Generation) -> dict[str, Any]:
+    async def collect(self) -> dict[str, Any]:
         """The whole answer."""
-        texts = dict.fromkeys(range(len(generation.choices)), "")
-        reasons: dict[int, str] = {}
-        async for delta in generation.deltas(self.keepalive_s):
-            if delta is not None:
-                texts[delta.index] += delta.text
-                if delta.finish_reason is not None:
-                    reasons[delta.index] = delta.finish_reason
-        choices = [self.format.whole(index, text, reasons[index]) for index, text in texts.items()]
-        head = self.head()
-        return head | {"choices": choices, "usage": generation.usage(), "timings": generation.timings()}
+        async for _ in self._grow():
+            pass
+        return self.wire.whole(self.answers, self.generation)
 
-    async def events(self, generation: Generation, request_id: str) -> AsyncGenerator[bytes, None]:
-        """The stream's events. An error after the first one is an event too; then the stream ends without [DONE]."""
+    async def events(self, request_id: str) -> AsyncGenerator[bytes, None]:
+        """The stream's events. An error after the first one is an event too; then the stream ends."""
+        wire, generation = self.wire, self.generation
         try:
-            async with contextlib.aclosing(self._chunks(generation)) as chunks:
-                async for chunk in chunks:
-                    yield KEEPALIVE if chunk is None else event(chunk)
-            yield DONE
+            for event in wire.begin(generation):
+                yield event
+            async with contextlib.aclosing(self._grow()) as grown:
+                async for step in grown:
+                    for event in [KEEPALIVE] if step is None else self._step_events(*step):
+                        yield event
+            for event in wire.end(generation):
+                yield event
         except ApiError as error:
-            yield event(error.body())
+            yield wire.error(error)
         except EngineError as error:
-            yield event(from_engine(error).body())
+            yield wire.error(from_engine(error))
         except Exception:  # headers are out: the stream itself must tell
             logger.exception("request %s failed", request_id)
-            yield event(internal_error(request_id).body())
+            yield wire.error(internal_error(request_id))
 
-    async def _chunks(self, generation: Generation) -> AsyncGenerator[dict[str, Any] | None, None]:
-        num_open = len(generation.choices)
-        for index in range(num_open):
-            if (opening := self.format.opening(index)) is not None:
-                yield self._chunk(generation, opening)
-        async with contextlib.aclosing(generation.deltas(self.keepalive_s)) as deltas:
+    def _step_events(self, index: int, pieces: list[Piece]) -> list[bytes]:
+        events = self.wire.pieces(index, pieces, self.generation) if pieces else []
+        answer = self.answers[index]
+        return events if answer.finish_reason is None else events + self.wire.finish(index, answer, self.generation)
+
+    async def _grow(self) -> AsyncGenerator[tuple[int, list[Piece]] | None, None]:
+        """Fold the generation into ``answers``; gives every step: a choice and its new pieces, None for silence."""
+        async with contextlib.aclosing(self.generation.deltas(self.keepalive_s)) as deltas:
             async for delta in deltas:
                 if delta is None:
                     yield None
                     continue
-                if delta.text:
-                    yield self._chunk(generation, self.format.piece(delta.index, delta.text))
+                parser, answer = self.parsers[delta.index], self.answers[delta.index]
+                pieces = parser.push(delta.text)
                 if delta.finish_reason is not None:
-                    num_open -= 1
-                    chunk = self._chunk(generation, self.format.closing(delta.index, delta.finish_reason))
-                    last = num_open == 0 and not self.include_usage
-                    yield chunk | {"timings": generation.timings()} if last else chunk
-        if self.include_usage:
-            head = self.head(chunk=True)
-            yield head | {"choices": [], "usage": generation.usage(), "timings": generation.timings()}
-
-    def _chunk(self, generation: Generation, choice: dict[str, Any]) -> dict[str, Any]:
-        chunk = self.head(chunk=True) | {"choices": [choice]}
-        if self.continuous_usage:
-            chunk["usage"] = generation.usage()
-        elif self.include_usage:
-            chunk["usage"] = None
-        return chunk
-
-    def head(self, *, chunk: bool = False) -> dict[str, Any]:
-        """What every object of this answer begins with."""
-        return {
-            "id": self.format.id_prefix + self.id,
-            "object": self.format.chunk_object_name if chunk else self.format.object_name,
-            "created": self.created,
-            "model": self.model,
-        }
+                    pieces += parser.flush()
+                answer.take(pieces)
+                if delta.finish_reason is not None:
+                    answer.finish(delta.finish_reason)
+                yield delta.index, pieces
 
 
 async def client_left(request: HttpRequest) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +12,23 @@ from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
-from server.api.answer import Reply
+from server.api.answer import Reply, Wire
+from server.api.choices import ChoicesWire
 from server.api.fields import check_fields
 from server.api.gate import require_json
 from server.api.generation import Generation
 from server.api.messages import ChatBody
 from server.api.openapi import ASKING
+from server.api.pieces import Answer, CallPiece, Piece, ReasoningPiece
 from server.api.prompts import plan_requests
 from server.api.schemas import AS_MUCH_AS_FITS
-from server.api.serving import CurrentServing
+from server.api.serving import CurrentServing, ServedModel, Serving
+from server.api.tool_calls import HERMES, THINK, AnswerParser, call_format
+from server.api.tools import Tool, chosen_tools, told_in_text
 from server.engine.stop import TextOutput
+from server.text import TextCodec
+
+NUM_TAIL = 16  # tokens of a prompt in which a template opens the reasoning
 
 router = APIRouter(dependencies=[Depends(require_json)], responses=ASKING)
 
@@ -32,25 +41,41 @@ class ChatChoices:
     object_name: str = "chat.completion"
     chunk_object_name: str = "chat.completion.chunk"
 
-    def whole(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
+    def whole(self, index: int, answer: Answer) -> dict[str, Any]:
         """A complete choice."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
+        content = answer.text if answer.text or not answer.calls else None
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
+        if answer.calls:
+            message["tool_calls"] = [call_json(call) for call in answer.calls]
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The role."""
         return self._entry(index, {"role": "assistant", "content": ""}, None)
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        """Text as it comes."""
-        return self._entry(index, {"content": text}, None)
+    def piece(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """Text as it comes; a call in two chunks, its name first."""
+        if isinstance(piece, CallPiece):
+            begun = call_json(piece, arguments="") | {"index": piece.index}
+            rest = {"index": piece.index, "function": {"arguments": piece.arguments}}
+            return [self._entry(index, {"tool_calls": [part]}, None) for part in (begun, rest)]
+        name = "reasoning_content" if isinstance(piece, ReasoningPiece) else "content"
+        return [self._entry(index, {name: piece.text}, None)]
 
     def closing(self, index: int, finish_reason: str) -> dict[str, Any]:
         """An empty delta, and the reason."""
         return self._entry(index, {}, finish_reason)
 
-    def _entry(self, index: int, delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
+    def _entry(self, index: int, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+def call_json(call: CallPiece, arguments: str | None = None) -> dict[str, Any]:
+    """A call as the API writes it."""
+    function = {"name": call.name, "arguments": call.arguments if arguments is None else arguments}
+    return {"id": call.call_id, "type": "function", "function": function}
 
 
 @router.post("/v1/chat/completions")
@@ -58,12 +83,18 @@ async def create_chat_completion(body: ChatBody, request: HttpRequest, serving: 
     """Answer a conversation. Without a limit the answer may fill the context."""
     check_fields(body, request, serving)
     model = serving.model_named(body.model)
+    return await answer_chat(body, model, ChoicesWire.to(body, model.name, ChatChoices()), request, serving)
+
+
+async def answer_chat(
+    body: ChatBody, model: ServedModel, wire: Wire, request: HttpRequest, serving: Serving
+) -> Response:
+    """What every route of conversations does: encode, generate, and write the answer the route's way."""
     body.check_token_ids(model.codec.vocab_size)
-    turns = [message.for_template() for message in body.messages]
-    prompt = await asyncio.to_thread(model.codec.chat, turns)
-    reply = Reply.to(body, model.name, ChatChoices(), serving.settings.keepalive_s)
+    tools = chosen_tools(body.tools, body.tool_choice)
+    prompt = await asyncio.to_thread(chat_prompt, model.codec, body, tools)
     requests = plan_requests(
-        reply.id,
+        uuid.uuid4().hex,
         [prompt],
         body,
         model,
@@ -71,6 +102,51 @@ async def create_chat_completion(body: ChatBody, request: HttpRequest, serving: 
         default_max_tokens=AS_MUCH_AS_FITS,
         max_requests=serving.settings.max_waiting,
     )
-    outputs = [TextOutput(model.codec, body.stop) for _ in requests]
+    format = call_format(template_sources(model.codec)) if knows_tools(model.codec) else HERMES
+    outputs = [TextOutput(model.codec, body.stop, shown=shown_markers(format.begin, tools)) for _ in requests]
     generation = Generation(serving, model, requests, outputs)
-    return await reply.send(generation, request, stream=body.stream)
+    names = [tool.function.name for tool in tools]
+    thinking = not body.continue_final_message and opens_reasoning(model.codec, prompt)
+
+    def parser() -> AnswerParser:
+        return AnswerParser(format, names, thinking=thinking, one_call=not body.parallel_tool_calls)
+
+    reply = Reply(wire, generation, serving.settings.keepalive_s, parser)
+    return await reply.send(request, stream=body.stream)
+
+
+def chat_prompt(codec: TextCodec, body: ChatBody, tools: Sequence[Tool]) -> list[int]:
+    """Token ids of the conversation. Errors: TextError."""
+    turns = [message.for_template() for message in body.messages]
+    variables = dict(body.chat_template_kwargs)
+    if body.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+    if not knows_tools(codec):
+        turns = told_in_text(turns, tools)
+    return codec.chat(
+        turns,
+        tools=[tool.for_template() for tool in tools] or None,
+        variables=variables,
+        add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+        continue_final=body.continue_final_message,
+    )
+
+
+def template_sources(codec: TextCodec) -> list[str]:
+    """The Jinja of the model's templates."""
+    return [template.source for template in codec.templates.values()]
+
+
+def knows_tools(codec: TextCodec) -> bool:
+    """Whether a template has a place for tools."""
+    return any("tools" in source for source in template_sources(codec))
+
+
+def shown_markers(begin: str, tools: Sequence[Tool]) -> list[str]:
+    """Special tokens that the parser must see."""
+    return [THINK, "</think>"] + ([begin, begin.replace("<", "</", 1)] if tools and begin else [])
+
+
+def opens_reasoning(codec: TextCodec, prompt: Sequence[int]) -> bool:
+    """Whether the prompt ends inside the reasoning."""
+    return str(codec.tokenizer.decode(list(prompt[-NUM_TAIL:]), skip_special_tokens=False)).rstrip().endswith(THINK)

@@ -11,11 +11,13 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from server.api.answer import Reply
+from server.api.choices import ChoicesWire
 from server.api.errors import InvalidValue, UnsupportedParameter
 from server.api.fields import check_fields
 from server.api.gate import require_json
 from server.api.generation import Generation
 from server.api.openapi import ASKING
+from server.api.pieces import Answer, Piece, TextPiece
 from server.api.prompts import answer_limit, plan_requests
 from server.api.schemas import CompletionBody
 from server.api.serving import CurrentServing
@@ -37,17 +39,17 @@ class CompletionChoices:
     object_name: str = "text_completion"
     chunk_object_name: str = "text_completion"
 
-    def whole(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
+    def whole(self, index: int, answer: Answer) -> dict[str, Any]:
         """A complete choice, the echoed prompt first."""
-        return self._entry(index, self.echoes[index] + text, finish_reason)
+        return self._entry(index, self.echoes[index] + answer.text, answer.finish_reason)
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The echoed prompt."""
         return self._entry(index, self.echoes[index], None) if self.echoes[index] else None
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        """Text as it comes."""
-        return self._entry(index, text, None)
+    def piece(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """Text as it comes; a completion has no other pieces."""
+        return [self._entry(index, piece.text, None)] if isinstance(piece, TextPiece) else []
 
     def closing(self, index: int, finish_reason: str) -> dict[str, Any]:
         """No text, and the reason."""
@@ -66,11 +68,11 @@ async def create_completion(body: CompletionBody, request: HttpRequest, serving:
     body.check_token_ids(model.codec.vocab_size)
     prompts = await asyncio.to_thread(encode_prompts, model.codec, body)
     echoes = await asyncio.to_thread(echo_texts, model.codec, body)
-    reply = Reply.to(body, model.name, CompletionChoices(echoes), serving.settings.keepalive_s)
+    wire = ChoicesWire.to(body, model.name, CompletionChoices(echoes))
     if body.max_tokens == 0:
-        return only_echo(reply, prompts, body, model.context_length)
+        return only_echo(wire, prompts, body, model.context_length)
     requests = plan_requests(
-        reply.id,
+        wire.id,
         prompts,
         body,
         model,
@@ -80,7 +82,7 @@ async def create_completion(body: CompletionBody, request: HttpRequest, serving:
     )
     outputs = [TextOutput(model.codec, body.stop, request.prompt_ids) for request in requests]
     generation = Generation(serving, model, requests, outputs)
-    return await reply.send(generation, request, stream=body.stream)
+    return await Reply(wire, generation, serving.settings.keepalive_s).send(request, stream=body.stream)
 
 
 def check_best_of(body: CompletionBody) -> None:
@@ -106,7 +108,7 @@ def echo_texts(codec: TextCodec, body: CompletionBody) -> tuple[str, ...]:
     return tuple(text for text in texts for _ in range(body.num_choices))
 
 
-def only_echo(reply: Reply, prompts: list[list[int]], body: CompletionBody, context_length: int) -> Response:
+def only_echo(wire: ChoicesWire, prompts: list[list[int]], body: CompletionBody, context_length: int) -> Response:
     """max_tokens 0 with echo: the prompts come back; the engine is not asked."""
     for prompt in prompts:
         answer_limit(len(prompt), 0, DEFAULT_MAX_TOKENS, context_length)
@@ -114,5 +116,7 @@ def only_echo(reply: Reply, prompts: list[list[int]], body: CompletionBody, cont
         raise UnsupportedParameter("stream", "max_tokens 0 has nothing to stream; leave stream out.")
     num_tokens = sum(len(prompt) for prompt in prompts)
     usage = {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens}
-    choices = [reply.format.whole(index, "", "length") for index in range(len(prompts) * body.num_choices)]
-    return JSONResponse(reply.head() | {"choices": choices, "usage": usage, "timings": timings_json([], [], [])})
+    choices = [
+        wire.format.whole(index, Answer(finish_reason="length")) for index in range(len(prompts) * body.num_choices)
+    ]
+    return JSONResponse(wire.head() | {"choices": choices, "usage": usage, "timings": timings_json([], [], [])})

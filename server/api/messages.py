@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from server.api.body import Body, NeutralValues, Text, WholeNumber
 from server.api.errors import InvalidValue, UnsupportedParameter, shown
 from server.api.schemas import AS_MUCH_AS_FITS, GenerationBody
+from server.api.tools import Tool, ToolCall, Turn
 from server.text import InvalidText, check_text
+
+MAX_TOOLS = 256
 
 
 class TextPart(Body):
@@ -68,44 +71,53 @@ def parse_part(value: Any, index: int) -> Part:
 Content = Annotated[str | list[Part], BeforeValidator(parse_content, json_schema_input_type=str | list[Part])]
 
 
+ROLES = {"developer": "system", "function": "tool"}
+
+
 class Message(Body):
-    """One turn. ``developer`` is the newer name of ``system``. Only an assistant's turn may have no content."""
+    """One turn. ``developer`` is the newer name of ``system``, ``function`` the older one of ``tool``.
+
+    Only an assistant's turn may have no content.
+    """
 
     without_effect: ClassVar[frozenset[str]] = frozenset({"id", "cache_control", "annotations"})
     neutral: ClassVar[NeutralValues] = {
-        "tool_calls": ([],),
-        "tool_call_id": (),
         "function_call": (),
         "refusal": ("",),
         "audio": (),
     }
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = ""
     name: Text | None = None
     reasoning_content: Text | None = None
+    tool_calls: list[ToolCall] = Field([])
+    tool_call_id: Text | None = None
 
     @property
     def text(self) -> str:
         """The content as one text; parts are joined by newlines."""
         return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> Turn:
         """The turn as chat templates know it."""
-        turn = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
-        rest = {"name": self.name, "reasoning_content": self.reasoning_content}
+        turn = {"role": ROLES.get(self.role, self.role), "content": self.text}
+        rest = {
+            "name": self.name,
+            "reasoning_content": self.reasoning_content,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": [call.for_template() for call in self.tool_calls] or None,
+        }
         return turn | {name: value for name, value in rest.items() if value is not None}
 
 
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    without_effect: ClassVar[frozenset[str]] = GenerationBody.without_effect | {"reasoning_effort"}
+    without_effect: ClassVar[frozenset[str]] = GenerationBody.without_effect - {"parallel_tool_calls"}
     neutral: ClassVar[NeutralValues] = GenerationBody.neutral | {
         "logprobs": (False,),
         "top_logprobs": (0,),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "response_format": ({"type": "text"},),
@@ -114,24 +126,19 @@ class ChatBody(GenerationBody):
         "modalities": (["text"],),
         "audio": (),
         "web_search_options": (),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
     }
 
     messages: list[Message] = Field(min_length=1)
     max_tokens: WholeNumber | None = Field(None, ge=AS_MUCH_AS_FITS)
     max_completion_tokens: WholeNumber | None = Field(None, ge=AS_MUCH_AS_FITS)
-
-    @field_validator("messages", mode="before")
-    @classmethod
-    def _turns_this_server_takes(cls, value: Any) -> Any:
-        for index, turn in enumerate(value if isinstance(value, list) else []):
-            if isinstance(turn, dict) and turn.get("role") in ("tool", "function"):
-                param = f"messages.{index}.role"
-                raise UnsupportedParameter(param, f"{param} is {turn['role']}; this server does not support tools.")
-        return value
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: Text | dict[str, Any] | None = Field(None, description="none, auto, or allowed_tools with mode auto")
+    parallel_tool_calls: bool = Field(True, description="false: at most one call in an answer")
+    chat_template_kwargs: dict[str, Any] = Field({}, description="Variables the model's chat template is given.")
+    reasoning_effort: Text | None = Field(None, description="Given to the template, which may not ask for it.")
+    add_generation_prompt: bool = True
+    continue_final_message: bool = Field(False, description="Go on with the last message; add_generation_prompt false.")
 
     @model_validator(mode="after")
     def _contents_and_one_limit(self) -> ChatBody:
@@ -140,6 +147,13 @@ class ChatBody(GenerationBody):
             raise InvalidValue("max_tokens", "max_tokens and max_completion_tokens differ; send one of them.")
         if 0 in limits:
             raise InvalidValue("max_tokens", "max_tokens is 0; ask for at least 1, or -1 for as much as fits.")
+        if (
+            self.continue_final_message
+            and self.add_generation_prompt
+            and "add_generation_prompt" in self.model_fields_set
+        ):
+            wanted = "continue_final_message goes on with the last turn; send add_generation_prompt: false with it."
+            raise InvalidValue("add_generation_prompt", wanted)
         for index, message in enumerate(self.messages):
             if message.role != "assistant" and "content" not in message.model_fields_set:
                 raise InvalidValue(f"messages.{index}.content", f"messages.{index}.content is missing.")

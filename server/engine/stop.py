@@ -22,7 +22,9 @@ class Decoder(Protocol):
 class Codec(Protocol):
     """Whatever offers a fresh decoder."""
 
-    def stream(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> Decoder:
+    def stream(
+        self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = (), shown: Sequence[str] = ()
+    ) -> Decoder:
         """A decoder for one text, or for what continues a prompt."""
         ...
 
@@ -48,21 +50,23 @@ class StopMatcher:
         if starts:
             self.stopped, self.held = True, ""
             return window[: min(starts)]
-        num_held = self._num_held(window)
-        self.held = window[len(window) - num_held :]
-        return window[: len(window) - num_held]
+        num_safe = len(window) - num_held(window, self.stops)
+        self.held = window[num_safe:]
+        return window[:num_safe]
 
     def flush(self) -> str:
         """What was held back and never became a stop string."""
         text, self.held = self.held, ""
         return text
 
-    def _num_held(self, window: str) -> int:
-        longest = max((len(stop) for stop in self.stops), default=1) - 1
-        for length in range(min(longest, len(window)), 0, -1):
-            if any(stop.startswith(window[-length:]) for stop in self.stops):
-                return length
-        return 0
+
+def num_held(window: str, stops: Sequence[str]) -> int:
+    """Characters at the end of ``window`` that may be the beginning of one of ``stops``."""
+    longest = max((len(stop) for stop in stops), default=1) - 1
+    for length in range(min(longest, len(window)), 0, -1):
+        if any(stop.startswith(window[-length:]) for stop in stops):
+            return length
+    return 0
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,10 @@ class TextOutput:
     ``prompt_ids``: the prompt that the text continues; none where a new text begins, as a turn of a chat does.
     """
 
-    def __init__(self, codec: Codec, stops: Sequence[str] = (), prompt_ids: Sequence[int] = ()) -> None:
-        self.decoder = codec.stream(prompt_ids=prompt_ids)
+    def __init__(
+        self, codec: Codec, stops: Sequence[str] = (), prompt_ids: Sequence[int] = (), shown: Sequence[str] = ()
+    ) -> None:
+        self.decoder = codec.stream(prompt_ids=prompt_ids, shown=shown)
         self.matcher = StopMatcher(stops)
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:

@@ -5,6 +5,8 @@ import pytest
 pytestmark = pytest.mark.anyio
 
 COMPLETION = {"model": "tiny", "prompt": "one"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALLING, ALLOWED = {"role": "assistant", "tool_calls": [{}]}, {"type": "allowed_tools"}
 TEXT_PART = {"type": "text", "text": "one"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "one"}]}
 
@@ -70,7 +72,8 @@ CHATS = [
     bad("messages.0", "invalid_type", messages=[123]),
     bad("messages.0.role", "missing_required_parameter", messages=[{}]),
     bad("messages.0.role", "invalid_value", messages=[{"role": 123, "content": "x"}]),
-    bad("messages.0.role", "unsupported_parameter", messages=[{"role": "tool", "content": "x"}]),
+    bad("messages.0.content", "invalid_value", messages=[{"role": "tool", "tool_call_id": "x"}]),
+    bad("messages.0.tool_calls.0.function", "missing_required_parameter", messages=[CALLING]),
     bad("messages.0.content", "invalid_value", messages=[{"role": "user", "content": 123}]),
     bad("messages.0.content", "invalid_value", messages=[{"role": "user"}]),
     bad("messages.0.content", "invalid_value", messages=[{"role": "user", "content": [TEXT_PART | {"text": 1}]}]),
@@ -78,7 +81,17 @@ CHATS = [
     bad("messages.0.content", "invalid_unicode", messages=[{"role": "user", "content": "\udfff"}]),
     bad("messages", "unsupported_parameter", messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
     bad("messages.0.audio", "unsupported_parameter", messages=[{"role": "user", "content": "x", "audio": {}}]),
-    bad("tools", "unsupported_parameter", tools=[{"type": "function"}]),
+    bad("tools.0.function", "missing_required_parameter", tools=[{"type": "function"}]),
+    bad("tools.0.function.strict", "unsupported_parameter", tools=[TOOL | {"function": {"name": "f", "strict": True}}]),
+    bad("tool_choice", "unsupported_parameter", tools=[TOOL], tool_choice="required"),
+    bad("tool_choice", "unsupported_parameter", tools=[TOOL], tool_choice=TOOL),
+    bad("tool_choice", "invalid_value", tools=[TOOL], tool_choice="perhaps"),
+    bad("tool_choice", "invalid_value", tool_choice="required"),
+    bad("tool_choice", "invalid_value", tools=[TOOL], tool_choice=ALLOWED),
+    bad("tool_choice", "invalid_value", tools=[TOOL], tool_choice=ALLOWED | {"tools": [{"name": ["f"]}]}),
+    bad("tool_choice", "invalid_value", tools=[TOOL], tool_choice=ALLOWED | {"tools": [{"name": "g"}]}),
+    bad("add_generation_prompt", "invalid_value", continue_final_message=True, add_generation_prompt=True),
+    bad("chat_template_kwargs", "invalid_type", chat_template_kwargs=[]),
     bad("response_format", "unsupported_parameter", response_format={"type": "json_object"}),
     bad("logprobs", "unsupported_parameter", logprobs=True),
     bad("max_tokens", "invalid_value", max_tokens=3, max_completion_tokens=4),
@@ -213,7 +226,7 @@ FIELDS = [
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "n",
     "stop", "stream", "stream_options", "seed", "logit_bias", "presence_penalty", "frequency_penalty", "echo",
     "best_of", "repetition_penalty", "stop_token_ids", "ignore_eos", "speculative", "suffix", "logprobs",
-    "tools", "user",
+    "tools", "tool_choice", "chat_template_kwargs", "parallel_tool_calls", "continue_final_message", "user",
 ]  # fmt: skip
 
 

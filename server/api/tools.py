@@ -1,0 +1,127 @@
+"""Tools that a chat offers to the model: their schema, which of them count, and how a model without a place for them
+in its template is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from server.api.body import Body, NeutralValues, Text
+from server.api.errors import InvalidValue, UnsupportedParameter, shown
+from server.api.tool_calls import HERMES
+
+Turn = dict[str, Any]
+
+
+class Function(Body):
+    """A function: its name, what it is for, and the JSON schema of its arguments."""
+
+    neutral: ClassVar[NeutralValues] = {"strict": (False,)}
+
+    name: Text
+    description: Text = ""
+    parameters: dict[str, Any] = {"type": "object", "properties": {}}  # noqa: RUF012
+
+
+class Tool(Body):
+    """A tool; functions are the only kind."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"cache_control"})
+
+    type: Literal["function"] = "function"
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        """The tool as templates know it."""
+        return self.model_dump(include={"type": True, "function": {"name", "description", "parameters"}})
+
+
+class CalledFunction(Body):
+    """A function's name and its arguments: a JSON object as text."""
+
+    name: Text
+    arguments: Text = "{}"
+
+
+class ToolCall(Body):
+    """A call the assistant made in an earlier turn."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset({"index"})
+
+    id: Text = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """The call as templates know it, with its arguments as an object where they are one."""
+        try:
+            arguments: Any = json.loads(self.function.arguments or "{}")
+        except ValueError:
+            arguments = self.function.arguments
+        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
+def chosen_tools(tools: Sequence[Tool], choice: Any) -> list[Tool]:
+    """The tools that ``tool_choice`` leaves. Errors: InvalidValue, UnsupportedParameter where it forces a call."""
+    if choice in (None, "auto"):
+        return list(tools)
+    if choice == "none":
+        return []
+    if not tools:
+        raise InvalidValue("tool_choice", "tool_choice asks for a call, and no tools were sent.")
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        return allowed_tools(tools, choice.get("allowed_tools", choice))
+    if choice != "required" and not isinstance(choice, Mapping):
+        raise InvalidValue("tool_choice", "tool_choice must be none, auto, required, or an object that names a tool.")
+    raise UnsupportedParameter("tool_choice", "This server cannot force a call; send tool_choice auto or none.")
+
+
+def allowed_tools(tools: Sequence[Tool], allowed: Any) -> list[Tool]:
+    """The tools that an ``allowed_tools`` choice names. Errors: as ``chosen_tools``."""
+    if not isinstance(allowed, Mapping) or not isinstance(allowed.get("tools"), list):
+        raise InvalidValue("tool_choice", "allowed_tools must hold mode and tools, a list of objects that name tools.")
+    if allowed.get("mode", "auto") != "auto":
+        raise UnsupportedParameter("tool_choice", "This server cannot force a call; send the mode auto.")
+    names = {named_tool(entry) for entry in allowed["tools"]}
+    if unknown := names - {tool.function.name for tool in tools}:
+        raise InvalidValue("tool_choice", f"tool_choice allows {shown(sorted(unknown))}, which tools does not hold.")
+    return [tool for tool in tools if tool.function.name in names]
+
+
+def named_tool(entry: Any) -> str:
+    """The name in ``{"type": "function", "function": {"name": ...}}`` or ``{"name": ...}``. Errors: InvalidValue."""
+    holder = entry.get("function", entry) if isinstance(entry, Mapping) else None
+    name = holder.get("name") if isinstance(holder, Mapping) else None
+    if not isinstance(name, str):
+        raise InvalidValue("tool_choice", "every tool in tool_choice must be an object that names a function.")
+    return name
+
+
+def told_in_text(turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Turn]:
+    """A conversation for a template that knows no tools: they are described in the system turn, and calls and results
+    are text in the turns around them."""
+    told = [turn_in_text(turn) for turn in turns]
+    if not tools:
+        return told
+    listed = "\n".join(json.dumps(tool.for_template()["function"], ensure_ascii=False) for tool in tools)
+    text = (
+        f"These functions can be called, one JSON object a line:\n{listed}\n"
+        f"To call one, answer only {HERMES.begin}"
+        f'{{"name": NAME, "arguments": {{...}}}}{HERMES.end}. The result comes back in the next message.'
+    )
+    if told and told[0]["role"] == "system":
+        return [told[0] | {"content": f"{told[0]['content']}\n\n{text}"}, *told[1:]]
+    return [{"role": "system", "content": text}, *told]
+
+
+def turn_in_text(turn: Turn) -> Turn:
+    """A turn with its calls, or its tool's result, as text."""
+    if turn["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"}
+    calls = [
+        f"{HERMES.begin}\n{json.dumps(call['function'], ensure_ascii=False)}\n{HERMES.end}"
+        for call in turn.get("tool_calls", ())
+    ]
+    plain = {name: value for name, value in turn.items() if name != "tool_calls"}
+    return plain | {"content": "\n".join(filter(None, [turn["content"], *calls]))}
