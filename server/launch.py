@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,17 +82,6 @@ def resolve_model(name: str | None, bundled: str) -> Path:
         raise LaunchError(f"{name!r} is no local folder, and the hub did not give it: {error}") from error
 
 
-def num_usable_cores() -> int:
-    """Cores this process may use: affinity, cut by the cgroup's quota where one is set."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota_file = Path("/sys/fs/cgroup/cpu.max")
-    if quota_file.is_file():
-        quota, period = quota_file.read_text(encoding="utf-8").split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
-
-
 def load_target(
     folder: Path, weights: str | None, num_slots: int, capacity: int, threads: int | None, kv_cache: str | None = None
 ) -> TorchTarget:
@@ -101,10 +89,11 @@ def load_target(
     import torch
 
     from kernels.native import set_num_threads
+    from server.placement.machine import usable_cores
     from server.targets.native_target import NativeTarget
     from server.targets.native_target import load_target as load
 
-    num_threads = threads or num_usable_cores()
+    num_threads = threads or usable_cores()
     torch.set_num_threads(num_threads)
     set_num_threads(num_threads)
     target = load(folder, weights, num_slots, capacity, kv_cache)

@@ -16,7 +16,7 @@ ALLOWED = {
     "server": {"server", "drafters", "vision", "kernels"},
 }
 LIGHT = [
-    "server.cli", "server.settings", "server.app", "server.text", "server.api",
+    "server.cli", "server.settings", "server.placement.machine", "server.app", "server.text", "server.api",
     "server.engine.request", "server.engine.scheduler", "server.engine.sequence", "server.engine.completion",
 ]  # fmt: skip
 

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM
 
-from server.bench.hardware import compute_threads
 from server.engine.completion import generate
 from server.engine.engine import Engine
 from server.engine.request import EngineError, FinishReason, Request, SamplingParams
+from server.placement.machine import compute_threads
 from server.targets.packed_model import is_packed
 from server.targets.torch_target import WEIGHTS
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from kernels.training import AfterStep, RecipeError
 from kernels.training.optimizer import create_optimizer
-from server.bench.hardware import measure_hardware
+from server.placement.machine import measure_machine
 from vision.data.classification import collate
 from vision.distillation.teacher import load_teacher
 from vision.distillation.terms import KDTerm
@@ -59,7 +59,7 @@ def measure_distillation(
             show(f"turn {turn + 1} of {repeats}: {name} {speeds[name][-1]:.1f} images/s")
     ratios = [ours / plain for ours, plain in zip(speeds["trainer"], speeds["plain"], strict=True)]
     return {
-        "hardware": measure_hardware().json(),
+        "hardware": measure_machine().json(),
         "student": parsed.student.model.backbone,
         "batch_size": parsed.student.training.batch_size,
         "image_size": parsed.student.data.image_size,

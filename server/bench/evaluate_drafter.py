@@ -14,13 +14,13 @@ from drafters.proposal import Budget
 from server.bench.compare import race, repeated_4gram_share
 from server.bench.contestants import GREEDY, Case, EngineContestant, Timed
 from server.bench.draft_cost import draft_step_ms
-from server.bench.hardware import measure_hardware
 from server.bench.outcomes import NUM_BINS, Level, RecordingDrafter, acceptance_per_depth, calibration
 from server.bench.prompts import Prompt
 from server.bench.report import PLAIN, speed_json
 from server.bench.texts import Advance, BenchError, generate_references
 from server.engine.engine import Engine, EngineOptions
 from server.engine.request import SamplingParams
+from server.placement.machine import measure_machine
 from server.targets.target import Target
 from server.text import TextCodec
 
@@ -133,7 +133,7 @@ def evaluate_drafters(
         }
 
     return {
-        "hardware": measure_hardware().json(),
+        "hardware": measure_machine().json(),
         "target": dataclasses.asdict(target.info),
         "conditions": {
             "suite": options.suite,

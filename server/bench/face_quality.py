@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from server.bench.hardware import measure_hardware
 from server.bench.vision import VisionBenchOptions, measure_endpoint, running_server, sample_picture
+from server.placement.machine import measure_machine
 from vision.export import OPSET, require_packages
 from vision.face_quality.alignment import FACE_SIZE, TEMPLATE
 from vision.face_quality.tinyfqnet import InvertedResidual, TinyFQNet, normalize_faces
@@ -102,7 +102,7 @@ def measure_face_quality(
             ]
             results[-1]["over_tinyfqnet"] = round(medians[PEER] / medians["tinyfqnet"], 2)
     sizes = {name: {"parameters": count(network), "side": side} for name, (network, side) in contenders.items()}
-    report = {"hardware": measure_hardware().json(), "threads": 1, "networks": sizes, "results": results}
+    report = {"hardware": measure_machine().json(), "threads": 1, "networks": sizes, "results": results}
     return report if scorer is None else report | {"endpoint": measure_scorer_endpoint(scorer, seconds)}
 
 

@@ -12,12 +12,12 @@ from drafters.drafter import Drafter
 from drafters.ngram import NGramDrafter
 from server.bench.compare import Race, acceptance_length, race, repeated_4gram_share
 from server.bench.contestants import Case, EngineContestant, LlamaCppPeer, Timed, TransformersPeer, create_peers
-from server.bench.hardware import measure_hardware
 from server.bench.prompts import Prompt
 from server.bench.simulated import SimulatedDrafter
 from server.bench.texts import Advance, BenchError, Texts, generate_references
 from server.bench.verify_curve import verify_ms
 from server.engine.engine import Engine, RoundClock
+from server.placement.machine import measure_machine
 from server.text import TextCodec
 
 PLAIN, DOVETAIL = "plain", "dovetail"
@@ -56,7 +56,7 @@ def measure(
         raise BenchError("there is no drafter to compare with plain decoding; name one with --drafter")
     plain = EngineContestant(PLAIN, Engine(engine.target, None, engine.options))
     texts = generate_references(plain, codec, prompts, options.max_tokens, options.ignore_eos, advance)
-    hardware = measure_hardware()
+    hardware = measure_machine()
     curve = verify_ms(engine.target)
     ngram = ngram_runs(engine, texts.cases, advance)
     drafter = engine.drafting.drafter

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from server.bench.hardware import measure_hardware
 from server.bench.vision_peer import PeerDetector, export_peer
+from server.placement.machine import measure_machine
 from vision.images import decode_image
 from vision.predict import VisionModel, load_vision_model
 
@@ -59,7 +59,7 @@ Progress = Callable[[str], None]
 def measure_vision(options: VisionBenchOptions, progress: Progress) -> dict[str, Any]:
     """The whole report."""
     picture = sample_picture()
-    report: dict[str, Any] = {"hardware": measure_hardware().json()}
+    report: dict[str, Any] = {"hardware": measure_machine().json()}
     progress("one thread")
     report["single_thread"] = measure_single_thread(options, picture)
     report["peak_memory_mb"] = measure_peak_memory(options.detector, picture)

@@ -83,7 +83,7 @@ def diagonalwise(
     """Depthwise convolutions: native, refactored diagonalwise, Triton, torch.compile; layers and whole nets."""
     from kernels.diagonalwise import bench
     from kernels.diagonalwise.bench_report import markdown, write_report
-    from server.bench.hardware import measure_hardware
+    from server.placement.machine import measure_machine
     from vision.backbones import create_backbone
     from vision.evaluate import default_device
 
@@ -98,6 +98,6 @@ def diagonalwise(
     makers = {name: partial(create_backbone, name) for name in chosen if net_batch}
     nets = bench.bench_nets(makers, device, batch=net_batch, repeats=repeats, limit_s=10 * limit, compiled=compiled)
     left_out = bench.not_run(options, device) | ({} if nets else {"whole networks": "not asked for"})
-    report = write_report(cells, nets, left_out, measure_hardware().json(), json_file)
+    report = write_report(cells, nets, left_out, measure_machine().json(), json_file)
     typer.echo(f"{markdown(report['summary'])}\n\n{report['verdict']}", err=True)
     typer.echo(json.dumps({key: value for key, value in report.items() if key != "cells"}))

@@ -34,10 +34,11 @@ def detect(
     """Detect objects: class, score and box in pixels, x1 y1 x2 y2."""
     if draw is not None and len(images) != 1:
         raise typer.BadParameter(f"{len(images)} images were given; one picture is drawn of one", param_hint="--draw")
-    from server.launch import num_usable_cores, resolve_detector
+    from server.launch import resolve_detector
+    from server.placement.machine import usable_cores
     from vision.predict import load_vision_model
 
-    detector = load_vision_model(resolve_detector(model), num_usable_cores())
+    detector = load_vision_model(resolve_detector(model), usable_cores())
     options = {"score_threshold": threshold, "max_detections": max_detections}
     answer_images(detector, images, options, None if as_json else show, draw)
 

@@ -45,11 +45,11 @@ def examine() -> dict[str, Any]:
     """Look at everything; takes about a second."""
     import torch
 
-    from server.bench.hardware import measure_hardware
-    from server.launch import ASSETS, num_usable_cores
+    from server.launch import ASSETS
+    from server.placement.machine import measure_machine, usable_cores
 
-    torch.set_num_threads(num_usable_cores())
-    hardware = measure_hardware()
+    torch.set_num_threads(usable_cores())
+    hardware = measure_machine()
     return {
         "hardware": hardware.json(),
         "devices": ["cpu", *(f"cuda:{i}" for i in range(len(hardware.gpus)))],
@@ -61,6 +61,15 @@ def examine() -> dict[str, Any]:
         },
         "kernels": kernels(),
     }
+
+
+def describe_gpu(gpu: dict[str, Any]) -> str:
+    """One device's line."""
+    return (
+        f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB, {gpu['free_bytes'] / 2**30:.1f} GiB free; to it "
+        f"{gpu['to_gb_per_s']:.1f} GB/s, {gpu['to_latency_us']:.0f} us; from it {gpu['from_gb_per_s']:.1f} GB/s, "
+        f"{gpu['from_latency_us']:.0f} us"
+    )
 
 
 def kernels() -> dict[str, Any]:
@@ -94,8 +103,17 @@ def show(report: dict[str, Any], console: Console) -> None:
     table = Table(Column(), Column(overflow="fold"), show_header=False, title="dovetail doctor")
     table.add_row("cpu", f"{hardware['cpu']}, {hardware['cores']} usable cores")
     table.add_row("instruction sets", " ".join(hardware["instruction_sets"]) or "unknown")
-    table.add_row("memory", f"{hardware['memory_gb']:.1f} GB, read at {hardware['stream_gb_per_s']:.1f} GB/s")
-    table.add_row("gpu", ", ".join(hardware["gpus"]) or "none that torch can use; drafting runs on the CPU")
+    table.add_row(
+        "memory",
+        f"{hardware['memory_gb']:.1f} GB, {hardware['available_gb']:.1f} GB of it free, read at "
+        f"{hardware['stream_gb_per_s']:.1f} GB/s",
+    )
+    if hardware["dot_gmac_per_s"] is not None:
+        table.add_row("arithmetic", f"{hardware['dot_gmac_per_s']:.0f} G multiply-adds/s of 8 bits at most")
+    for gpu in hardware["gpus"]:
+        table.add_row("gpu", describe_gpu(gpu))
+    if not hardware["gpus"]:
+        table.add_row("gpu", "none that torch can use; drafting runs on the CPU")
     table.add_row("native kernels", f"{report['kernels']['chosen']}: {report['kernels']['reason']}")
     table.add_row("versions", ", ".join(f"{name} {found or 'missing'}" for name, found in report["versions"].items()))
     for name, found in report["bundled"].items():

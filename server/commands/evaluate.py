@@ -66,11 +66,11 @@ def evaluate_classifier_study(
     """Accuracy of a study's classifiers against their size and latency; what is not trained yet is marked NOT RUN."""
     from kernels.training.options import load_recipe
     from kernels.training.study import expand
-    from server.bench.hardware import measure_hardware
+    from server.placement.machine import measure_machine
     from vision.tasks.study import markdown, study_rows, write_study
 
     cells = expand(load_recipe(recipe), output)
-    report = write_study(study_rows(cells), cells, measure_hardware().json(), json_file)
+    report = write_study(study_rows(cells), cells, measure_machine().json(), json_file)
     typer.echo(markdown(report["rows"]), err=True)
     typer.echo(json.dumps(report))
 

@@ -37,14 +37,15 @@ def face_quality(
     """Score faces from 0 to 100; -1 with a status where a face cannot be scored. Exits with 1 where none could be."""
     if len(images) != 1 and (draw is not None or landmarks is not None):
         raise typer.BadParameter(f"{len(images)} images were given; --landmarks and --draw belong to one")
-    from server.launch import num_usable_cores, resolve_scorer
+    from server.launch import resolve_scorer
+    from server.placement.machine import usable_cores
     from vision.assess import FACE_QUALITY
     from vision.predict import ModelError, load_vision_model
 
     options: dict[str, Any] = {"aligned": aligned}
     if landmarks is not None:
         options["landmarks"] = read_landmarks(landmarks)
-    scorer = load_vision_model(resolve_scorer(model), num_usable_cores())
+    scorer = load_vision_model(resolve_scorer(model), usable_cores())
     if scorer.info.kind != FACE_QUALITY:
         raise ModelError(f"{scorer.info.name} is a {scorer.info.kind}, no face-quality scorer")
     answers = answer_images(scorer, images, options, None if as_json else show, draw)
