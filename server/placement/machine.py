@@ -179,7 +179,7 @@ def cpu_limits() -> tuple[float, float | None]:
 
 
 def torch_stream_gb_per_s(seconds: float = 0.3, num_bytes: int = STREAM_BYTES) -> float:
-    """The best rate, over ``seconds``, at which torch reads a matrix beyond every cache, for a product with a vector."""
+    """The best rate, over ``seconds``, at which torch reads a matrix beyond all caches, for a product with a vector."""
     import torch
 
     matrix = torch.ones(num_bytes // 4 // STREAM_COLUMNS, STREAM_COLUMNS)
