@@ -110,13 +110,13 @@ static Head& shared_head() {  // one for the process: calls are serialised by th
 
 void dovetail_argmax(const Packed* head, const float* x, int64_t rows, int64_t* ids, float* logits) {
   Pool& pool = Pool::instance();
-  const std::lock_guard<std::mutex> lock(pool.caller());
+  const Pool::Turn turn(pool, Pool::kind("argmax", head->out, rows));
   shared_head().argmax(pool, *head, x, rows, ids, logits);
 }
 
 void dovetail_top_k(const Packed* head, const float* x, int64_t rows, int64_t k, int64_t* ids, float* log_probs) {
   Pool& pool = Pool::instance();
-  const std::lock_guard<std::mutex> lock(pool.caller());
+  const Pool::Turn turn(pool, Pool::kind("top_k", head->out, rows));
   shared_head().top_k(pool, *head, x, rows, k, ids, log_probs);
 }
 }

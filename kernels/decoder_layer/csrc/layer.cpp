@@ -141,7 +141,7 @@ using namespace dovetail;
 void dovetail_decoder_layers(const Layer* layers, int64_t num_layers, const Pass* pass, const Slots* slots, float* hidden) {
   static Runner* const runner = new Runner;
   Pool& pool = Pool::instance();
-  const std::lock_guard<std::mutex> lock(pool.caller());
+  const Pool::Turn turn(pool, Pool::kind("layers", num_layers, pass->num_rows));
   runner->run(pool, layers, num_layers, *pass, *slots, hidden);
 }
 

@@ -1,5 +1,6 @@
 // A feature-level drafter at work: passes over committed positions, and whole trees for several slots in one call.
 #include <algorithm>
+#include <numeric>
 #include <cstring>
 
 #include "encode.h"
@@ -195,7 +196,7 @@ using namespace dovetail;
 void dovetail_draft_observe(const DraftModel* model, const int32_t* slots, const int32_t* lengths, const int32_t* num_rows,
                             int64_t num_segments, const int64_t* token_ids, const float* features, float* const* outputs) {
   Pool& pool = Pool::instance();
-  const std::lock_guard<std::mutex> lock(pool.caller());
+  const Pool::Turn turn(pool, Pool::kind("observe", num_segments, std::accumulate(num_rows, num_rows + num_segments, int64_t{0})));
   std::vector<Segment> segments;
   std::vector<int32_t> positions;
   for (int64_t s = 0; s < num_segments; ++s) {
@@ -220,7 +221,7 @@ void dovetail_draft_observe(const DraftModel* model, const int32_t* slots, const
 void dovetail_draft_trees(const DraftModel* model, const Root* roots, int64_t num_roots, const Budget* budget, int64_t* token_ids,
                           int32_t* parents, float* log_probs, int32_t* counts) {
   Pool& pool = Pool::instance();
-  const std::lock_guard<std::mutex> lock(pool.caller());
+  const Pool::Turn turn(pool, Pool::kind("trees", budget->rows, num_roots));
   std::vector<Tree> trees;
   for (int64_t i = 0; i < num_roots; ++i) trees.emplace_back(roots[i], *budget);
   drafting().grow(pool, *model, trees, *budget);

@@ -174,14 +174,14 @@ int dovetail_choose_instruction_set(const char* name) {
 
 void dovetail_set_threads(int threads) { Pool::instance().resize(threads); }
 
-int dovetail_threads() { return Pool::instance().threads(); }
+int dovetail_threads() { return Pool::instance().size(); }
 
 int64_t dovetail_packed_bytes(const Packed* w) { return w->panels() * w->panel_bytes(); }
 
 void dovetail_linear(const Packed* w, const float* x, int64_t rows, float* y) {
   static Workspace workspace;
   Pool& pool = Pool::instance();
-  const std::lock_guard<std::mutex> lock(pool.caller());
+  const Pool::Turn turn(pool, Pool::kind("linear", w->in * w->out, rows));
   linear(pool, workspace, *w, x, w->in, rows, y);
 }
 }

@@ -104,7 +104,7 @@ using namespace dovetail;
 // Reads `bytes` of memory on all threads; the answer is only there to be needed.
 uint64_t dovetail_stream(const void* memory, int64_t bytes) {
   Pool& pool = Pool::instance();
-  const std::lock_guard<std::mutex> lock(pool.caller());
+  const Pool::Turn turn(pool, Pool::kind("stream", bytes, 0));
   const bool wide = avx2() != nullptr && avx2()->supported();
   std::atomic<uint64_t> total{0};
   constexpr int64_t piece = 1 << 17;
@@ -119,7 +119,7 @@ uint64_t dovetail_stream(const void* memory, int64_t bytes) {
 // 8-bit multiply-adds done in registers by all threads together; 0 where the instruction set has no dot product.
 int64_t dovetail_dots(int64_t rounds) {
   Pool& pool = Pool::instance();
-  const std::lock_guard<std::mutex> lock(pool.caller());
+  const Pool::Turn turn(pool, Pool::kind("dots", rounds, 0));
   std::atomic<int64_t> total{0};
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) total += dots(rounds);
