@@ -89,7 +89,8 @@ class DovetailDrafter(FeatureDrafter):
 
     def children(self, outputs: Tensor, top_k: int) -> list[Children]:
         """The best tokens by the LM head, for each predicted feature [rows, H]."""
-        return best_children(self.network.logits(outputs, self.lm_head), top_k, self.network.draft_ids)
+        logits, confidence = self.network.logits(outputs, self.lm_head), self.network.confidence(outputs)
+        return best_children(logits, top_k, self.network.draft_ids, confidence)
 
 
 def load_drafter(

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from drafters.proposal import Budget, TreeGrowth
 from kernels.tree_attention import KVSlots, Segment
@@ -108,14 +109,34 @@ def grow(model: TreeModel, trees: list[GrowingTree], outputs: Tensor, budget: Bu
         trees = [tree for tree, _ in beams]
 
 
-def best_children(logits: Tensor, top_k: int, token_ids: Tensor | None = None) -> list[Children]:
+SMALLEST_REST = 1e-6
+
+
+def by_confidence(log_probs: Tensor, confidence: Tensor) -> Tensor:
+    """Log-probabilities [n, k] of acceptance, best first, in place of the drafter's own [n, k].
+
+    ``confidence`` [n]: logits of the first child's acceptance. The others share what is left in proportion to their
+    probabilities; none counts for more than the first. A confidence that equals the first probability changes nothing.
+    """
+    first = functional.logsigmoid(confidence.float())[:, None]
+    rest = (-torch.expm1(log_probs[:, :1])).clamp_min(SMALLEST_REST).log()
+    others = functional.logsigmoid(-confidence.float())[:, None] + log_probs[:, 1:] - rest
+    return torch.cat((first, torch.minimum(others, first)), dim=1)
+
+
+def best_children(
+    logits: Tensor, top_k: int, token_ids: Tensor | None = None, confidence: Tensor | None = None
+) -> list[Children]:
     """For each row of ``logits`` [n, V] its best tokens and their log-probabilities (fp32), best first.
 
-    ``token_ids`` [V] names the token of each column where the columns are not the vocabulary itself. Ids and scores
+    ``token_ids`` [V] names the token of each column where the columns are not the vocabulary itself; with
+    ``confidence`` [n] the log-probabilities are those of ``by_confidence``. Ids and scores
     cross to the host together, in fp32, which holds every id below 2^24.
     """
     scores = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     log_probs, columns = scores.topk(min(top_k, scores.shape[1]))
+    if confidence is not None:
+        log_probs = by_confidence(log_probs, confidence)
     found = columns if token_ids is None else token_ids[columns]
     rows = torch.cat((found.float(), log_probs), dim=1).tolist()
     count = columns.shape[1]

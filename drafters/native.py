@@ -68,6 +68,7 @@ class NativeDrafter(FeatureDrafter):
             head=pack(network.select_head(lm_head).detach(), bits, GROUP_SIZE),
             embedding=embedding.detach().contiguous(),
             draft_ids=network.draft_ids,
+            confidence=confidence_vector(network.confidence_proj),
             cosine=cosine,
             sine=torch.cat((sine[:, half:], sine[:, half:]), dim=-1),  # the sign is not folded in here
             slots=slots,
@@ -141,6 +142,11 @@ def vector(values: Any) -> Tensor:
     """fp32, on its own."""
     copied: Tensor = values.detach().float().clone()
     return copied
+
+
+def confidence_vector(projection: nn.Linear | None) -> Tensor | None:
+    """Weights and bias of the confidence behind one another, [H + 1]; None where there is none."""
+    return None if projection is None else vector(torch.cat((projection.weight[0], projection.bias)))
 
 
 def load_native(

@@ -74,11 +74,13 @@ class DovetailConfig(BlockConfig):
     """Shape of a Dovetail drafter.
 
     fusion: ``dgf``, the paper's, or ``linear``, EAGLE's; features: ``last``, the paper's, or ``low+mid+high``, three
-    layers that a projection makes one vector (EAGLE-3).
+    layers that a projection makes one vector (EAGLE-3); confidence: whether it also says how likely its first choice
+    is accepted (DSpark).
     """
 
     fusion: str = "dgf"
     features: str = "last"
+    confidence: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,6 +176,11 @@ class FeatureNetwork(nn.Module, ABC):
         """Outputs [..., H] and what ``select_head`` gave -> [..., draft vocabulary]."""
         return functional.linear(outputs, head)
 
+    def confidence(self, outputs: Tensor) -> Tensor | None:
+        """Logits [...] of the acceptance of the first choice behind each output [..., H]; None where it says nothing."""
+        del outputs
+        return None
+
     def forward_causal(self, features: Tensor, embeddings: Tensor) -> Tensor:
         """Whole sequences [B, T, H] from position 0, as training sees them."""
         angles = rotary_table(self.config, features.shape[-2], torch.float32, features.device)
@@ -204,6 +211,11 @@ class DovetailNetwork(FeatureNetwork):
         else:
             self.fusion = LinearFusion(config.hidden_size)
         self.blocks = nn.ModuleList(LlamaBlock(config, index) for index in range(config.num_blocks))
+        self.confidence_proj: nn.Linear | None = None
+        if config.confidence:
+            self.confidence_proj = nn.Linear(config.hidden_size, 1)
+            nn.init.zeros_(self.confidence_proj.weight)
+            nn.init.zeros_(self.confidence_proj.bias)
 
     def forward(self, features: Tensor, embeddings: Tensor, angles: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
         """Row i holds the feature of position i and the embedding of the token after it; all [..., n, H]."""
@@ -211,6 +223,13 @@ class DovetailNetwork(FeatureNetwork):
         for block in self.blocks:
             hidden = block(hidden, angles, attend)
         return hidden
+
+    def confidence(self, outputs: Tensor) -> Tensor | None:
+        """Logits [...] of the acceptance of the first choice behind each output [..., H]; None where not trained."""
+        if self.confidence_proj is None:
+            return None
+        logits: Tensor = self.confidence_proj(outputs)
+        return logits.squeeze(-1)
 
     def project(self, features: Tensor) -> Tensor:
         """``last`` [..., n, H] as it is; the three layers [..., n, 3 H] -> [..., n, H]."""

@@ -30,6 +30,7 @@ from kernels.losses.chunks import sum_over_chunks
 from kernels.losses.drafting import (
     MASK_EPS,
     argmax_agreement,
+    confidence_loss,
     feature_regression,
     soft_cross_entropy,
     with_feature_noise,
@@ -77,7 +78,7 @@ class DrafterTask(nn.Module):
 
         Returns the ``loss`` of all steps and, for the teacher-forced step, its parts: ``regression`` (SmoothL1),
         ``cross_entropy`` (nats) and ``accuracy``, the share of positions where drafter and target rank the same token
-        first. Unrolled steps add ``accuracy_2``, ``accuracy_3`` ... for the second and later drafted token.
+        first; with a confidence its cross-entropy, ``confidence`` (nats). Unrolled steps add ``accuracy_2``, ``accuracy_3`` ... for the second and later drafted token.
         """
         if features is None:
             features = self.compute_features(input_ids)
@@ -114,19 +115,24 @@ class DrafterTask(nn.Module):
         predicted, wanted, mask = predicted[counted], wanted[counted], loss_mask[counted]
         regression = feature_regression(predicted, wanted, mask)
         sums = sum_over_chunks(self.head_sums, (predicted, wanted, mask), chunk_rows(len(self.lm_head)))
-        cross_entropy, missed, agreed, learnable = sums.unbind()
+        cross_entropy, missed, agreed, learnable, confidence = sums.unbind()
         cross_entropy = cross_entropy / (learnable + MASK_EPS)
         loss = self.loss.regression_weight * regression + self.loss.cross_entropy_weight * cross_entropy
         loss = loss + self.loss.acceptance_weight * missed / (learnable + MASK_EPS)
         # A choice outside the draft vocabulary counts as missed.
         accuracy = agreed / (mask.sum() + MASK_EPS)
-        return {"loss": loss, "regression": regression, "cross_entropy": cross_entropy, "accuracy": accuracy}
+        figures = {"regression": regression, "cross_entropy": cross_entropy, "accuracy": accuracy}
+        if self.network.config.confidence:
+            figures["confidence"] = confidence / (mask.sum() + MASK_EPS)
+            loss = loss + self.loss.confidence_weight * figures["confidence"]
+        return {"loss": loss, **figures}
 
     def head_sums(self, predicted: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
         """What needs logits, summed over positions: predicted and wanted features [n, H], mask [n].
 
-        Returns [4]: cross-entropy, acceptance loss (0 where it is not asked for), agreements with the target's choice,
-        and the positions that could be learnt from, over which the others are summed.
+        Returns [5]: cross-entropy, acceptance loss (0 where it is not asked for), agreements with the target's choice,
+        the positions that could be learnt from, over which these are summed; and the confidence's cross-entropy, summed
+        over all positions (0 where there is none).
         """
         draft_logits = self.logits(predicted)
         with torch.no_grad():
@@ -144,7 +150,21 @@ class DrafterTask(nn.Module):
         else:
             means.append(count.new_zeros(()))
         means.append(argmax_agreement(draft_logits, target_logits, learnable))
-        return torch.stack([*(mean * (count + MASK_EPS) for mean in means), count])
+        sums = [mean * (count + MASK_EPS) for mean in means]
+        return torch.stack([*sums, count, self.confidence_sum(predicted, draft_logits, target_logits, learnable, mask)])
+
+    def confidence_sum(
+        self, predicted: Tensor, draft_logits: Tensor, target_logits: Tensor, learnable: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Cross-entropy of the confidence against greedy acceptance; no gradient reaches what the drafter predicts.
+
+        A choice of the target's that cannot be drafted is a draft that is not accepted.
+        """
+        confidence = self.network.confidence(predicted.detach())
+        if confidence is None:
+            return mask.new_zeros(())
+        same = draft_logits.max(dim=-1).indices == target_logits.max(dim=-1).indices
+        return confidence_loss(confidence, same & (learnable > 0), mask) * (mask.sum() + MASK_EPS)
 
     def logits(self, features: Tensor) -> Tensor:
         """The LM head, of the tokens that can be drafted, on features [..., H]."""

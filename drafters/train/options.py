@@ -22,7 +22,8 @@ class DrafterShape:
     """A recipe's ``[drafter]`` table; hidden size and vocabulary come from the target.
 
     ``head_dim`` defaults to hidden size / heads, as in Llama; ``features``: ``last``, the paper's, or ``low+mid+high``,
-    EAGLE-3's; ``draft_vocab_size`` trims the vocabulary to the most frequent tokens of the training data.
+    EAGLE-3's; ``draft_vocab_size`` trims the vocabulary to the most frequent tokens of the training data;
+    ``confidence`` adds an output that predicts whether the drafter's first choice is accepted, by which trees grow.
     """
 
     intermediate_size: int
@@ -33,6 +34,7 @@ class DrafterShape:
     fusion: str = "dgf"
     features: str = "last"
     draft_vocab_size: int | None = None
+    confidence: bool = False
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
 
@@ -48,13 +50,15 @@ class LossOptions:
     noise: amplitude of the feature noise, 0 for clean features; unrolled_steps: 1 is teacher forcing, more add the
     losses of drafts that deep, the k-th weighted ``unrolled_decay`` ** (k - 1) (EAGLE-3's training-time test; with
     DSpark's exp(-(k - 1) / gamma) the decay is exp(-1 / gamma)); acceptance_form: ``log``, ``lambda`` or
-    ``total_variation``, three forms of the acceptance loss.
+    ``total_variation``, three forms of the acceptance loss; confidence_weight: of the confidence's cross-entropy, where
+    the drafter has one. It does not move the drafts.
     """
 
     regression_weight: float = 1.0
     cross_entropy_weight: float = 0.1
     acceptance_weight: float = 0.0
     acceptance_form: str = "log"
+    confidence_weight: float = 1.0
     noise: float = 0.2
     unrolled_steps: int = 1
     unrolled_decay: float = 0.8

@@ -25,7 +25,7 @@ class _ModelDescriptor(ctypes.Structure):
     _fields_ = [
         ("fusion", FusionDescriptor), ("head", PackedDescriptor),
         ("layers", ctypes.c_void_p), ("num_layers", ctypes.c_int64),
-        ("embedding", ctypes.c_void_p), ("draft_ids", ctypes.c_void_p),
+        ("embedding", ctypes.c_void_p), ("draft_ids", ctypes.c_void_p), ("confidence", ctypes.c_void_p),
         ("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p), ("capacity", ctypes.c_int64),
         ("embedding_bf16", ctypes.c_int32), ("slots_format", ctypes.c_int32),
         ("slots", SlotsDescriptor),
@@ -60,7 +60,8 @@ class DraftModel:
     """Everything a native drafter reads: fusion, blocks, head, the target's embedding, angles, slots.
 
     head [draft vocabulary, H]; embedding [V, H] fp32 or bf16; draft_ids int64 [draft vocabulary], the token of each row
-    of the head, or None for all tokens in order; cosine and sine [capacity, head size] fp32, of positions from 0 on, as
+    of the head, or None for all tokens in order; confidence fp32 [H + 1], weights and bias of the logit of the first
+    child's acceptance, or None to rank by probability; cosine and sine [capacity, head size] fp32, of positions from 0 on, as
     transformers' rotary embedding gives them. Raises ValueError for what does not fit together.
     """
 
@@ -69,6 +70,7 @@ class DraftModel:
     head: PackedWeight
     embedding: Tensor
     draft_ids: Tensor | None
+    confidence: Tensor | None
     cosine: Tensor
     sine: Tensor
     slots: KVSlots
@@ -86,8 +88,12 @@ class DraftModel:
                 raise ValueError(f"{name} must be fp32 [{slots.capacity}, {self.stack.head_dim}]")
         if self.draft_ids is not None and self.draft_ids.shape != (self.head.out_features,):
             raise ValueError(f"{len(self.draft_ids)} draft ids for a head of {self.head.out_features} rows")
+        if self.confidence is not None and (
+            self.confidence.shape != (hidden_size + 1,) or self.confidence.dtype != torch.float32
+        ):
+            raise ValueError(f"confidence must be fp32 [{hidden_size + 1}], got {list(self.confidence.shape)}")
         parts = [self.embedding, self.cosine, self.sine, *slots.stores]
-        parts += [] if self.draft_ids is None else [self.draft_ids]
+        parts += [part for part in (self.draft_ids, self.confidence) if part is not None]
         if not all(part.is_contiguous() and part.device.type == "cpu" for part in parts):
             raise ValueError("embedding, angles, draft ids and slots must be contiguous and on the CPU")
         if self.embedding.dtype not in _FLOATS or slots.keys.dtype not in _FLOATS:
@@ -99,6 +105,7 @@ class DraftModel:
         return _ModelDescriptor(
             self.fusion.descriptor, self.head.descriptor, ctypes.addressof(self.stack.descriptors), len(self.stack),
             self.embedding.data_ptr(), None if self.draft_ids is None else self.draft_ids.data_ptr(),
+            None if self.confidence is None else self.confidence.data_ptr(),
             self.cosine.data_ptr(), self.sine.data_ptr(), self.slots.capacity,
             int(self.embedding.dtype == torch.bfloat16), CACHE_FORMATS[self.slots.keys.dtype],
             SlotsDescriptor.of(self.slots),

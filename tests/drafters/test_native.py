@@ -102,6 +102,28 @@ def test_a_draft_vocabulary_and_a_bf16_embedding() -> None:
     assert set(trees[1].token_ids) <= set(ids.tolist())
 
 
+@pytest.mark.parametrize("bias", [-2.0, 0.5])
+@pytest.mark.parametrize("draft_vocab_size", [None, 50])
+def test_trees_grow_by_the_confidence(draft_vocab_size: int | None, bias: float) -> None:
+    network = create_network(confidence=True, draft_vocab_size=draft_vocab_size)
+    assert network.confidence_proj is not None
+    network.confidence_proj.weight.normal_(0, 0.3)
+    network.confidence_proj.bias.fill_(bias)
+    plain = create_network(draft_vocab_size=draft_vocab_size)
+    plain.load_state_dict({name: t for name, t in network.state_dict().items() if "confidence" not in name})
+    embedding = 0.3 * torch.randn(VOCABULARY, 64)  # tied: the head is the embedding
+    trees = []
+    for its_network, create in ((network, DovetailDrafter), (plain, DovetailDrafter), (network, NativeDrafter)):
+        sizes = (32, 2, CAPACITY) if create is NativeDrafter else (2, CAPACITY)
+        drafter = create(its_network, embedding, embedding, *sizes)
+        drafter.observe([observation(0, 9), observation(1, 12)])
+        trees.append(drafter.propose(states([0, 1]), Budget(16, 4, 4)))
+    for want, got in zip(trees[0], trees[2], strict=True):
+        assert (got.token_ids, got.parents) == (want.token_ids, want.parents)
+        assert got.log_probs == pytest.approx(want.log_probs, abs=1e-3)
+    assert [tree.log_probs for tree in trees[0]] != [tree.log_probs for tree in trees[1]]
+
+
 def test_three_feature_layers_are_projected_as_the_torch_network_does() -> None:
     pair = create_pair(features="low+mid+high")
     observed = replace(observation(1, 5), features=torch.randn(5, 192, generator=torch.Generator().manual_seed(3)))

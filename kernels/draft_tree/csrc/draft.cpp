@@ -1,7 +1,8 @@
 // A feature-level drafter at work: passes over committed positions, and whole trees for several slots in one call.
 #include <algorithm>
-#include <numeric>
+#include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "encode.h"
 #include "fusion.h"
@@ -18,6 +19,7 @@ struct DraftModel {
   int64_t num_layers;
   const uint8_t* embedding;  // [vocabulary, hidden], bf16 or fp32
   const int64_t* draft_ids;  // [draft vocabulary], or null: all tokens in order
+  const float* confidence;   // [hidden + 1]: weights and bias of the first child's acceptance, or null: rank by probability
   const float* cosine;       // [capacity, head_dim]
   const float* sine;
   int64_t capacity;  // rows of a slot
@@ -59,6 +61,7 @@ class Drafting {
 
  private:
   void rank(Pool& pool, const DraftModel& model, const float* outputs, int64_t rows, const Budget& budget);
+  void rank_by_confidence(const DraftModel& model, const float* outputs, int64_t rows);
   void expand(Tree& tree, const DraftModel& model);
 
   Fuser fuser_;
@@ -73,6 +76,8 @@ class Drafting {
   std::vector<int32_t> positions_;
   std::vector<const float*> parent_outputs_;
 };
+
+double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
 
 void read_embedding(const DraftModel& model, int64_t token_id, int64_t width, float* out) {
   if (model.embedding_bf16 == 0) {
@@ -102,8 +107,24 @@ void Drafting::rank(Pool& pool, const DraftModel& model, const float* outputs, i
   child_ids_.resize(static_cast<size_t>(rows * num_children_));
   child_log_probs_.resize(child_ids_.size());
   head_.top_k(pool, model.head, outputs, rows, num_children_, child_ids_.data(), child_log_probs_.data());
+  if (model.confidence != nullptr) rank_by_confidence(model, outputs, rows);
   if (model.draft_ids == nullptr) return;
   for (int64_t& id : child_ids_) id = model.draft_ids[id];
+}
+
+// The twin of drafters/growing_tree.py, by_confidence: log-probabilities of acceptance in place of the drafter's own.
+void Drafting::rank_by_confidence(const DraftModel& model, const float* outputs, int64_t rows) {
+  const int64_t width = model.head.in;
+  constexpr double kSmallestRest = 1e-6;
+  for (int64_t r = 0; r < rows; ++r) {
+    double logit = model.confidence[width];
+    for (int64_t i = 0; i < width; ++i) logit += static_cast<double>(outputs[r * width + i]) * model.confidence[i];
+    const double accepted = -softplus(-logit), missed = -softplus(logit);
+    float* log_probs = child_log_probs_.data() + r * num_children_;
+    const double rest = std::log(std::max(-std::expm1(static_cast<double>(log_probs[0])), kSmallestRest));
+    log_probs[0] = static_cast<float>(accepted);
+    for (int64_t i = 1; i < num_children_; ++i) log_probs[i] = static_cast<float>(std::min(missed + log_probs[i] - rest, accepted));
+  }
 }
 
 // Gives each node of the beam a row behind those of the levels before. It sees its ancestors and itself.

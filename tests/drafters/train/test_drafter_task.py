@@ -82,11 +82,12 @@ def no_samples() -> Any:
     return [], None
 
 
-def create_task(loss: LossOptions) -> DrafterTask:
+def create_task(loss: LossOptions, **shape: Any) -> DrafterTask:
     torch.manual_seed(0)
     target = TinyTarget()
     source = OnTheFlySource(target.features, target.embedding, target.embedding, "tiny", no_samples)
-    return DrafterTask(DovetailNetwork(DovetailConfig(HIDDEN, VOCAB, 32, 2, 1, 8, num_blocks=2)), source, loss)
+    config = DovetailConfig(HIDDEN, VOCAB, 32, 2, 1, 8, num_blocks=2, **shape)
+    return DrafterTask(DovetailNetwork(config), source, loss)
 
 
 def test_training_predicts_what_the_drafter_at_work_predicts() -> None:
@@ -229,13 +230,43 @@ def test_a_recipe_ends_in_a_drafter_that_drafts(recipe: dict[str, Any]) -> None:
     assert len(proposal) == 7
 
 
+@pytest.mark.parametrize("draft_vocab_size", [None, VOCAB // 2])
+def test_the_confidence_learns_acceptance_and_leaves_the_drafts_alone(draft_vocab_size: int | None) -> None:
+    options = LossOptions(unrolled_steps=2, noise=0.0)
+    plain = create_task(options, draft_vocab_size=draft_vocab_size)
+    task = create_task(options, draft_vocab_size=draft_vocab_size, confidence=True)
+    task.network.load_state_dict(plain.network.state_dict(), strict=False)
+    projection = task.network.confidence_proj
+    assert projection is not None
+    token_ids, mask = torch.randint(0, VOCAB, (2, 12)), torch.ones(2, 12)
+    mask[1, 5:] = 0.0
+    got, want = task(token_ids, mask), plain(token_ids, mask)
+    steps = task.predict(TinyTarget().features(token_ids)[:, :-1], token_ids[:, 1:])
+    # It begins undecided, at the logarithm of 2 nats a position, whatever is accepted.
+    assert got["confidence"].item() == pytest.approx(np.log(2), rel=1e-4)
+    assert got["loss"].item() == pytest.approx(want["loss"].item() + 1.8 * np.log(2), rel=1e-4)
+    got["loss"].backward()
+    want["loss"].backward()
+    for name, parameter in plain.network.named_parameters():
+        torch.testing.assert_close(task.network.get_parameter(name).grad, parameter.grad)
+    wanted = TinyTarget().features(token_ids) @ task.lm_head.T
+    gradient = torch.zeros(())
+    for step, (predicted, weight) in enumerate(zip(steps, (1.0, 0.8), strict=True)):
+        counted = mask[:, step:-1] > 0
+        draft = task.logits(predicted[:, step:])[counted].argmax(-1)
+        accepted = draft == wanted[:, step + 1 :][counted].argmax(-1)  # ids below the draft vocabulary are themselves
+        gradient = gradient + weight * (0.5 - accepted.float().mean())
+    assert projection.bias.grad is not None
+    assert projection.bias.grad.item() == pytest.approx(gradient.item(), abs=1e-4)
+
+
 def test_a_trimmed_vocabulary_is_the_frequent_part_and_nothing_else_is_drafted(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     frequent = [1, 5, 6, 11, 20]
     ids = np.tile(np.array([*frequent * 3, 2, 9], dtype=np.uint16), 60)
     np.save(tmp_path / "tokens.npy", ids)
-    recipe["drafter"]["draft_vocab_size"] = 5
+    recipe["drafter"] |= {"draft_vocab_size": 5, "confidence": True}
     recipe["loss"] = {"acceptance_weight": 0.9, "acceptance_form": "total_variation", "unrolled_steps": 2}
     recipe["training"] |= {"steps": 2, "evaluate_every": 2, "save_every": 2}
     report = train_drafter(recipe, create_source)
@@ -246,8 +277,10 @@ def test_a_trimmed_vocabulary_is_the_frequent_part_and_nothing_else_is_drafted(
     drafter.observe([Observation(0, target.features(torch.tensor([[1, 2, 3]]))[0], [2, 3, 4])])
     (proposal,) = drafter.propose([DraftState(0, [1, 2, 3, 4])], Budget(rows=12, top_k=5, depth=1))
     assert set(proposal.token_ids) <= set(frequent)
-    head = drafter.last_outputs[0] @ target.embedding[frequent].T
-    assert proposal.log_probs[0] == pytest.approx(float(head.log_softmax(0).max()), abs=1e-5)
+    confidence = drafter.network.confidence(drafter.last_outputs[0])
+    assert confidence is not None
+    assert confidence != 0
+    assert proposal.log_probs[0] == pytest.approx(float(functional.logsigmoid(confidence)), abs=1e-5)
 
 
 def test_choices_outside_a_trimmed_vocabulary_teach_nothing_and_count_as_missed() -> None:
