@@ -177,7 +177,7 @@ class FeatureNetwork(nn.Module, ABC):
         return functional.linear(outputs, head)
 
     def confidence(self, outputs: Tensor) -> Tensor | None:
-        """Logits [...] of the acceptance of the first choice behind each output [..., H]; None where it says nothing."""
+        """Logits [...] of the acceptance of the first choice behind outputs [..., H]; None where it says nothing."""
         del outputs
         return None
 

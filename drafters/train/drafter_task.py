@@ -78,7 +78,8 @@ class DrafterTask(nn.Module):
 
         Returns the ``loss`` of all steps and, for the teacher-forced step, its parts: ``regression`` (SmoothL1),
         ``cross_entropy`` (nats) and ``accuracy``, the share of positions where drafter and target rank the same token
-        first; with a confidence its cross-entropy, ``confidence`` (nats). Unrolled steps add ``accuracy_2``, ``accuracy_3`` ... for the second and later drafted token.
+        first; with a confidence its cross-entropy, ``confidence`` (nats). Unrolled steps add ``accuracy_2``,
+        ``accuracy_3`` ... for the second and later drafted token.
         """
         if features is None:
             features = self.compute_features(input_ids)

@@ -61,8 +61,8 @@ class DraftModel:
 
     head [draft vocabulary, H]; embedding [V, H] fp32 or bf16; draft_ids int64 [draft vocabulary], the token of each row
     of the head, or None for all tokens in order; confidence fp32 [H + 1], weights and bias of the logit of the first
-    child's acceptance, or None to rank by probability; cosine and sine [capacity, head size] fp32, of positions from 0 on, as
-    transformers' rotary embedding gives them. Raises ValueError for what does not fit together.
+    child's acceptance, or None to rank by probability; cosine and sine [capacity, head size] fp32, of positions from 0
+    on, as transformers' rotary embedding gives them. Raises ValueError for what does not fit together.
     """
 
     fusion: PackedFusion
