@@ -9,6 +9,7 @@ from kernels.decoder_layer.cpu import LayerPass, LayerStack, decoder_layers, hea
 from kernels.decoder_layer.packed import (
     PackedDecoderLayer,
     UnsupportedLayer,
+    assemble_decoder_layer,
     check_layer,
     layer_from_tensors,
     layer_tensors,
@@ -22,6 +23,7 @@ __all__ = [
     "LayerStack",
     "PackedDecoderLayer",
     "UnsupportedLayer",
+    "assemble_decoder_layer",
     "check_layer",
     "decoder_layers",
     "head_argmax",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,7 @@ def _joined_bias(*projections: Any) -> Tensor | None:
     if all(projection.bias is None for projection in projections):
         return None
     parts = [
-        projection.weight.new_zeros(projection.out_features) if projection.bias is None else projection.bias
+        torch.zeros(projection.out_features) if projection.bias is None else projection.bias.detach().float()
         for projection in projections
     ]
     return _vector(torch.cat(parts))
@@ -125,28 +125,38 @@ def pack_decoder_layer(layer: nn.Module, bits: int, group_size: int = 32) -> Pac
     Pack layer by layer and drop each module, and the peak is the packed weights and two layers. Raises UnsupportedLayer
     for an architecture that the native layer does not compute, ValueError for weights that have no packed form.
     """
+
+    def packed(names: Sequence[str]) -> PackedWeight:
+        return pack(_joined_weight(*(layer.get_submodule(name) for name in names)), bits, group_size)
+
+    return assemble_decoder_layer(layer, packed)
+
+
+def assemble_decoder_layer(
+    layer: nn.Module, matrix: Callable[[Sequence[str]], PackedWeight]
+) -> PackedDecoderLayer:
+    """A layer from packed matrices that lie elsewhere; only norms and biases are read from the module.
+
+    ``matrix`` gives one packed matrix for the names of the projections that read the same input, such as
+    ``("mlp.gate_proj", "mlp.up_proj")``. Raises UnsupportedLayer as ``pack_decoder_layer`` does.
+    """
     check_layer(layer)
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
     norms: Any = (layer.input_layernorm, layer.post_attention_layernorm)
     query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-
-    def packed(*projections: Any) -> PackedWeight:
-        return pack(_joined_weight(*projections), bits, group_size)
-
-    qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
     input_norm, post_norm = (_vector(norm.weight) for norm in norms)
     assert input_norm is not None and post_norm is not None
     return PackedDecoderLayer(
-        qkv=packed(*qkv),
-        output=packed(attention.o_proj),
-        gate_up=packed(mlp.gate_proj, mlp.up_proj),
-        down=packed(mlp.down_proj),
+        qkv=matrix(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        output=matrix(("self_attn.o_proj",)),
+        gate_up=matrix(("mlp.gate_proj", "mlp.up_proj")),
+        down=matrix(("mlp.down_proj",)),
         input_norm=input_norm,
         post_norm=post_norm,
         query_norm=None if query_norm is None else _vector(query_norm.weight),
         key_norm=None if key_norm is None else _vector(key_norm.weight),
-        qkv_bias=_joined_bias(*qkv),
+        qkv_bias=_joined_bias(attention.q_proj, attention.k_proj, attention.v_proj),
         output_bias=_joined_bias(attention.o_proj),
         gate_up_bias=_joined_bias(mlp.gate_proj, mlp.up_proj),
         down_bias=_joined_bias(mlp.down_proj),

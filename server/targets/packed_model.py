@@ -67,13 +67,18 @@ def empty_model(folder: Path) -> Any:
     """
     config = read_config(folder)
     check_plain(config, folder)
+    return model_of(config, folder)
+
+
+def model_of(config: Any, source: Path) -> Any:
+    """The model of a configuration, without weights. Errors: TargetError, naming ``source``, for no language model."""
     try:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16, attn_implementation=ATTENTION_NAME, trust_remote_code=False
             ).eval()
     except (ValueError, KeyError) as error:
-        raise TargetError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+        raise TargetError(f"{source} cannot be loaded as a causal language model: {error}") from error
 
 
 def check_model(model: Any) -> None:

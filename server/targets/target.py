@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from drafters.proposal import Proposal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TargetError(ValueError):

@@ -1,0 +1,1 @@
+"""GGUF files as targets: the checked container, its configuration, weights and tokenizer."""

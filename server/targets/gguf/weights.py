@@ -1,0 +1,151 @@
+"""The weights of a GGUF file under transformers' names: exact values, rows in transformers' order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gguf.constants import GGMLQuantizationType
+from gguf.tensor_mapping import get_tensor_name_map
+from torch import Tensor, nn
+
+from kernels.linear_lowbit import PackedWeight, QuantisedWeight, pack, pack_quantised
+from server.targets.gguf.blocks import DECODERS, FLOATS, decode
+from server.targets.gguf.configuration import architecture
+from server.targets.gguf.header import GGUFFile, StoredTensor
+from server.targets.target import TargetError
+
+FLOAT_LAYOUTS = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2", GGMLQuantizationType.BF16: "<i2"}
+FACTORS = "rope_freqs.weight"
+Matrix = Tensor | QuantisedWeight
+
+
+class GGUFWeights:
+    """Reads tensor by tensor from the mapped file. Errors: TargetError naming a tensor that is missing or does not fit."""
+
+    def __init__(self, file: GGUFFile, config: Any) -> None:
+        """Every tensor's type is checked here, before anything is read."""
+        self.file = file
+        self.architecture = architecture(file)
+        self.names = get_tensor_name_map(self.architecture.model, config.num_hidden_layers)
+        self.num_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for tensor in file.tensors.values():
+            if tensor.kind not in DECODERS and tensor.kind not in FLOATS:
+                known = ", ".join(kind.name for kind in (*FLOATS, *DECODERS))
+                raise TargetError(f"{file.path}: the tensor {tensor.name} is of type {tensor.kind.name}; known are {known}")
+
+    def stored(self, name: str) -> StoredTensor:
+        """The file's tensor for a parameter of transformers' model."""
+        mapped = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if mapped is None or mapped not in self.file.tensors:
+            raise TargetError(f"{self.file.path} lacks the tensor {mapped or name}")
+        return self.file.tensors[mapped]
+
+    def matrix(self, name: str) -> Matrix:
+        """A parameter as it is stored: codes and scales, or floats in the file's own precision."""
+        tensor = self.stored(name)
+        order = self.row_order(name, tensor.shape[0])
+        if tensor.kind in FLOATS:
+            values = read_floats(tensor)
+            return values if order is None else values[order]
+        weight = read_codes(tensor)
+        return weight if order is None else rows_of(weight, order)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter's values: fp32, or bf16 where the file holds that."""
+        matrix = self.matrix(name)
+        values = matrix.dequantise() if isinstance(matrix, QuantisedWeight) else matrix
+        values = values if values.dtype == torch.bfloat16 else values.float()
+        if self.architecture.shifted_norms and name.endswith("norm.weight"):
+            values = values - 1
+        return values
+
+    def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype | None = None) -> None:
+        """Give ``module``, which the whole model knows as ``prefix``, all its weights."""
+        for name, parameter in list(module.named_parameters()):
+            self.check_shape(f"{prefix}.{name}", parameter)
+            values = self.read(f"{prefix}.{name}").to(dtype)
+            owner, _, last = name.rpartition(".")
+            setattr(module.get_submodule(owner), last, nn.Parameter(values, requires_grad=False))
+
+    def check_shape(self, name: str, parameter: Tensor) -> None:
+        """Errors: TargetError where the file's tensor has another shape than the parameter that the metadata describe."""
+        tensor = self.stored(name)
+        if tensor.shape != tuple(parameter.shape):
+            raise TargetError(
+                f"{self.file.path}: the tensor {tensor.name} is {list(tensor.shape)}, "
+                f"the metadata describe {list(parameter.shape)}"
+            )
+
+    def row_order(self, name: str, num_rows: int) -> Tensor | None:
+        """Where transformers' rows of q and k lie in the file: both halves of a head apart, there side by side."""
+        part = name.split(".")[-2]
+        if not self.architecture.permuted or part not in self.num_heads:
+            return None
+        order = torch.arange(num_rows).reshape(self.num_heads[part], -1, 2)
+        return order.transpose(1, 2).flatten()
+
+    def rope_factors(self) -> Tensor | None:
+        """[head size / 2] what each rotary frequency is divided by, where the file says so."""
+        tensor = self.file.tensors.get(FACTORS)
+        return None if tensor is None else read_floats(tensor).float()
+
+
+def read_floats(tensor: StoredTensor) -> Tensor:
+    """A tensor of a float type, in that type."""
+    values = torch.from_numpy(tensor.data.view(FLOAT_LAYOUTS[tensor.kind]).copy())
+    return (values.view(torch.bfloat16) if tensor.kind is GGMLQuantizationType.BF16 else values).reshape(tensor.shape)
+
+
+def read_codes(tensor: StoredTensor) -> QuantisedWeight:
+    """A matrix of blocks as codes, scales and minima."""
+    if len(tensor.shape) != 2:
+        raise TargetError(f"the tensor {tensor.name} {list(tensor.shape)} of type {tensor.kind.name} is no matrix")
+    groups = decode(tensor.kind, tensor.data)
+    rows, columns = tensor.shape
+    scale = torch.from_numpy(groups.scale).reshape(rows, -1)
+    minimum = None if groups.minimum is None else torch.from_numpy(groups.minimum).reshape(rows, -1)
+    codes, bits = torch.from_numpy(groups.codes).reshape(rows, columns), groups.bits
+    if groups.table is not None:
+        # The table's values are whole numbers of eight bits.
+        codes, bits = torch.from_numpy(np.array(groups.table, np.int16) + 128).to(torch.uint8)[codes.long()], 8
+    return QuantisedWeight(codes, scale, minimum, bits, columns // scale.shape[1])
+
+
+def rows_of(weight: QuantisedWeight, order: Tensor) -> QuantisedWeight:
+    """The same rows in another order."""
+    minimum = None if weight.minimum is None else weight.minimum[order]
+    return QuantisedWeight(weight.codes[order], weight.scale[order], minimum, weight.bits, weight.group_size)
+
+
+def joined(parts: Sequence[Matrix]) -> PackedWeight:
+    """One packed matrix of several that read the same input, each of its own type: all values stay exact."""
+    kinds = {
+        (part.bits, part.group_size, part.minimum is None, part.scale.dtype)
+        for part in parts
+        if isinstance(part, QuantisedWeight)
+    }
+    quantised = [part for part in parts if isinstance(part, QuantisedWeight)]
+    if len(quantised) == len(parts) and len(kinds) == 1 and has_packed_form(quantised[0]):
+        first = quantised[0]
+        minimum = None if first.minimum is None else torch.cat([part.minimum for part in quantised if part.minimum is not None])
+        return pack_quantised(
+            QuantisedWeight(
+                torch.cat([part.codes for part in quantised]),
+                torch.cat([part.scale for part in quantised]),
+                minimum,
+                first.bits,
+                first.group_size,
+            )
+        )
+    values = [part.dequantise() if isinstance(part, QuantisedWeight) else part for part in parts]
+    if all(part.dtype == torch.bfloat16 for part in values):
+        return pack(torch.cat(values), 16)
+    return pack(torch.cat([part.float() for part in values]), 32)
+
+
+def has_packed_form(weight: QuantisedWeight) -> bool:
+    """Whether the kernels read these codes as they are."""
+    return weight.scale.dtype == torch.float16 and (weight.bits == 4 or weight.minimum is None)
