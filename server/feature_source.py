@@ -19,9 +19,8 @@ from kernels.training import RecipeError
 from kernels.training.processes import is_first_process, wait_until
 from server.answers import AnswersFile, Writing, questions_of, write_answers
 from server.engine.engine import Engine, EngineOptions
-from server.launch import load_target, resolve_model
+from server.launch import load_codec, load_target, resolve_model
 from server.targets.target import PrefillChunk, Target
-from server.text import TextCodec
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ def with_answers(target: Target, folder: Path, options: DataOptions) -> DataOpti
     if is_first_process():
         if not answers.is_complete():
             engine_options = EngineOptions(ANSWERS_AT_ONCE, options.window_length)
-            write_answers(Engine(target, None, engine_options), TextCodec.from_folder(folder), answers)
+            write_answers(Engine(target, None, engine_options), load_codec(folder), answers)
     else:
         wait_until(answers.is_complete)
     return dataclasses.replace(options, conversations=str(answers.file), format="messages", answers=None)

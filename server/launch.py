@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 ASSETS = Path(__file__).parent / "assets"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 DEFAULT_CONTEXT = 4096
+GGUF_SUFFIX = ".gguf"
 HYBRID = "hybrid"
 BUNDLED_DRAFTER = "bundled"
 DETECTOR, FACE_QUALITY = "detector", "face_quality"
@@ -65,14 +66,14 @@ class LoadedDrafters:
 
 
 def resolve_model(name: str | None, bundled: str) -> Path:
-    """The folder of a target or drafter: None is the bundled one, else a folder, else a hub id (fetched)."""
+    """Where a target or drafter lies: None is the bundled one, else a folder or GGUF file, else a hub id (fetched)."""
     if name is None:
         return ASSETS / bundled
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise LaunchError(f"{name!r} is neither a folder nor a hub id (owner/name)")
+    path = Path(name).expanduser()
+    if path.is_dir() or is_gguf(path):
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(GGUF_SUFFIX):
+        raise LaunchError(f"{name!r} is neither a folder, nor a {GGUF_SUFFIX} file, nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -80,6 +81,20 @@ def resolve_model(name: str | None, bundled: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise LaunchError(f"{name!r} is no local folder, and the hub did not give it: {error}") from error
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether this is a GGUF file, by its name; what is in it is another question."""
+    return path.suffix == GGUF_SUFFIX and path.is_file()
+
+
+def load_codec(path: Path) -> TextCodec:
+    """The codec of a model's folder or GGUF file. Errors: TextError, TargetError."""
+    if not is_gguf(path):
+        return TextCodec.from_folder(path)
+    from server.targets.gguf.tokenizer import read_codec
+
+    return read_codec(path)
 
 
 def load_target(
@@ -90,12 +105,14 @@ def load_target(
 
     from kernels.native import set_num_threads
     from server.placement.machine import usable_cores
+    from server.targets.gguf.loading import load_gguf_target
     from server.targets.native_target import NativeTarget
-    from server.targets.native_target import load_target as load
+    from server.targets.native_target import load_target as load_folder
 
     num_threads = threads or usable_cores()
     torch.set_num_threads(num_threads)
     set_num_threads(num_threads)
+    load = load_gguf_target if is_gguf(folder) else load_folder
     target = load(folder, weights, num_slots, capacity, kv_cache)
     if isinstance(target, NativeTarget):
         # The heavy work has a pool of its own; torch's threads would only fight it for the cores.
@@ -177,7 +194,7 @@ def default_budget(folder: Path, weights: str | None) -> Budget:
     from server.targets.native_target import DEFAULT_WEIGHTS
     from server.targets.packed_model import is_packed
 
-    in_torch = (weights or DEFAULT_WEIGHTS) == "fp32" and not is_packed(folder)
+    in_torch = (weights or DEFAULT_WEIGHTS) == "fp32" and not is_packed(folder) and not is_gguf(folder)
     return Budget() if in_torch else Budget(rows=8, top_k=2, depth=6)
 
 
@@ -240,19 +257,30 @@ def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budge
         drafters[label] = drafter
     gc.collect()
     gc.freeze()
-    return LoadedDrafters(target, drafters, TextCodec.from_folder(folder), context)
+    return LoadedDrafters(target, drafters, load_codec(folder), context)
 
 
 def context_length(folder: Path, wanted: int | None) -> int:
     """What the weights allow, or the shorter context asked for."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise LaunchError(f"{folder} has no config.json; a target is a folder as transformers saves it")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    allowed: int = config.get("text_config", config).get("max_position_embeddings") or DEFAULT_CONTEXT
+    allowed = longest_context(folder)
     if wanted is not None and wanted > allowed:
         raise LaunchError(f"--context {wanted} is asked for; the target's positions end at {allowed}")
     return wanted or min(allowed, DEFAULT_CONTEXT)
+
+
+def longest_context(path: Path) -> int:
+    """Positions that the model's configuration allows."""
+    if is_gguf(path):
+        from server.targets.gguf.configuration import read_configuration
+        from server.targets.gguf.header import open_gguf
+
+        positions: int = read_configuration(open_gguf(path)).max_position_embeddings
+        return positions
+    file = path / "config.json"
+    if not file.is_file():
+        raise LaunchError(f"{path} has no config.json; a target is a folder as transformers saves it")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return config.get("text_config", config).get("max_position_embeddings") or DEFAULT_CONTEXT
 
 
 def resolve_detector(path: Path | None) -> Path:
@@ -308,7 +336,7 @@ def load_model(settings: Settings) -> LoadedModel:
 
     engine = load_engine(settings)
     folder = resolve_model(settings.target, "target")
-    codec = TextCodec.from_folder(folder)
+    codec = load_codec(folder)
     codec.fit(engine.target.info.vocab_size)
     if fault := codec.check_templates():
         logger.warning("%s; chats are refused, completions are not", fault)

@@ -132,9 +132,7 @@ def pack_decoder_layer(layer: nn.Module, bits: int, group_size: int = 32) -> Pac
     return assemble_decoder_layer(layer, packed)
 
 
-def assemble_decoder_layer(
-    layer: nn.Module, matrix: Callable[[Sequence[str]], PackedWeight]
-) -> PackedDecoderLayer:
+def assemble_decoder_layer(layer: nn.Module, matrix: Callable[[Sequence[str]], PackedWeight]) -> PackedDecoderLayer:
     """A layer from packed matrices that lie elsewhere; only norms and biases are read from the module.
 
     ``matrix`` gives one packed matrix for the names of the projections that read the same input, such as

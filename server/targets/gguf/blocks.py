@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
-Kind = GGMLQuantizationType
 Bytes = NDArray[np.uint8]
 Numbers = NDArray[Any]  # fp16 where the file holds the scale itself, fp32 where it is a product
 IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -50,7 +50,7 @@ def nibbles(packed: Bytes, run: int) -> Bytes:
 
 def high_bits(packed: Bytes) -> Bytes:
     """Bit i of the 32-bit number in each block, as 16 where it is set: [B, 32]."""
-    return np.unpackbits(packed, axis=1, bitorder="little") << 4
+    return np.unpackbits(packed, axis=1, bitorder="little") << np.uint8(4)
 
 
 def q4_0(blocks: Bytes) -> Groups:
@@ -81,7 +81,7 @@ def q8_0(blocks: Bytes) -> Groups:
 
 
 def k_scales(blocks: Bytes) -> tuple[Numbers, Numbers]:
-    """Q4_K's and Q5_K's scale and minimum of the eight groups, fp32 [B, 8]: d * sc and -dmin * m, sc and m of 6 bits."""
+    """Scale d * sc and minimum -dmin * m of Q4_K's and Q5_K's eight groups, fp32 [B, 8]; sc and m have 6 bits."""
     scales, minima, upper = np.split(blocks[:, 4:16], 3, axis=1)
     scale = np.concatenate((scales & 63, upper & 15 | scales >> 2 & 48), axis=1).astype(np.float32)
     minimum = np.concatenate((minima & 63, upper >> 4 | minima >> 2 & 48), axis=1).astype(np.float32)
@@ -95,7 +95,7 @@ def q4_k(blocks: Bytes) -> Groups:
 
 def q5_k(blocks: Bytes) -> Groups:
     """As Q4_K, with a fifth bit: bit g of byte i belongs to value i of group g."""
-    fifth = np.unpackbits(blocks[:, 16:48, None], axis=2, bitorder="little").transpose(0, 2, 1) << 4
+    fifth = np.unpackbits(blocks[:, 16:48, None], axis=2, bitorder="little").transpose(0, 2, 1) << np.uint8(4)
     codes = nibbles(blocks[:, 48:], 32) | fifth.reshape(len(blocks), -1)
     return Groups(codes, *k_scales(blocks), 8)
 
@@ -104,7 +104,7 @@ def q6_k(blocks: Bytes) -> Groups:
     """d * sc * (q - 32), in groups of 16."""
     low = nibbles(blocks[:, :128], 64)
     pairs = blocks[:, 128:192].reshape(len(blocks), 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None]
-    codes = low | ((pairs & 3) << 4).reshape(len(blocks), -1)
+    codes = low | ((pairs & np.uint8(3)) << np.uint8(4)).reshape(len(blocks), -1)
     scale = halves(blocks, 208).astype(np.float32) * blocks[:, 192:208].view(np.int8)
     return Groups(codes + np.uint8(128 - 32), scale, None, 8)
 

@@ -26,15 +26,14 @@ NUMBER = (int, float)
 class Architecture:
     """One ``general.architecture``.
 
-    permuted: the rows of q and k lie with the two halves of each rotary pair side by side. shifted_norms: the file holds
-    a norm's factor, transformers the factor less 1. extra: settings beyond the shared ones.
+    permuted: the rows of q and k lie with the two halves of each rotary pair side by side. extra: settings beyond the
+    shared ones.
     """
 
     model_type: str
     model: MODEL_ARCH
     extra: Callable[[GGUFFile, str], dict[str, Any]]
     permuted: bool = False
-    shifted_norms: bool = False
 
 
 def llama_extra(file: GGUFFile, _: str) -> dict[str, Any]:
@@ -111,7 +110,9 @@ def shared_settings(file: GGUFFile, name: str) -> dict[str, Any]:
         raise TargetError(f"{file.path} has no matrix token_embd.weight; it is no language model")
     hidden, heads = number(file, f"{name}.embedding_length"), number(file, f"{name}.attention.head_count")
     if embedding.shape[1] != hidden:
-        raise TargetError(f"{file.path}: {name}.embedding_length is {hidden}, token_embd.weight has {embedding.shape[1]}")
+        raise TargetError(
+            f"{file.path}: {name}.embedding_length is {hidden}, token_embd.weight has {embedding.shape[1]}"
+        )
     head_size = number(file, f"{name}.attention.key_length", max(1, hidden // heads))
     queries = file.tensors.get("blk.0.attn_q.weight")
     if queries is not None and queries.shape[0] != heads * head_size:

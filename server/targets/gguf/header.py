@@ -69,7 +69,9 @@ def open_gguf(path: Path) -> GGUFFile:
     for part in parts:
         for name, tensor in part.tensors.items():
             if name in tensors:
-                raise TargetError(f"{part.path}: the tensor {name} is in another part too; the parts do not belong together")
+                raise TargetError(
+                    f"{part.path}: the tensor {name} is in another part too; the parts do not belong together"
+                )
             tensors[name] = tensor
     promised = parts[0].get("split.tensors.count", int)
     if promised is not None and promised != len(tensors):
@@ -161,7 +163,22 @@ class Cursor:
         # A string is at least its length; a longer list cannot be in the file, so nothing grows before it is known.
         if length * 8 > len(self.buffer) - self.position:
             self.take(length * 8, key)
-        return [self.text(key) for _ in range(length)]
+        return self.texts(length, key)
+
+    def texts(self, length: int, key: str) -> list[str]:
+        """``length`` strings; vocabularies are long, so this loop is the plain one."""
+        buffer, position, end, found = self.buffer, self.position, len(self.buffer), list[str]()
+        read_length = struct.Struct("<Q").unpack_from
+        for _ in range(length):
+            begin = position + 8
+            position = begin + read_length(buffer, position)[0] if begin <= end else end + 1
+            if position > end:
+                raise TargetError(
+                    f"{self.path} is truncated or damaged: {key} does not end before the file's {end} bytes do"
+                )
+            found.append(buffer[begin:position].decode("utf-8", "replace"))
+        self.position = position
+        return found
 
     def scalars(self, kind: int, length: int, key: str) -> list[Any]:
         """Numbers of one type."""
@@ -189,7 +206,9 @@ def read_tensors(cursor: Cursor, num_tensors: int, metadata: dict[str, Any]) -> 
     headers = [read_tensor_header(cursor) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-        raise TargetError(f"{cursor.path}: general.alignment is {alignment!r}, not a power of two up to {MAX_ALIGNMENT}")
+        raise TargetError(
+            f"{cursor.path}: general.alignment is {alignment!r}, not a power of two up to {MAX_ALIGNMENT}"
+        )
     start = -(-cursor.position // alignment) * alignment
     whole: Bytes = np.frombuffer(cursor.buffer, np.uint8)
     tensors: dict[str, StoredTensor] = {}
@@ -229,4 +248,5 @@ def tensor_bytes(path: Path, name: str, shape: tuple[int, ...], kind: GGMLQuanti
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if 0 in shape or shape[-1] % block:
         raise TargetError(f"{path}: the tensor {name} {list(shape)} does not divide into {kind.name} blocks of {block}")
-    return math.prod(shape) // block * block_bytes
+    num_bytes: int = math.prod(shape) // block * block_bytes
+    return num_bytes

@@ -39,13 +39,18 @@ def load_gguf_target(
     source = GGUFWeights(file, model.config)
     reason = why_not_native(model, weights)
     if reason is None:
-        return NativeTarget(pack_gguf(model, source, weights), name, num_slots, capacity, kv_cache)
+        return NativeTarget(pack_gguf(model, source, weights), name, num_slots, capacity, kv_cache or "bf16")
     if weights not in (None, *WEIGHTS):
         raise TargetError(f"{path} cannot be run with --weights {weights}: {reason}")
     if weights is None:
         logger.warning("%s is dequantised to fp32 and runs on transformers' own layers: %s", path.name, reason)
     target = TorchTarget(
-        dequantised_model(model, source, WEIGHTS[weights or "fp32"]), name, weights or "fp32", num_slots, capacity, kv_cache
+        dequantised_model(model, source, WEIGHTS[weights or "fp32"]),
+        name,
+        weights or "fp32",
+        num_slots,
+        capacity,
+        kv_cache,
     )
     try:
         target.self_check()
@@ -69,10 +74,8 @@ def why_not_native(model: Any, weights: str | None) -> str | None:
 
 def file_weights(file: GGUFFile) -> str:
     """What most matrices of the file are held in, as llama.cpp calls it: ``Q4_K_M``."""
-    try:
-        return LlamaFileType(file.get("general.file_type", int, -1)).name.removeprefix("MOSTLY_")
-    except ValueError:
-        return "GGUF"
+    names = {kind.value: kind.name for kind in LlamaFileType}
+    return names.get(file.get("general.file_type", int, -1), "GGUF").removeprefix("MOSTLY_")
 
 
 def pack_gguf(model: Any, source: GGUFWeights, weights: str | None) -> PackedModel:
@@ -80,10 +83,14 @@ def pack_gguf(model: Any, source: GGUFWeights, weights: str | None) -> PackedMod
     base, prefix = model.base_model, model.base_model_prefix
     for name in ("embed_tokens", "norm"):
         source.fill(getattr(base, name), f"{prefix}.{name}", torch.float32)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = base.embed_tokens.weight
     scale_frequencies(base.rotary_emb, source)
     layers = [pack_layer(source, layer, f"{prefix}.layers.{index}", weights) for index, layer in enumerate(base.layers)]
     head = f"{prefix}.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
-    packed = joined([source.matrix(head)]) if weights is None else repacked(source, [head], max(BITS[weights], HEAD_BITS))
+    packed = (
+        joined([source.matrix(head)]) if weights is None else repacked(source, [head], max(BITS[weights], HEAD_BITS))
+    )
     if (packed.out_features, packed.in_features) != tuple(base.embed_tokens.weight.shape):
         raise TargetError(f"{source.file.path}: the tensor {source.stored(head).name} does not fit the embedding")
     return PackedModel(model, layers, packed, weights or file_weights(source.file))
@@ -96,7 +103,7 @@ def pack_layer(source: GGUFWeights, layer: nn.Module, prefix: str, weights: str 
     def matrix(projections: Sequence[str]) -> PackedWeight:
         names = [f"{prefix}.{projection}.weight" for projection in projections]
         for name, projection in zip(names, projections, strict=True):
-            source.check_shape(name, layer.get_submodule(projection).weight)
+            source.check_shape(name, layer.get_parameter(f"{projection}.weight"))
         return joined([source.matrix(name) for name in names])
 
     if weights is None:
@@ -141,5 +148,7 @@ def scale_frequencies(rotary_embedding: Any, source: GGUFWeights) -> None:
     if factors is None:
         return
     if factors.shape != rotary_embedding.inv_freq.shape:
-        raise TargetError(f"{source.file.path}: rope_freqs.weight is {list(factors.shape)}, which does not fit the heads")
+        raise TargetError(
+            f"{source.file.path}: rope_freqs.weight is {list(factors.shape)}, which does not fit the heads"
+        )
     rotary_embedding.inv_freq = rotary_embedding.inv_freq / factors

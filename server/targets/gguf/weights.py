@@ -23,7 +23,7 @@ Matrix = Tensor | QuantisedWeight
 
 
 class GGUFWeights:
-    """Reads tensor by tensor from the mapped file. Errors: TargetError naming a tensor that is missing or does not fit."""
+    """Reads tensor by tensor from the mapped file. Errors: TargetError naming what is missing or does not fit."""
 
     def __init__(self, file: GGUFFile, config: Any) -> None:
         """Every tensor's type is checked here, before anything is read."""
@@ -34,7 +34,9 @@ class GGUFWeights:
         for tensor in file.tensors.values():
             if tensor.kind not in DECODERS and tensor.kind not in FLOATS:
                 known = ", ".join(kind.name for kind in (*FLOATS, *DECODERS))
-                raise TargetError(f"{file.path}: the tensor {tensor.name} is of type {tensor.kind.name}; known are {known}")
+                raise TargetError(
+                    f"{file.path}: the tensor {tensor.name} is of type {tensor.kind.name}; known are {known}"
+                )
 
     def stored(self, name: str) -> StoredTensor:
         """The file's tensor for a parameter of transformers' model."""
@@ -57,10 +59,7 @@ class GGUFWeights:
         """A parameter's values: fp32, or bf16 where the file holds that."""
         matrix = self.matrix(name)
         values = matrix.dequantise() if isinstance(matrix, QuantisedWeight) else matrix
-        values = values if values.dtype == torch.bfloat16 else values.float()
-        if self.architecture.shifted_norms and name.endswith("norm.weight"):
-            values = values - 1
-        return values
+        return values if values.dtype == torch.bfloat16 else values.float()
 
     def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype | None = None) -> None:
         """Give ``module``, which the whole model knows as ``prefix``, all its weights."""
@@ -71,7 +70,7 @@ class GGUFWeights:
             setattr(module.get_submodule(owner), last, nn.Parameter(values, requires_grad=False))
 
     def check_shape(self, name: str, parameter: Tensor) -> None:
-        """Errors: TargetError where the file's tensor has another shape than the parameter that the metadata describe."""
+        """Errors: TargetError where the file's tensor has another shape than the metadata describe."""
         tensor = self.stored(name)
         if tensor.shape != tuple(parameter.shape):
             raise TargetError(
@@ -130,7 +129,11 @@ def joined(parts: Sequence[Matrix]) -> PackedWeight:
     quantised = [part for part in parts if isinstance(part, QuantisedWeight)]
     if len(quantised) == len(parts) and len(kinds) == 1 and has_packed_form(quantised[0]):
         first = quantised[0]
-        minimum = None if first.minimum is None else torch.cat([part.minimum for part in quantised if part.minimum is not None])
+        minimum = (
+            None
+            if first.minimum is None
+            else torch.cat([part.minimum for part in quantised if part.minimum is not None])
+        )
         return pack_quantised(
             QuantisedWeight(
                 torch.cat([part.codes for part in quantised]),

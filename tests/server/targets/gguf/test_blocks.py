@@ -29,7 +29,9 @@ def values(groups: Groups) -> np.ndarray:
     else:
         centred = codes.astype(np.float64) - (0 if groups.minimum is not None else 2 ** (groups.bits - 1))
     value = groups.scale.astype(np.float64)[..., None] * centred
-    return (value if groups.minimum is None else value + groups.minimum.astype(np.float64)[..., None]).reshape(count, -1)
+    return (value if groups.minimum is None else value + groups.minimum.astype(np.float64)[..., None]).reshape(
+        count, -1
+    )
 
 
 @pytest.mark.parametrize("kind", DECODERS, ids=lambda kind: kind.name)

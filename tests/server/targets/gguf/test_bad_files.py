@@ -1,0 +1,168 @@
+"""Damaged and hostile files end in one sentence that names the file and the cause."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from server.targets.gguf.header import open_gguf
+from server.targets.gguf.loading import load_gguf_target
+from server.targets.gguf.tokenizer import read_codec
+from server.targets.target import TargetError
+from server.text import ChatTemplateError, TextError
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_gguf: Any, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return tiny_gguf.write(tmp_path_factory.mktemp("whole") / "whole.gguf").read_bytes()
+
+
+def refused(file: Path, words: str) -> None:
+    with pytest.raises(TargetError, match=words) as caught:
+        load_gguf_target(file, None, 1, 64)
+    assert str(file.parent) in str(caught.value)
+
+
+def replaced(data: bytes, old: bytes, new: bytes) -> bytes:
+    assert data.count(old) == 1
+    return data.replace(old, new)
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def tensor_fields(data: bytes, name: str) -> int:
+    """Where the dimensions of a tensor's header begin."""
+    return data.index(text(name)) + len(text(name))
+
+
+def lying_offset(data: bytes) -> bytes:
+    at = tensor_fields(data, "blk.0.attn_q.weight") + 4 + 16 + 4
+    return data[:at] + struct.pack("<Q", 1 << 40) + data[at + 8 :]
+
+
+def overlapping(data: bytes) -> bytes:
+    at = tensor_fields(data, "blk.1.attn_q.weight") + 4 + 16 + 4
+    return data[:at] + struct.pack("<Q", 0) + data[at + 8 :]
+
+
+def lying_size(data: bytes) -> bytes:
+    at = tensor_fields(data, "blk.0.attn_q.weight") + 4
+    return data[:at] + struct.pack("<QQ", 256, 1 << 50) + data[at + 16 :]
+
+
+def unknown_type(data: bytes) -> bytes:
+    at = tensor_fields(data, "blk.0.attn_q.weight") + 4 + 16
+    return data[:at] + struct.pack("<I", 999) + data[at + 4 :]
+
+
+def with_number(key: str, old: int, new: int, kind: str = "<I") -> Callable[[bytes], bytes]:
+    """The file with another number behind a key; ``kind`` is that of the number."""
+    before = key.encode() + struct.pack("<I", 4)
+
+    def damage(data: bytes) -> bytes:
+        return replaced(data, before + struct.pack(kind, old), before + struct.pack(kind, new))
+
+    return damage
+
+
+def long_list(data: bytes) -> bytes:
+    before = b"tokenizer.ggml.tokens" + struct.pack("<II", 9, 8)
+    at = data.index(before) + len(before)
+    return data[:at] + struct.pack("<Q", 1 << 40) + data[at + 8 :]
+
+
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda data: b"", "no GGUF file"),
+    "magic": (lambda data: b"GGML" + data[4:], "no GGUF file"),
+    "cut in the header": (lambda data: data[:500], "truncated"),
+    "cut in the weights": (lambda data: data[:-1000], "truncated.*blk"),
+    "version": (lambda data: data[:4] + struct.pack("<I", 9) + data[8:], "version 9"),
+    "big-endian": (lambda data: data[:4] + struct.pack(">I", 3) + data[8:], "big-endian"),
+    "many tensors": (lambda data: data[:8] + struct.pack("<Q", 1 << 62) + data[16:], "truncated|0 dimensions"),
+    "many keys": (lambda data: data[:16] + struct.pack("<Q", 1 << 62) + data[24:], "truncated"),
+    "a key longer than the file": (lambda data: data[:24] + struct.pack("<Q", 1 << 62) + data[32:], "truncated"),
+    "a list longer than the file": (long_list, "tokenizer.ggml.tokens"),
+    "layers that are not there": (with_number("llama.block_count", 2, 1 << 31), "2147483648, tensors of 2 layers"),
+    "another width": (with_number("llama.embedding_length", 256, 1 << 30), "embedding_length"),
+    "another inner width": (with_number("feed_forward_length", 256, 512), "ffn_gate"),
+    "no heads": (with_number("attention.head_count", 4, 0), "head_count must be a positive number"),
+    "more heads": (with_number("attention.head_count", 4, 256), "attn_k|head"),
+    "more key heads": (with_number("attention.head_count_kv", 2, 4), "attn_k"),
+    "lying offset": (lying_offset, "blk.0.attn_q.weight"),
+    "overlapping tensors": (overlapping, "over another"),
+    "lying size": (lying_size, "blk.0.attn_q.weight"),
+    "unknown type": (unknown_type, "blk.0.attn_q.weight has the unknown type 999"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damage_is_named(case: str, whole: bytes, tmp_path: Path) -> None:
+    damage, words = DAMAGES[case]
+    file = tmp_path / "damaged.gguf"
+    file.write_bytes(damage(whole))
+    refused(file, words)
+
+
+def test_a_file_cut_anywhere_is_refused(whole: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "cut.gguf"
+    for length in range(0, len(whole), len(whole) // 97):
+        file.write_bytes(whole[:length])
+        with pytest.raises(TargetError):
+            open_gguf(file)
+
+
+def test_a_missing_part_is_named(tiny_gguf: Any, tmp_path: Path) -> None:
+    tiny_gguf.write(tmp_path / "tiny.gguf", split=5)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    parts[1].unlink()
+    refused(parts[0], parts[1].name)
+    alone = parts[0].rename(tmp_path / "alone.gguf")
+    refused(alone, "one of .* parts|promises")
+
+
+def test_architectures_types_and_empty_models_are_named(tiny_gguf: Any, tmp_path: Path) -> None:
+    refused(tiny_gguf.write(tmp_path / "mamba.gguf", architecture="mamba"), "architecture 'mamba'; known are .*llama")
+    refused(tiny_gguf.write(tmp_path / "q2.gguf", kinds={"attn_v": GGMLQuantizationType.Q2_K}), r"attn_v.weight .*Q2_K")
+    writer = GGUFWriter(tmp_path / "vocabulary.gguf", "llama")
+    writer.add_token_list(["a"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(tmp_path / "vocabulary.gguf", "vocabulary only")
+
+
+def test_bad_vocabularies_are_named(tiny_gguf: Any, whole: bytes, tmp_path: Path) -> None:
+    cases = {
+        "unknown pre-tokenizer": (text("smollm"), text("smollx"), "'smollx'"),
+        "another kind": (text("gpt2"), text("bert"), "'bert'"),
+        "an id outside": (
+            b"eos_token_id" + struct.pack("<II", 4, 2),
+            b"eos_token_id" + struct.pack("<II", 4, 999),
+            "999",
+        ),
+    }
+    for name, (old, new, words) in cases.items():
+        file = tmp_path / "vocabulary.gguf"
+        file.write_bytes(replaced(whole, old, new))
+        with pytest.raises(TextError, match=words):
+            read_codec(file)
+        assert name
+
+
+def test_a_hostile_template_runs_nothing(tiny_gguf: Any, tmp_path: Path) -> None:
+    evil = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    file = tiny_gguf.write(tmp_path / "evil.gguf")
+    template = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+    file.write_bytes(
+        replaced(
+            file.read_bytes(), text(template), struct.pack("<Q", len(template)) + evil.ljust(len(template)).encode()
+        )
+    )
+    with pytest.raises(ChatTemplateError):
+        read_codec(file).chat([{"role": "user", "content": "hello"}])
