@@ -65,7 +65,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    target: str | None = Field(None, description="Folder of safetensors or hub id; nothing: the bundled model.")
+    target: str | None = Field(
+        None, description="Folder of safetensors, .gguf file or hub id; nothing: the bundled model."
+    )
     drafter: str | None = Field(
         None,
         description="Folder or hub id of a drafter or a small language model; 'ngram', 'hybrid' or 'hybrid:FOLDER' "

@@ -114,6 +114,9 @@ def shared_settings(file: GGUFFile, name: str) -> dict[str, Any]:
             f"{file.path}: {name}.embedding_length is {hidden}, token_embd.weight has {embedding.shape[1]}"
         )
     head_size = number(file, f"{name}.attention.key_length", max(1, hidden // heads))
+    kv_heads = number(file, f"{name}.attention.head_count_kv", heads)
+    if head_size % 2 or heads % kv_heads:
+        raise TargetError(f"{file.path}: {heads} heads of {head_size} over {kv_heads} key heads cannot be")
     queries = file.tensors.get("blk.0.attn_q.weight")
     if queries is not None and queries.shape[0] != heads * head_size:
         raise TargetError(
@@ -123,7 +126,7 @@ def shared_settings(file: GGUFFile, name: str) -> dict[str, Any]:
         "hidden_size": hidden,
         "num_hidden_layers": num_layers(file, name),
         "num_attention_heads": heads,
-        "num_key_value_heads": number(file, f"{name}.attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_size,
         "intermediate_size": number(file, f"{name}.feed_forward_length"),
         "max_position_embeddings": number(file, f"{name}.context_length"),

@@ -75,7 +75,8 @@ def why_not_native(model: Any, weights: str | None) -> str | None:
 def file_weights(file: GGUFFile) -> str:
     """What most matrices of the file are held in, as llama.cpp calls it: ``Q4_K_M``."""
     names = {kind.value: kind.name for kind in LlamaFileType}
-    return names.get(file.get("general.file_type", int, -1), "GGUF").removeprefix("MOSTLY_")
+    name: str = names.get(file.get("general.file_type", int, -1), "GGUF")
+    return name.removeprefix("MOSTLY_")
 
 
 def pack_gguf(model: Any, source: GGUFWeights, weights: str | None) -> PackedModel:

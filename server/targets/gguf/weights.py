@@ -27,7 +27,7 @@ class GGUFWeights:
 
     def __init__(self, file: GGUFFile, config: Any) -> None:
         """Every tensor's type is checked here, before anything is read."""
-        self.file = file
+        self.file, self.config = file, config
         self.architecture = architecture(file)
         self.names = get_tensor_name_map(self.architecture.model, config.num_hidden_layers)
         self.num_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}

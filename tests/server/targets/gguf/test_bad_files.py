@@ -91,7 +91,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "another width": (with_number("llama.embedding_length", 256, 1 << 30), "embedding_length"),
     "another inner width": (with_number("feed_forward_length", 256, 512), "ffn_gate"),
     "no heads": (with_number("attention.head_count", 4, 0), "head_count must be a positive number"),
-    "more heads": (with_number("attention.head_count", 4, 256), "attn_k|head"),
+    "more heads": (with_number("attention.head_count", 4, 256), "heads of 1"),
     "more key heads": (with_number("attention.head_count_kv", 2, 4), "attn_k"),
     "lying offset": (lying_offset, "blk.0.attn_q.weight"),
     "overlapping tensors": (overlapping, "over another"),

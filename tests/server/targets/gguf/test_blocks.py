@@ -11,7 +11,8 @@ def random_blocks(kind: GGMLQuantizationType, count: int) -> np.ndarray:
     block_bytes = GGML_QUANT_SIZES[kind][1]
     blocks = generator.integers(0, 256, (count, block_bytes), dtype=np.uint8)
     if kind is GGMLQuantizationType.MXFP4:
-        blocks[:4, 0] = [0, 1, 2, 254]  # the two subnormal scales, and the ends of the range
+        blocks[:4, 0] = [0, 1, 2, 250]  # the two subnormal scales, and the ends of the range
+        blocks[4:, 0] = generator.integers(100, 150, count - 4)
         return blocks
     places = {"Q4_1": [0, 2], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}.get(kind.name, [0])
     for place in places:
