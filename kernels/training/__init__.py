@@ -1,11 +1,14 @@
 """The only training code both wings share: a recipe's options in, a trained task and its report out."""
 
-from kernels.training.callbacks import AfterStep
+from kernels.training.callbacks import AfterEvaluation, AfterStep, BeforeEvaluation
 from kernels.training.options import RecipeError, TrainingOptions, check_tables, load_recipe, take_table
-from kernels.training.run import Task, TrainingDivergedError, TrainingReport, run
+from kernels.training.run import Metric, Task, TrainingDivergedError, TrainingReport, run
 
 __all__ = [
+    "AfterEvaluation",
     "AfterStep",
+    "BeforeEvaluation",
+    "Metric",
     "RecipeError",
     "Task",
     "TrainingDivergedError",

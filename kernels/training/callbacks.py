@@ -168,6 +168,32 @@ class AfterStep(TrainerCallback):
         self.function()
 
 
+class BeforeEvaluation(TrainerCallback):
+    """Calls a function of the task after a step that an evaluation follows; what ``AfterStep`` calls comes first."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The trainer has decided by now."""
+        if control.should_evaluate:
+            self.function()
+
+
+class AfterEvaluation(TrainerCallback):
+    """Adds the figure ``eval_NAME`` that ``take`` returns to history and log after each evaluation."""
+
+    def __init__(self, name: str, take: Callable[[], float]) -> None:
+        self.name, self.take = f"eval_{name}", take
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The trainer has just gone through the evaluation split."""
+        figure = self.take()
+        state.log_history.append({"step": state.global_step, self.name: figure})
+        if state.is_world_process_zero:
+            logger.info("step %d of %d: %s %.4g", state.global_step, state.max_steps, self.name, figure)
+
+
 class Epochs(Protocol):
     """A data set whose samples depend on the epoch."""
 

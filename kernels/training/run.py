@@ -42,8 +42,16 @@ class TrainingDivergedError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Metric:
+    """The evaluation figure, without its ``eval_``, that says which evaluation of a run is the best."""
+
+    name: str = "loss"
+    larger_is_better: bool = False
+
+
+@dataclass(frozen=True)
 class TrainingReport:
-    """What a run ended with. ``final`` holds the last figures, ``best`` the lowest evaluation loss and its step."""
+    """What a run ended with: ``final`` the last figures, ``best`` those of the best evaluation and its step."""
 
     final: dict[str, float]
     best: dict[str, float]
@@ -132,12 +140,14 @@ def run(
     recipe: Mapping[str, Any] | None = None,
     resume: bool = False,
     console: Console | None = None,
+    metric: Metric = Metric(),
 ) -> TrainingReport:
     """Train ``task`` in place.
 
     ``recipe`` is what the user wrote; its fingerprint guards resuming. ``resume`` continues from the newest checkpoint
     in ``options.output``; without it the folder must hold none. ``batch_sampler`` chooses the samples of each batch
     where shuffling alone will not do (it has ``batch_size`` and ``drop_last``). ``callbacks`` are the task's own.
+    ``metric`` chooses the report's ``best``.
 
     A resumed run equals an uninterrupted one bit for bit (on a CPU) if random augmentation is a function of seed, epoch
     and index: a data set or batch sampler with a ``set_epoch`` method is told the epoch, whereas the global generators
@@ -167,7 +177,7 @@ def run(
     finally:
         progress.close()
         stop.close()
-    return report(trainer, output, time.perf_counter() - started)
+    return report(trainer, output, time.perf_counter() - started, metric)
 
 
 def create_trainer(
@@ -269,7 +279,7 @@ def load_finished(trainer: TaskTrainer, checkpoint: Path) -> None:
     trainer.model.load_state_dict(load_file(checkpoint / WEIGHTS_FILE), strict=False)  # teachers are not in the file
 
 
-def report(trainer: TaskTrainer, output: Path, seconds: float) -> TrainingReport:
+def report(trainer: TaskTrainer, output: Path, seconds: float, metric: Metric) -> TrainingReport:
     """Gather the figures of a run that has just ended, and make sure its last state is on disk."""
     state = trainer.state
     checkpoint = output / f"checkpoint-{state.global_step}"
@@ -278,12 +288,22 @@ def report(trainer: TaskTrainer, output: Path, seconds: float) -> TrainingReport
     final: dict[str, float] = {}
     for row in state.log_history:
         final.update(figures_of(row))
-    evaluations = [row for row in state.log_history if "eval_loss" in row]
-    best: dict[str, float] = min(evaluations, key=lambda row: row["eval_loss"], default={})
     return TrainingReport(
         final=final,
-        best={"step": best["step"], **figures_of(best)} if best else {},
+        best=best_evaluation(state.log_history, metric),
         seconds=seconds,
         checkpoint=str(checkpoint),
         finished=state.global_step >= state.max_steps,
     )
+
+
+def best_evaluation(log: Sequence[Mapping[str, float]], metric: Metric) -> dict[str, float]:
+    """``step`` and figures of the best evaluation, of several equal ones the first; empty without evaluations."""
+    evaluations: dict[float, dict[str, float]] = {}
+    for row in log:  # figures that a callback adds stand in rows of their own
+        if any(name.startswith("eval_") for name in row):
+            evaluations.setdefault(row["step"], {}).update(figures_of(dict(row)))
+    key, sign = f"eval_{metric.name}", -1 if metric.larger_is_better else 1
+    measured = {step: figures for step, figures in evaluations.items() if key in figures}
+    best = min(measured, key=lambda step: sign * measured[step][key], default=None)
+    return {} if best is None else {"step": best, **measured[best]}

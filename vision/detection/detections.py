@@ -15,6 +15,11 @@ class Detections:
     scores: Tensor
     class_ids: Tensor
 
+    def above(self, score: float) -> Detections:
+        """Those of at least ``score``."""
+        kept = self.scores >= score
+        return Detections(self.boxes[kept], self.scores[kept], self.class_ids[kept])
+
     def cpu(self) -> Detections:
         """The same in main memory."""
         return Detections(self.boxes.cpu(), self.scores.cpu(), self.class_ids.cpu())

@@ -33,7 +33,8 @@ class DetectorConfig:
     ``architecture`` is "thundernet" or "yolo_v2"; ``backbone`` a name of ``vision.backbones``, or "darknet19" under
     YOLOv2. Images are brought to ``image_size`` pixels square by ``resize`` and go through ``normalization``. ``head``
     holds sizes, anchors and the thresholds of test time. ``licence`` is that of the weights, which follows from the
-    data they were trained on; "unknown" where nobody said.
+    data they were trained on; "unknown" where nobody said. ``training_recall`` is the share of boxes of some training
+    images that it finds at the default threshold; 0 says that the training failed. None: nobody looked.
     """
 
     architecture: str
@@ -45,6 +46,7 @@ class DetectorConfig:
     licence: str = "unknown"
     description: str = ""
     head: Head = field(default_factory=ThunderNetConfig)
+    training_recall: float | None = None
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:

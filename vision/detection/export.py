@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,13 @@ from vision.detection.boxes import clip_boxes, decode_boxes
 from vision.detection.checkpoint import load_detector
 from vision.detection.detector import LoadedDetector
 from vision.detection.psroi_align import Reduction, axis_samples
+from vision.detection.report import NOTHING_FOUND
 from vision.detection.rpn import ProposalBudget
 from vision.detection.thundernet import REGION_STDS, DenseMaps, ThunderNet
 from vision.export import OPSET, ExportError, forget_traces, require_packages
 from vision.predict import ONNX_FILE
+
+logger = logging.getLogger(__name__)
 
 CHECKED_BATCHES = (1, 3)
 SAMPLES = 2  # points of a bin along each axis, as ``psroi_align`` has by default
@@ -150,8 +154,10 @@ def export_detector(checkpoint: Path, output: Path | None = None) -> DetectorExp
     Errors: CheckpointError; ExportError where a package is missing, the architecture has no export, or the file's
     answers are not torch's (it is then removed).
     """
-    require_packages()
     loaded = load_detector(checkpoint)
+    if loaded.config.training_recall == 0:
+        logger.warning(NOTHING_FOUND, "boxes on its own training images")
+    require_packages()
     regions = FixedRegions(loaded).eval()
     output = output or checkpoint / ONNX_FILE
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from vision.data.detection_sources import open_detection
 from vision.data.labelled_boxes import DetectionSource, LabelledImage
 from vision.data.sources import DataError, UnreadableImageError, read_image
+from vision.detect import DEFAULT_SCORE_THRESHOLD
 from vision.detection.checkpoint import load_detector
 from vision.detection.coco import CocoFigures, evaluate_coco
 from vision.detection.detections import Detections
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 REPORT_FILE = "report.json"
 CURVES_FILE = "precision_recall.png"
 PICTURES = 8
+RECALL_IMAGES = 32
+NOTHING_FOUND = (
+    "the detector finds none of the %s; train longer, lower the learning rate, or look at the labels before using it"
+)
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,19 @@ def evaluate_source(
     if output is not None:
         write_report(report, findings, matches, names, output)
     return report
+
+
+def training_recall(loaded: LoadedDetector, source: DetectionSource) -> float:
+    """Share of the boxes of a few training images that are found as it will be used by default; 0 is warned of."""
+    with_boxes = [image for image in source.images if not image.ignored.all()][:RECALL_IMAGES]
+    findings = find_all(loaded, dataclasses.replace(source, images=tuple(with_boxes)), batch_size=8)
+    sure = [found.above(DEFAULT_SCORE_THRESHOLD) for found in findings.detections]
+    curves = [match_class(sure, findings.truths, c).curve(0.5) for c in range(len(source.class_names))]
+    found = sum(curve.recall[-1] * curve.num_boxes for curve in curves if len(curve.recall))
+    recall = float(found / max(1, sum(curve.num_boxes for curve in curves)))
+    if recall == 0:
+        logger.warning(NOTHING_FOUND, f"boxes on {len(findings.images)} of its own training images")
+    return recall
 
 
 def find_all(loaded: LoadedDetector, source: DetectionSource, batch_size: int) -> Findings:

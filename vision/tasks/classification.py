@@ -7,29 +7,31 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
-from torch.utils.data import DataLoader
 
 from kernels.diagonalwise import refactorize, tune
-from kernels.training import AfterStep, RecipeError, TrainingOptions, TrainingReport, check_tables, run, take_table
+from kernels.training import Metric, RecipeError, TrainingOptions, TrainingReport, check_tables, run, take_table
 from vision.backbones import create_backbone
 from vision.backbones.backbone import Backbone
 from vision.backbones.checkpoint import load_backbone, save_backbone
 from vision.data.augmentation import AugmentationOptions
 from vision.data.classification import ClassificationData, DataOptions, collate
 from vision.evaluate import default_device, evaluate_model, hits
+from vision.tasks.averaging import STATISTICS_BATCHES, KeepAverage, MovingAverage, reestimate, training_batches
 
 logger = logging.getLogger(__name__)
 
+TOP1 = Metric("top1", larger_is_better=True)
 DEPTHWISE = ("native", "diagonalwise", "tuned")
 
 
@@ -59,8 +61,9 @@ class TaskOptions:
     """What is optimised.
 
     ``mixup`` is the parameter of mixup's Beta distribution (arXiv 1710.09412), 0 leaves it out. ``ema_decay`` keeps an
-    exponential average of weights and statistics, which is then what is evaluated and saved. ``reestimate_batches``
-    recomputes the batch-normalisation statistics over so many training batches at the end, as SNet's authors do.
+    exponential average of the weights, which is what is evaluated; the better of it and the raw weights is saved.
+    ``reestimate_batches`` recomputes the batch-normalisation statistics over so many training batches at the end, as
+    SNet's authors do; those of an average always are.
     """
 
     label_smoothing: float = 0.0
@@ -86,23 +89,20 @@ class ClassificationTask(nn.Module):
         self.options = options
         # The layers follow the format of their input; the weights stay as they are, since safetensors takes no other.
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.average: AveragedModel | None = None
-        if options.ema_decay is not None:
-            moving = get_ema_multi_avg_fn(options.ema_decay)  # type: ignore[no-untyped-call]
-            self.average = AveragedModel(model, multi_avg_fn=moving, use_buffers=True).requires_grad_(False)
+        self.average = None if options.ema_decay is None else MovingAverage(model, options.ema_decay)
         self.register_buffer("skipped", torch.zeros((), dtype=torch.long))
 
     @property
     def trained(self) -> Backbone:
-        """The network to evaluate and save: the average where there is one."""
-        return self.model if self.average is None else cast("Backbone", self.average.module)
+        """The network that evaluations measure: the average where there is one."""
+        return self.model if self.average is None else self.average.network
 
     def forward(self, images: Tensor, labels: Tensor, skipped: Tensor) -> dict[str, Tensor]:
         """``images`` uint8 [B, 3, H, W], ``labels`` [B] -> mean loss in nats, shares of top-1 and top-5 hits.
 
         While training, ``skipped`` (images of the batch that could not be read) is added up, once for each epoch.
         """
-        x = self.model.normalization(images.float() / 255).contiguous(memory_format=self.memory_format)
+        x = self.inputs(images)
         if not self.training:
             logits = self.trained(x)
             return {"loss": F.cross_entropy(logits, labels), **self.figures(logits, labels)}
@@ -116,6 +116,14 @@ class ClassificationTask(nn.Module):
         loss = share * self.loss(logits, labels) + (1 - share) * self.loss(logits, labels[order])
         return {"loss": loss, **self.figures(logits, labels if share >= 0.5 else labels[order])}
 
+    def inputs(self, images: Tensor) -> Tensor:
+        """Bytes as the network takes them."""
+        return self.model.normalization(images.float() / 255).contiguous(memory_format=self.memory_format)
+
+    def show(self, model: Backbone, batch: Mapping[str, Tensor]) -> None:
+        """Pass a training batch through ``model``, for its statistics alone."""
+        model(self.inputs(batch["images"]))
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy against smoothed labels."""
         return F.cross_entropy(logits, labels, label_smoothing=self.options.label_smoothing)
@@ -123,11 +131,6 @@ class ClassificationTask(nn.Module):
     def figures(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Shares of hits; with mixup against the label that weighs more."""
         return {f"top{k}": hits(logits, labels, k).float().mean() for k in (1, 5)}
-
-    def update_average(self) -> None:
-        """Move the average towards the weights; called after each optimiser step."""
-        if self.average is not None:
-            self.average.update_parameters(self.model)
 
 
 @dataclass(frozen=True)
@@ -205,10 +208,11 @@ def train_classifier(recipe: dict[str, Any], *, resume: bool = False, console: C
         options.training,
         eval_data=ClassificationData(eval_source, model.preprocessing),
         collate=collate,
-        callbacks=[AfterStep(task.update_average)],
+        callbacks=keep_average(task, train_data, options.training.batch_size).callbacks,
         recipe=recipe,
         resume=resume,
         console=console,
+        metric=TOP1,
     )
     if not report.finished:
         return report
@@ -220,32 +224,32 @@ def train_classifier(recipe: dict[str, Any], *, resume: bool = False, console: C
 def finish(
     task: ClassificationTask, train_data: ClassificationData, eval_data: ClassificationData, options: ClassifierRecipe
 ) -> dict[str, float]:
-    """Re-estimate the statistics if asked, save the network, measure what was saved. Only the main process works."""
+    """Re-estimate the statistics if need be, measure, save the better network. Only the main process works."""
     state = PartialState()
     figures: dict[str, float] = {"skipped_images": float(task.skipped)}
     if state.is_main_process:
-        model = task.trained
-        reestimate_statistics(model, train_data, options)
-        save_backbone(model, Path(options.training.output) / "model")
-        result = evaluate_model(model, eval_data, options.training.batch_size, options.training.loader_workers)
-        figures |= {"top1": result.top1, "top5": result.top5}
+        measured = []
+        for model in (task.model,) if task.average is None else (task.trained, task.model):
+            settle_statistics(task, model, train_data, options)
+            result = evaluate_model(model, eval_data, options.training.batch_size, options.training.loader_workers)
+            measured.append((result.top1, result.top5, model))
+        top1, top5, chosen = max(measured, key=lambda entry: entry[0])
+        save_backbone(chosen, Path(options.training.output) / "model")
+        figures |= {"top1": top1, "top5": top5}
     state.wait_for_everyone()
     return figures
 
 
-def reestimate_statistics(model: Backbone, data: ClassificationData, options: ClassifierRecipe) -> None:
-    """Batch-normalisation statistics of the final weights, averaged over ``reestimate_batches`` training batches."""
-    if options.task.reestimate_batches == 0:
-        return
-    generator = torch.Generator().manual_seed(options.training.seed)
-    loader = DataLoader(
-        data, options.training.batch_size, shuffle=True, generator=generator, collate_fn=collate,
-        drop_last=len(data) >= options.training.batch_size,
-        num_workers=options.training.loader_workers,
-    )  # fmt: skip
-    device = model.head.weight.device
-    batches = (
-        model.normalization(batch["images"].to(device).float() / 255)
-        for batch, _ in zip(loader, range(options.task.reestimate_batches), strict=False)
-    )
-    update_bn(batches, model, device)
+def keep_average(task: ClassificationTask, data: ClassificationData, batch_size: int) -> KeepAverage[Backbone]:
+    """What moves the task's average."""
+    return KeepAverage(task, task.model, task.average, task.show, lambda: training_batches(data, batch_size, collate))
+
+
+def settle_statistics(
+    task: ClassificationTask, model: Backbone, data: ClassificationData, options: ClassifierRecipe
+) -> None:
+    """The statistics of final weights over ``reestimate_batches``; averaged weights always need them."""
+    batches = options.task.reestimate_batches or (0 if model is task.model else STATISTICS_BATCHES)
+    if batches:
+        shown = training_batches(data, options.training.batch_size, collate, options.training.loader_workers)
+        reestimate(task, model, task.show, islice(shown, batches))

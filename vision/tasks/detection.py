@@ -7,8 +7,10 @@ The recipe's tables: ``[model]``, ``[data]``, ``[augmentation]``, ``[mining]``, 
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +18,23 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kernels.training import AfterStep, TrainingReport, run
+from kernels.training import AfterEvaluation, Metric, TrainingReport, run
 from vision.data.detection import DetectionData, collate_detection
+from vision.data.labelled_boxes import DetectionSource
 from vision.detection.checkpoint import save_detector
 from vision.detection.detections import Detections
-from vision.detection.detector import LoadedDetector, Network
+from vision.detection.detector import DetectorConfig, LoadedDetector, Network
 from vision.detection.evaluate import Truth, average_precisions, mean_present
-from vision.detection.report import evaluate_source
+from vision.detection.report import DetectorReport, evaluate_source, training_recall
 from vision.detection.thundernet import ThunderNet
 from vision.detection.thundernet_loss import ThunderNetLoss
 from vision.detection.yolo_loss import YOLOv2Loss
 from vision.distillation.detector import DetectorTeacher, load_detector_teacher
+from vision.tasks.averaging import KeepAverage, MovingAverage, training_batches
 from vision.tasks.detection_recipe import DetectorRecipe, build_model
+
+logger = logging.getLogger(__name__)
 
 
 class DetectionTask(nn.Module):
@@ -62,18 +66,16 @@ class DetectionTask(nn.Module):
         )
         self.warm_up_loss = YOLOv2Loss()
         self.yolo_loss = YOLOv2Loss(mining.prediction_miner, focal=mining.map == "focal")
-        self.average: AveragedModel | None = None
-        if recipe.task.ema_decay is not None:
-            moving = get_ema_multi_avg_fn(recipe.task.ema_decay)  # type: ignore[no-untyped-call]
-            self.average = AveragedModel(model, multi_avg_fn=moving, use_buffers=True).requires_grad_(False)
+        decay = recipe.task.ema_decay
+        self.average = None if decay is None else MovingAverage(model, decay)
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.long))
         self.found: list[tuple[Detections, Truth]] = []
 
     @property
     def trained(self) -> Network:
-        """The network to evaluate and save: the average where there is one."""
-        return self.model if self.average is None else cast("Network", self.average.module)
+        """The network that evaluations measure: the average where there is one."""
+        return self.model if self.average is None else self.average.network
 
     def forward(
         self, images: Tensor, boxes: Tensor, labels: Tensor, ignored: Tensor, skipped: Tensor
@@ -123,10 +125,10 @@ class DetectionTask(nn.Module):
         resized = F.interpolate(inputs, size=(size, size), mode="bilinear", antialias=True)
         return resized, boxes * (size / inputs.shape[-1])
 
-    def update_average(self) -> None:
-        """Move the average towards the weights; called after each optimiser step."""
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+    def show(self, model: Network, batch: Mapping[str, Tensor]) -> None:
+        """Pass a training batch through ``model``, for its statistics alone."""
+        inputs = self.normalization(batch["images"].float() / 255).contiguous(memory_format=torch.channels_last)
+        self.losses(model, inputs, *_split(batch["boxes"], batch["labels"], batch["ignored"]))
 
     def take_map50(self) -> float:
         """Mean average precision at an overlap of 0.5 of what was found since the last call, over all processes."""
@@ -147,23 +149,13 @@ def _split(boxes: Tensor, labels: Tensor, ignored: Tensor) -> tuple[list[Tensor]
     return [x[own] for x, own in zip(boxes, used, strict=True)], [x[own] for x, own in zip(labels, used, strict=True)]
 
 
-class MeanAveragePrecision(TrainerCallback):
-    """Adds ``eval_map50`` to the history after each evaluation."""
-
-    def __init__(self, task: DetectionTask) -> None:
-        self.task = task
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The trainer has just gone through the evaluation split."""
-        state.log_history.append({"step": state.global_step, "eval_map50": self.task.take_map50()})
-
-
 def train_detector(recipe: dict[str, Any], *, resume: bool = False, console: Console | None = None) -> TrainingReport:
     """Run a recipe; ``output/model`` then holds the trained detector, which ``checkpoint`` names.
 
-    ``final`` gains ``map50``, ``map60`` and ``map70`` of the saved detector over the evaluation split (see
-    ``DetectorReport``), ``skipped_images``, how often an image could not be read, and ``degenerate_boxes``, how many
-    were dropped from the training split. An
+    With averaged weights the better of them and the raw ones is saved. ``final`` gains ``map50``, ``map60`` and
+    ``map70`` of the saved detector over the evaluation split (see ``DetectorReport``), ``training_recall`` on training
+    images, ``skipped_images``, how often an image could not be read, and ``degenerate_boxes``, how many were dropped
+    from the training split. An
     interrupted run (``finished`` False) names the checkpoint to resume from. Errors: RecipeError, DataError,
     BackboneError, CheckpointError, TeacherError, TrainingDivergedError.
     """
@@ -181,16 +173,21 @@ def train_detector(recipe: dict[str, Any], *, resume: bool = False, console: Con
         train_source, max((data.image_size, *data.train_sizes)), data.resize, options.augmentation,
         options.training.seed, data.train_difficult, data.cache_mib,
     )  # fmt: skip
+    average = KeepAverage(
+        task, model, task.average, task.show,
+        lambda: training_batches(train_data, options.training.batch_size, collate_detection),
+    )  # fmt: skip
     report = run(
         task,
         train_data,
         options.training,
         eval_data=DetectionData(eval_source, data.image_size, data.resize, cache_mib=data.cache_mib),
         collate=collate_detection,
-        callbacks=[AfterStep(task.update_average), MeanAveragePrecision(task)],
+        callbacks=[*average.callbacks, AfterEvaluation("map50", task.take_map50)],
         recipe=recipe,
         resume=resume,
         console=console,
+        metric=Metric("map50", larger_is_better=True),
     )
     if not report.finished:
         return report
@@ -198,8 +195,20 @@ def train_detector(recipe: dict[str, Any], *, resume: bool = False, console: Con
     figures = {"skipped_images": float(task.skipped), "degenerate_boxes": float(train_source.degenerate)}
     state = PartialState()
     if state.is_main_process:
-        save_detector(task.trained, config, folder)
-        result = evaluate_source(LoadedDetector(task.trained.eval(), config), eval_source)
-        figures |= {"map50": result.map50, "map60": result.map60, "map70": result.map70}
+        average.settle()
+        chosen, result = better_of(task, config, eval_source)
+        recall = training_recall(LoadedDetector(chosen, config), train_source)
+        save_detector(chosen, dataclasses.replace(config, training_recall=recall), folder)
+        figures |= {"map50": result.map50, "map60": result.map60, "map70": result.map70, "training_recall": recall}
     state.wait_for_everyone()
     return dataclasses.replace(report, final={**report.final, **figures}, checkpoint=str(folder))
+
+
+def better_of(task: DetectionTask, config: DetectorConfig, source: DetectionSource) -> tuple[Network, DetectorReport]:
+    """The raw weights or their average, whichever finds more in ``source``, in evaluation mode, with its figures."""
+    raw = evaluate_source(LoadedDetector(task.model.eval(), config), source)
+    if task.average is None:
+        return task.model, raw
+    averaged = evaluate_source(LoadedDetector(task.trained.eval(), config), source)
+    logger.info("map50 of the averaged weights %.4g, of the raw ones %.4g", averaged.map50, raw.map50)
+    return (task.trained, averaged) if averaged.map50 >= raw.map50 else (task.model, raw)

@@ -142,8 +142,9 @@ class TaskOptions:
     """What is optimised, beside mining.
 
     ``proposals_before`` and ``proposals_after`` suppression feed ThunderNet's second stage in training; 600 and 300 do
-    on a CPU. ``ema_decay`` keeps an exponential average of weights and statistics, which is then what is evaluated and
-    saved. ``warm_up_images`` is darknet's: so long YOLOv2's predictions are also drawn to their anchors, unmined.
+    on a CPU. ``ema_decay`` keeps an exponential average of the weights (``vision.tasks.averaging``), which is what is
+    evaluated; the better of it and the raw weights is saved. ``warm_up_images`` is darknet's: so long YOLOv2's
+    predictions are also drawn to their anchors, unmined.
     """
 
     proposals_before: int = TRAINING_BUDGET.before_nms

@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from kernels.losses import BatchTooSmall
 from kernels.training import AfterStep, RecipeError, TrainingReport, run, take_table
 from vision.backbones.backbone import Backbone
+from vision.backbones.checkpoint import load_backbone
 from vision.data.classification import ClassificationData, collate
 from vision.data.sources import ImageSource
 from vision.distillation.cache import ask_all, collate_taught, with_answers
@@ -33,12 +34,14 @@ from vision.distillation.teacher import Teacher, TeacherOptions, load_teacher
 from vision.distillation.terms import Answers, CorrelationTerm, MimicTerm, Term, parse_terms, wants_pairs
 from vision.evaluate import keep_skipped
 from vision.tasks.classification import (
+    TOP1,
     ClassificationTask,
     ClassifierRecipe,
     TaskOptions,
     build_model,
     choose_depthwise,
     finish,
+    keep_average,
 )
 
 SAMPLERS = ("random", "class_uniform", "superclass_uniform")
@@ -145,9 +148,8 @@ class DistillationTask(ClassificationTask):
         }
 
     def after_step(self) -> None:
-        """Count the step and move the average; called after each optimiser step."""
+        """Count the step; called after each optimiser step."""
         self.steps_done += 1
-        self.update_average()
 
 
 @dataclass(frozen=True)
@@ -206,10 +208,11 @@ def train_distilled(recipe: dict[str, Any], *, resume: bool = False, console: Co
     report = run_lesson(lesson, parsed, eval_data, recipe, resume, console)
     if not report.finished:
         return report
+    folder = Path(options.training.output) / "model"
     figures = finish(lesson.task, lesson.data, eval_data, options)
     if PartialState().is_main_process and lesson.teacher is not None:
-        figures |= measure_fidelity(lesson.task.trained, lesson.teacher, eval_data, options.training.batch_size)
-    folder = Path(options.training.output) / "model"
+        student = load_backbone(folder).to(lesson.task.model.head.weight.device)
+        figures |= measure_fidelity(student, lesson.teacher, eval_data, options.training.batch_size)
     return dataclasses.replace(report, final={**report.final, **figures}, checkpoint=str(folder))
 
 
@@ -263,10 +266,15 @@ def run_lesson(
         eval_data=eval_data,
         collate=collate_either,
         batch_sampler=create_sampler(parsed, lesson.data, lesson.teacher),
-        callbacks=[AfterStep(lesson.task.after_step), *callbacks],
+        callbacks=[
+            AfterStep(lesson.task.after_step),
+            *keep_average(lesson.task, lesson.data, parsed.student.training.batch_size).callbacks,
+            *callbacks,
+        ],
         recipe=recipe,
         resume=resume,
         console=console,
+        metric=TOP1,
     )
 
 

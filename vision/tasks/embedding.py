@@ -19,7 +19,7 @@ from vision.backbones.checkpoint import save_backbone
 from vision.data.classification import ClassificationData
 from vision.distillation.teacher import load_teacher
 from vision.retrieval import embed_all, retrieval_figures
-from vision.tasks.classification import reestimate_statistics
+from vision.tasks.classification import settle_statistics
 from vision.tasks.distillation import DistillationRecipe, prepare, run_lesson
 
 
@@ -42,13 +42,16 @@ def train_embedding(recipe: dict[str, Any], *, resume: bool = False, console: Co
     report = run_lesson(lesson, parsed, None, recipe, resume, console)
     if not report.finished:
         return report
-    model, folder = lesson.task.trained, Path(options.training.output) / "model"
+    task, folder = lesson.task, Path(options.training.output) / "model"
     figures: dict[str, float] = {}
     if PartialState().is_main_process:
-        reestimate_statistics(model, lesson.data, options)
-        save_backbone(model, folder)
-        points, identities, _ = embed_all(model, ClassificationData(eval_source, model.preprocessing))
-        measured = retrieval_figures(points, identities)
-        figures = {"rank1": measured.rank1, "mean_average_precision": measured.mean_average_precision}
+        measured = []
+        for model in (task.model,) if task.average is None else (task.trained, task.model):
+            settle_statistics(task, model, lesson.data, options)
+            points, identities, _ = embed_all(model, ClassificationData(eval_source, model.preprocessing))
+            measured.append((retrieval_figures(points, identities), model))
+        best, chosen = max(measured, key=lambda entry: entry[0].mean_average_precision)
+        save_backbone(chosen, folder)
+        figures = {"rank1": best.rank1, "mean_average_precision": best.mean_average_precision}
     PartialState().wait_for_everyone()
     return dataclasses.replace(report, final={**report.final, **figures}, checkpoint=str(folder))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,9 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from kernels.training import AfterStep, RecipeError, TrainingOptions, TrainingReport, check_tables, run, take_table
+from kernels.training import Metric, RecipeError, TrainingOptions, TrainingReport, check_tables, run, take_table
 from vision.data.faces import DegradedFaces
 from vision.data.labelled_faces import BalancedSampler, FaceAugmentation, LabelledFaceData, collate_faces
 from vision.data.sources import SOURCES, DataError, InMemorySource, open_source
@@ -34,6 +34,7 @@ from vision.face_quality.labelling import CACHE_FILE, LabelledFaces, LabelOption
 from vision.face_quality.recognition import Recogniser, RecogniserOptions, load_recogniser
 from vision.face_quality.scale import QualityScale
 from vision.face_quality.tinyfqnet import TinyFQNet, normalize_faces
+from vision.tasks.averaging import KeepAverage, MovingAverage, training_batches
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ class ScorerTaskOptions:
 
     ``loss`` compares score and label: "smooth_l1" (beta 0.1), "mse", or "bce" with the label as a soft target.
     ``ranking_weight`` adds max(0, ``ranking_margin`` - (score_i - score_j) sign(label_i - label_j)) over the batch's
-    pairs. ``ema_decay`` keeps a moving average of the weights, which is then what is evaluated and saved.
+    pairs. ``ema_decay`` keeps a moving average of the weights, which is what is evaluated; the better
+    of it and the raw weights is saved.
     """
 
     loss: str = "smooth_l1"
@@ -142,10 +144,7 @@ class FaceQualityTask(nn.Module):
     def __init__(self, model: TinyFQNet, options: ScorerTaskOptions, teacher: ScorerTeacherOptions | None) -> None:
         super().__init__()
         self.model, self.options, self.teacher_options = model, options, teacher
-        self.average: AveragedModel | None = None
-        if options.ema_decay is not None:
-            moving = get_ema_multi_avg_fn(options.ema_decay)  # type: ignore[no-untyped-call]
-            self.average = AveragedModel(model, multi_avg_fn=moving, use_buffers=True).requires_grad_(False)
+        self.average = None if options.ema_decay is None else MovingAverage(model, options.ema_decay)
         # In a list, so that the teacher is not part of this module's state.
         self.teachers: list[TinyFQNet] = []
         if teacher is not None:
@@ -154,15 +153,12 @@ class FaceQualityTask(nn.Module):
 
     @property
     def trained(self) -> TinyFQNet:
-        """The network to evaluate and save."""
-        if self.average is None:
-            return self.model
-        return cast("TinyFQNet", self.average.module)
+        """The network that evaluations measure: the average where there is one."""
+        return self.model if self.average is None else self.average.network
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """``images`` uint8 [B, 3, H, W], ``labels`` [B] -> ``loss`` and its parts; ``mae`` between score and label."""
-        # Depthwise layers train twice as fast on a CPU with the channels last; the maps keep the images' format.
-        x = normalize_faces(images.float() / 255).contiguous(memory_format=torch.channels_last)
+        x = self.inputs(images)
         logits = (self.model if self.training else self.trained).logits(x)
         loss = self.regression(logits, labels)
         figures = {"mae": (logits.sigmoid() - labels).abs().mean().detach()}
@@ -181,6 +177,15 @@ class FaceQualityTask(nn.Module):
             figures["distillation"] = distilled.detach()
         return {"loss": loss, **figures}
 
+    def inputs(self, images: Tensor) -> Tensor:
+        """Bytes as the network takes them."""
+        # Depthwise layers train twice as fast on a CPU with the channels last; the maps keep the images' format.
+        return normalize_faces(images.float() / 255).contiguous(memory_format=torch.channels_last)
+
+    def show(self, model: TinyFQNet, batch: Mapping[str, Tensor]) -> None:
+        """Pass a training batch through ``model``, for its statistics alone."""
+        model.logits(self.inputs(batch["images"]))
+
     def regression(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The recipe's loss between scores and labels."""
         if self.options.loss == "bce":
@@ -194,11 +199,6 @@ class FaceQualityTask(nn.Module):
         wanted = torch.sign(labels[:, None] - labels[None])
         losses = (self.options.ranking_margin - (scores[:, None] - scores[None]) * wanted).clamp(min=0)
         return (losses * wanted.abs()).sum() / wanted.abs().sum().clamp(min=1)
-
-    def update_average(self) -> None:
-        """Move the average towards the weights; called after each optimiser step."""
-        if self.average is not None:
-            self.average.update_parameters(self.model)
 
 
 def two_classes(logits: Tensor) -> Tensor:
@@ -220,7 +220,14 @@ def train_face_quality(
     train_labelled, eval_labelled = label_splits(options, recogniser)
     torch.manual_seed(options.training.seed)
     task = FaceQualityTask(TinyFQNet(options.model.width), options.task, options.teacher)
-    report = run_task(task, train_labelled, eval_labelled, options, recipe, resume, console)
+    batch_size, labels = options.training.batch_size, train_labelled.labels.labels
+    data = LabelledFaceData(
+        train_labelled.faces, labels, train_labelled.usable, options.augmentation, options.training.seed
+    )
+    average = KeepAverage(
+        task, task.model, task.average, task.show, lambda: training_batches(data, batch_size, collate_faces)
+    )
+    report = run_task(task, average, data, eval_labelled, options, recipe, resume, console)
     if not report.finished:
         return report
     usable = len(train_labelled.usable)
@@ -230,7 +237,8 @@ def train_face_quality(
         "skipped_images": float(len(train_labelled.skipped) + len(eval_labelled.skipped)),
     }
     if PartialState().is_main_process:
-        figures |= finish(task.trained, eval_labelled, options, label_rule(options.labels, recogniser))
+        average.settle()
+        figures |= finish(task, eval_labelled, options, label_rule(options.labels, recogniser))
     PartialState().wait_for_everyone()
     folder = Path(options.training.output) / "model"
     return dataclasses.replace(report, final={**report.final, **figures}, checkpoint=str(folder))
@@ -258,7 +266,8 @@ def label_splits(options: FaceQualityRecipe, recogniser: Recogniser) -> tuple[La
 
 def run_task(
     task: FaceQualityTask,
-    train_labelled: LabelledFaces,
+    average: KeepAverage[TinyFQNet],
+    data: LabelledFaceData,
     eval_labelled: LabelledFaces,
     options: FaceQualityRecipe,
     recipe: dict[str, Any],
@@ -267,33 +276,37 @@ def run_task(
 ) -> TrainingReport:
     """Train ``task`` in place on balanced batches."""
     training, rules = options.training, options.labels
-    labels, usable = train_labelled.labels.labels, train_labelled.usable
     return run(
         task,
-        LabelledFaceData(train_labelled.faces, labels, usable, options.augmentation, training.seed),
+        data,
         training,
         eval_data=LabelledFaceData(eval_labelled.faces, eval_labelled.labels.labels, eval_labelled.usable),
         collate=collate_faces,
         batch_sampler=BalancedSampler(
-            labels[usable], training.batch_size, rules.balance_power, rules.max_oversampling, training.seed
+            data.labels[data.indices], training.batch_size, rules.balance_power, rules.max_oversampling, training.seed
         ),
-        callbacks=[AfterStep(task.update_average)],
+        callbacks=average.callbacks,
         recipe=recipe,
         resume=resume,
         console=console,
+        metric=Metric("mae"),
     )
 
 
 def finish(
-    model: TinyFQNet, labelled: LabelledFaces, options: FaceQualityRecipe, rule: dict[str, object]
+    task: FaceQualityTask, labelled: LabelledFaces, options: FaceQualityRecipe, rule: dict[str, object]
 ) -> dict[str, float]:
-    """Measure the scorer on people it never saw, fit its scale there, save it."""
-    scores = score_faces(model, labelled.faces, labelled.usable, options.training.batch_size)
+    """Measure the scorer on people it never saw, fit its scale there, save it; with an average the better of both."""
     labels = labelled.labels.labels[labelled.usable].numpy()
+    errors = []
+    for model in (task.model,) if task.average is None else (task.trained, task.model):
+        scores = score_faces(model, labelled.faces, labelled.usable, options.training.batch_size)
+        errors.append((float(np.abs(scores - labels).mean()), scores, model))
+    mae, scores, model = min(errors, key=lambda entry: entry[0])
     scale = fit_scale(scores, labelled.faces.severities[labelled.usable.numpy()])
     config = ScorerConfig(options.model.width, scale, options.model.licence, options.model.description, rule)
     save_scorer(model, config, Path(options.training.output) / "model")
-    figures = {"mae": float(np.abs(scores - labels).mean())}
+    figures = {"mae": mae}
     try:
         figures["spearman"] = spearman(scores, labels)
     except EvaluationError as error:

@@ -16,12 +16,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kernels.losses import BatchTooSmall
-from kernels.training import AfterStep, RecipeError, TrainingOptions, TrainingReport, check_tables, run, take_table
+from kernels.training import (
+    AfterEvaluation,
+    AfterStep,
+    Metric,
+    RecipeError,
+    TrainingOptions,
+    TrainingReport,
+    check_tables,
+    run,
+    take_table,
+)
 from vision.data.segmentation import FolderMasks, MaskSource, SegmentationData, ShapeScenes, collate_masks
 from vision.distillation.teacher import Teacher
 from vision.distillation.terms import Answers, DecoupledTerm, MimicTerm, Term, parse_terms, wants_pairs
@@ -91,6 +102,7 @@ class SegmentationTask(nn.Module):
         super().__init__()
         self.model, self.loss, self.teacher, self.terms = model, loss, teacher, dict(terms)
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
+        self.matrix = ConfusionMatrix(len(model.config.class_names))
 
     def forward(self, images: Tensor, masks: Tensor) -> dict[str, Tensor]:
         """``images`` uint8 [B, 3, H, W], ``masks`` uint8 [B, H, W] -> ``loss``, its parts, ``pixel_accuracy``."""
@@ -100,6 +112,8 @@ class SegmentationTask(nn.Module):
         cross_entropy = F.cross_entropy(full, masks.long(), ignore_index=IGNORED)
         right = (full.argmax(dim=1) == masks) & counted
         figures = {"pixel_accuracy": right.sum() / counted.sum().clamp_min(1)}
+        if not self.training:
+            self.matrix.add(logits, masks)
         if not self.training or self.teacher is None:
             return {"loss": cross_entropy, **figures}
         teacher_logits, teacher_embedding = self.teacher(images)
@@ -111,6 +125,12 @@ class SegmentationTask(nn.Module):
         total = total + sum(self.terms[name].weight_at(step) * loss for name, loss in losses.items())
         figures |= {"cross_entropy": cross_entropy, **losses}
         return {"loss": total, **{name: value.detach() for name, value in figures.items()}}
+
+    def take_mean_iou(self) -> float:
+        """Mean intersection over union of the evaluations since the last call, over all processes."""
+        matrix, self.matrix = self.matrix, ConfusionMatrix(len(self.model.config.class_names))
+        matrix.counts = torch.stack(gather_object([matrix.counts])).sum(dim=0)
+        return matrix.report(self.model.config.class_names).mean_iou
 
     def after_step(self) -> None:
         """Count the step; called after each optimiser step."""
@@ -163,10 +183,11 @@ def train_segmenter(recipe: dict[str, Any], *, resume: bool = False, console: Co
         options,
         eval_data=eval_data,
         collate=collate_masks,
-        callbacks=[AfterStep(task.after_step)],
+        callbacks=[AfterStep(task.after_step), AfterEvaluation("mean_iou", task.take_mean_iou)],
         recipe=recipe,
         resume=resume,
         console=console,
+        metric=Metric("mean_iou", larger_is_better=True),
     )
     if not report.finished:
         return report

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import signal
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor
 
 from kernels.training import RecipeError, TrainingReport, callbacks
@@ -16,9 +18,11 @@ from vision.backbones import UnknownBackboneError, create_backbone
 from vision.backbones.checkpoint import save_backbone
 from vision.data.labelled_boxes import DetectionSource
 from vision.data.sources import DataError
+from vision.detection import export
 from vision.detection.checkpoint import load_detector
-from vision.detection.report import evaluate_detector, markdown
+from vision.detection.report import DetectorReport, evaluate_detector, markdown
 from vision.detection.thundernet import ThunderNet
+from vision.tasks import detection
 from vision.tasks.detection import DetectionTask, train_detector
 from vision.tasks.detection_recipe import DetectorRecipe, build_model
 
@@ -52,6 +56,7 @@ def test_every_miner_trains_saves_and_evaluates(
     report = train(detector_recipe(model=model, mining=mining))
     assert report.finished and report.checkpoint == str(tmp_path / "run" / "model")
     assert {"map50", "map60", "map70", "eval_map50", "eval_loss"} <= report.final.keys()
+    assert {"step", "eval_map50", "eval_loss"} <= report.best.keys()
     assert load_detector(Path(report.checkpoint)).config.class_names == ("disc", "square")
 
 
@@ -185,6 +190,41 @@ def test_unknown_backbones_and_classes_are_named(detector_recipe: Recipe, shapes
     annotation.write_text(annotation.read_text().replace("disc", "star").replace("square", "star"))
     with pytest.raises(DataError, match="'star'; known are disc, square"):
         evaluate_detector(Path(report.checkpoint), "voc", shapes_folder, "val")
+
+
+def test_the_better_of_raw_and_averaged_weights_is_saved(
+    detector_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    figures = iter([0.4, 0.0])  # of the raw weights, then of their average
+    measure = detection.evaluate_source
+
+    def evaluate(*args: Any) -> DetectorReport:
+        return dataclasses.replace(measure(*args), map50=next(figures))
+
+    monkeypatch.setattr(detection, "evaluate_source", evaluate)
+    caplog.set_level("INFO")
+    report = train(detector_recipe(task={"ema_decay": 0.999}))
+    (file,) = Path(report.checkpoint).parent.glob("checkpoint-*/model.safetensors")
+    kept, saved = load_file(file), weights(report.checkpoint)
+    key = next(key for key in saved if key.endswith("weight"))
+    assert report.final["map50"] == 0.4
+    assert torch.equal(saved[key], kept[f"model.{key}"])
+    assert not torch.equal(saved[key], kept[f"average.averaged.module.{key}"])
+    assert "eval_map50" in caplog.text
+
+
+def test_a_detector_that_finds_nothing_is_warned_of(
+    detector_recipe: Recipe, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = train(detector_recipe(training={"steps": 1, "learning_rate": 1e-9}))
+    assert report.final["training_recall"] == 0
+    assert load_detector(Path(report.checkpoint)).config.training_recall == 0
+    assert "finds none of the boxes on 12 of its own training images" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(export, "require_packages", lambda: (_ for _ in ()).throw(export.ExportError("no package")))
+    with pytest.raises(export.ExportError, match="no package"):
+        export.export_detector(Path(report.checkpoint))
+    assert "finds none of the boxes on its own training images" in caplog.text
 
 
 def flatten_boxes(folder: Path, spared: tuple[str, ...] = ()) -> int:
