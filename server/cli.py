@@ -16,6 +16,7 @@ from server.commands.detect import detect
 from server.commands.doctor import doctor
 from server.commands.face_quality import face_quality
 from server.commands.generate import generate
+from server.commands.plan import plan
 from server.commands.serve import serve
 from server.engine.request import EngineError
 from server.installation import check_installation, own_version
@@ -38,6 +39,7 @@ app.command()(detect)
 app.command("face-quality")(face_quality)
 app.command()(convert)
 app.add_typer(bench.app, name="bench")
+app.command()(plan)
 app.command()(doctor)
 app.add_typer(train.app, name="train")
 app.add_typer(study.app, name="study")

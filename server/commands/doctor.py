@@ -66,7 +66,8 @@ def examine() -> dict[str, Any]:
 def describe_gpu(gpu: dict[str, Any]) -> str:
     """One device's line."""
     return (
-        f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB, {gpu['free_bytes'] / 2**30:.1f} GiB free; to it "
+        f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB, {gpu['free_bytes'] / 2**30:.1f} GiB free, copied at "
+        f"{gpu['stream_gb_per_s']:.0f} GB/s, {gpu['fp16_tflops']:.0f} TFLOPS in fp16; to it "
         f"{gpu['to_gb_per_s']:.1f} GB/s, {gpu['to_latency_us']:.0f} us; from it {gpu['from_gb_per_s']:.1f} GB/s, "
         f"{gpu['from_latency_us']:.0f} us"
     )

@@ -30,16 +30,22 @@ STREAM_BYTES = 256 * 2**20
 STREAM_COLUMNS = 8192
 STREAM_SAMPLES = 3
 TRANSFER_BYTES, LATENCY_BYTES, TRANSFER_SAMPLES = 64 * 2**20, 4096, 7
+GPU_SIDE = 2048  # of the square matrices whose product is timed
 ROOT = Path("/")
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A CUDA device. Transfers are from and to pinned memory; a latency is that of one small copy, waited for."""
+    """A CUDA device: memory copied and multiply-adds of fp16 products (2 operations each), and its bus.
+
+    Transfers are from and to pinned memory; a latency is that of one small copy, waited for.
+    """
 
     name: str
     memory_bytes: int
     free_bytes: int
+    stream_gb_per_s: float
+    fp16_tflops: float
     to_gb_per_s: float
     from_gb_per_s: float
     to_latency_us: float
@@ -198,7 +204,8 @@ def measure_gpu(device: torch.device) -> Gpu:
     import torch
 
     free, total = torch.cuda.mem_get_info(device)
-    there = torch.empty(TRANSFER_BYTES, dtype=torch.uint8, device=device)
+    there = torch.zeros(TRANSFER_BYTES, dtype=torch.uint8, device=device)
+    factor = torch.zeros(GPU_SIDE, GPU_SIDE, dtype=torch.float16, device=device)
     here = torch.empty(TRANSFER_BYTES, dtype=torch.uint8, pin_memory=True)
 
     def seconds(num_bytes: int, copy: Callable[[int], object]) -> float:
@@ -211,6 +218,12 @@ def measure_gpu(device: torch.device) -> Gpu:
             samples.append(time.perf_counter() - started)
         return statistics.median(samples[1:])
 
+    def double(n: int) -> object:
+        return there[:n].clone()
+
+    def multiply(_: int) -> object:
+        return factor @ factor
+
     def send(n: int) -> object:
         return there[:n].copy_(here[:n], non_blocking=True)
 
@@ -221,6 +234,8 @@ def measure_gpu(device: torch.device) -> Gpu:
         name=torch.cuda.get_device_name(device),
         memory_bytes=total,
         free_bytes=free,
+        stream_gb_per_s=round(2 * TRANSFER_BYTES / seconds(TRANSFER_BYTES, double) / 1e9, 1),
+        fp16_tflops=round(2 * GPU_SIDE**3 / seconds(0, multiply) / 1e12, 1),
         to_gb_per_s=round(TRANSFER_BYTES / seconds(TRANSFER_BYTES, send) / 1e9, 2),
         from_gb_per_s=round(TRANSFER_BYTES / seconds(TRANSFER_BYTES, fetch) / 1e9, 2),
         to_latency_us=round(seconds(LATENCY_BYTES, send) * 1e6, 1),

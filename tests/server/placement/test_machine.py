@@ -72,7 +72,7 @@ def test_instruction_sets_are_read_from_the_first_processor(tmp_path: Path) -> N
 
 
 def test_the_machine_is_one_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = Gpu("card", 8 * 2**30, 7 * 2**30, 12.0, 11.0, 9.0, 8.0)
+    card = Gpu("card", 8 * 2**30, 7 * 2**30, 200.0, 5.0, 12.0, 11.0, 9.0, 8.0)
     monkeypatch.setattr(machine, "cpu_limits", lambda: (20.04, 300.0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(machine, "measure_gpu", lambda device: card)

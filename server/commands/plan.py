@@ -1,0 +1,146 @@
+"""``dovetail plan``: what would lie where for a budget of GPU memory, and how fast it would be; loads no weights."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from server.placement.machine import Machine
+    from server.placement.what_if import WhatIf
+
+DEFAULT_CONTEXT = 2048
+MARGIN_BYTES = 512 * 2**20  # of a card's free memory: the driver's own, and what else comes up meanwhile
+
+
+def plan(
+    target: Annotated[
+        str,
+        typer.Argument(help="Folder with config.json, hub id, or a bare shape such as llama2-7b.", show_default=False),
+    ],
+    vram: Annotated[
+        str | None,
+        typer.Option(help="GPU memory, such as 3GiB; nothing: what is free less a margin.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="How the target's weights are held.", metavar="[fp32|bf16|int8|int4]")
+    ] = ("int4"),
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"Positions to hold. Default: {DEFAULT_CONTEXT} or what the target allows.", show_default=False
+        ),
+    ] = None,
+    what_if: Annotated[
+        str | None,
+        typer.Option(
+            help="Another machine, as in cores=16,bandwidth=80,vram=4GiB,gpu_bandwidth=200,gpu_tflops=10,pcie=12; also "
+            "dots, latency_us, engine=native|torch, acceptance, and blocks, layers, rows to fix what is searched.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Say what would lie where, in bytes, with predicted speed and the runners-up. The last line printed is JSON."""
+    from server.placement.plan import Request, make_plan
+    from server.placement.shape import read_shape
+    from server.placement.what_if import parse_what_if
+    from server.settings import parse_bytes
+
+    shape = read_shape(target)
+    wanted = None if what_if is None else parse_what_if(what_if)
+    asked = None if vram is None else parse_budget(parse_bytes, vram)
+    if wanted is None:
+        from server.placement.machine import measure_machine
+
+        wanted, assumed = this_machine(measure_machine(), asked)
+    else:
+        assumed = []
+    budget = asked if asked is not None else wanted.vram
+    if what_if is not None and asked is not None and wanted.vram is not None and asked > wanted.vram:
+        raise typer.BadParameter(f"{vram} is more than the card's {wanted.vram} bytes", param_hint="--vram")
+    request = Request(
+        shape,
+        weights,
+        context or min(DEFAULT_CONTEXT, shape.max_context),
+        budget,
+        wanted.blocks,
+        wanted.layers,
+        wanted.rows,
+    )
+    found = make_plan(request, wanted.rates()).json() | {"machine": vars(wanted), "assumed": assumed}
+    show(found, Console(stderr=True, markup=False))
+    typer.echo(json.dumps(found))
+
+
+def parse_budget(parse: Any, text: str) -> int:
+    """Bytes above 0. Errors: typer.BadParameter."""
+    try:
+        number: int = parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--vram") from error
+    if number < 1:
+        raise typer.BadParameter(
+            "a budget is above 0 bytes; leave it out to plan for what is free", param_hint="--vram"
+        )
+    return number
+
+
+def this_machine(machine: Machine, asked: int | None) -> tuple[WhatIf, list[str]]:
+    """What was measured here, with what is only assumed of a GPU. Errors: typer.BadParameter beyond the card."""
+    from server.placement.what_if import WhatIf
+
+    known = WhatIf(cores=machine.cores, bandwidth=machine.stream_gb_per_s, dots=machine.dot_gmac_per_s)
+    assumed = ["acceptance length"]
+    if not machine.gpus:
+        return known, assumed if asked is None else [
+            *assumed,
+            "there is no GPU here: its bandwidth, arithmetic and bus",
+        ]
+    card = machine.gpus[0]
+    if asked is not None and asked > card.memory_bytes:
+        raise typer.BadParameter(
+            f"{asked} bytes are more than {card.name} has, {card.memory_bytes}", param_hint="--vram"
+        )
+    values = vars(known) | {
+        "vram": max(card.free_bytes - MARGIN_BYTES, 1),
+        "gpu_bandwidth": card.stream_gb_per_s,
+        "gpu_tflops": card.fp16_tflops,
+        "pcie": min(card.to_gb_per_s, card.from_gb_per_s),
+        "latency_us": max(card.to_latency_us, card.from_latency_us),
+    }
+    return WhatIf(**values), assumed
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """The plan for people."""
+    shape, budget = found["shape"], found["budget_bytes"]
+    where = "no GPU" if budget is None else f"{budget / 2**30:.2f} GiB of GPU memory"
+    table = Table(title=f"{shape['name']}, {found['weights']}, context {found['context']}, {where}")
+    for column in ("", "drafter", "GPU layers", "rows", "GPU, GiB", "CPU, GiB", "tokens/s", "x plain"):
+        table.add_column(column)
+    for number, entry in enumerate([found, *found["alternatives"]]):
+        placed, predicted = entry["placement"], entry["predicted"]
+        drafter = f"{placed['drafter_blocks']} blocks on {placed['drafter_device']}"
+        table.add_row(
+            "plan" if number == 0 else f"{number + 1}.",
+            drafter if placed["drafter_blocks"] else "none",
+            f"{placed['gpu_layers']}/{shape['num_layers']}", str(placed["rows"]),
+            f"{placed['gpu_bytes'] / 2**30:.2f}", f"{placed['cpu_bytes'] / 2**30:.2f}",
+            f"{predicted['tokens_per_s']:.2f}", f"{predicted['speedup']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    placed, predicted = found["placement"], found["predicted"]
+    console.print(
+        f"drafter {placed['drafter_bytes']} bytes (head of {placed['drafter_head_tokens']} tokens), layers "
+        f"{placed['gpu_layer_bytes']}, keys and values "
+        f"{placed['gpu_kv_bytes']} on the GPU; a round: verify {predicted['verify_ms']:.1f} ms, draft "
+        f"{predicted['draft_ms']:.1f}, transfer {predicted['transfer_ms']:.2f}; "
+        f"{predicted['acceptance_length']:.2f} tokens",
+        soft_wrap=True,
+    )
+    for what in found["assumed"]:
+        console.print(f"assumed, not measured: {what}", soft_wrap=True)

@@ -1,0 +1,196 @@
+"""A budget of GPU memory to what lies where: every sensible placement is priced, the fastest that fits is taken.
+
+Pure functions of a shape, a budget and a machine's rates; no weights are read. No plan exceeds its budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from server.placement.cost import Choice, Prediction, Rates, predict, verify_ms
+from server.placement.shape import FP16, KV_BYTES, WEIGHT_BYTES, PlanError, TargetShape
+
+MAX_BLOCKS = 6
+ROWS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 60)
+DEPTHS = (3, 5, 7)
+TRIMMED_HEAD = 32_768  # tokens that a trimmed head can draft (FR-Spec: a quarter of a large vocabulary loses little)
+WORKSPACE_BYTES = 64 * 2**20  # activations of one round and the allocator's rounding
+NUM_ALTERNATIVES = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned. budget_bytes None: no GPU. A pin fixes a choice that is searched otherwise."""
+
+    shape: TargetShape
+    weights: str
+    context: int
+    budget_bytes: int | None
+    pinned_blocks: int | None = None
+    pinned_layers: int | None = None
+    pinned_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHT_BYTES:
+            raise PlanError(f"weights {self.weights!r} are not known; allowed are {', '.join(WEIGHT_BYTES)}")
+        if not 1 <= self.context <= self.shape.max_context:
+            raise PlanError(
+                f"a context of {self.context} is asked for; {self.shape.name} allows 1 to {self.shape.max_context}"
+            )
+        if self.pinned_blocks is not None and not 0 <= self.pinned_blocks <= MAX_BLOCKS:
+            raise PlanError(f"blocks={self.pinned_blocks}: a drafter has 1 to {MAX_BLOCKS}, and 0 is no drafter")
+        if self.pinned_layers is not None and not 0 <= self.pinned_layers <= self.shape.num_layers:
+            raise PlanError(f"layers={self.pinned_layers}: {self.shape.name} has {self.shape.num_layers}")
+        if self.pinned_rows is not None and self.pinned_rows < 1:
+            raise PlanError(f"rows={self.pinned_rows}: a pass has at least the root")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Bytes by place.
+
+    drafter_bytes: fp16 with the copies of embedding and head, on the CPU int8 without the embedding; gpu_layer_bytes:
+    the target's layers on the GPU with the norm, and the whole head where the drafter's copy is trimmed; gpu_kv_bytes:
+    keys and values of both; cpu_bytes: the target's weights in main memory, keys and values of the layers there, and
+    the drafter where there is no GPU.
+    """
+
+    choice: Choice
+    drafter_bytes: int
+    gpu_layer_bytes: int
+    gpu_kv_bytes: int
+    cpu_bytes: int
+
+    @property
+    def gpu_bytes(self) -> int:
+        """All that must fit into the budget."""
+        if not self.choice.on_gpu:
+            return 0
+        return self.drafter_bytes + self.gpu_layer_bytes + self.gpu_kv_bytes + WORKSPACE_BYTES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A placement with its predicted times; ``alternatives`` are the runners-up, best first."""
+
+    request: Request
+    placement: Placement
+    prediction: Prediction
+    plain_tokens_per_s: float
+    alternatives: tuple[Plan, ...] = ()
+
+    def json(self) -> dict[str, Any]:
+        """The plan as ``dovetail plan`` prints it."""
+        choice, placed, found = self.placement.choice, self.placement, self.prediction
+        return {
+            "shape": dataclasses.asdict(self.request.shape),
+            "weights": self.request.weights,
+            "context": self.request.context,
+            "budget_bytes": self.request.budget_bytes,
+            "placement": {
+                "drafter_device": "gpu" if choice.on_gpu else "cpu",
+                "drafter_blocks": choice.num_blocks,
+                "drafter_head_tokens": choice.head_rows,
+                "drafter_bytes": placed.drafter_bytes,
+                "gpu_layers": choice.gpu_layers,
+                "gpu_layer_bytes": placed.gpu_layer_bytes,
+                "gpu_kv_bytes": placed.gpu_kv_bytes,
+                "gpu_bytes": placed.gpu_bytes,
+                "cpu_bytes": placed.cpu_bytes,
+                "rows": choice.rows,
+                "depth": choice.depth,
+            },
+            "predicted": {
+                "tokens_per_s": round(found.tokens_per_s, 3),
+                "plain_tokens_per_s": round(self.plain_tokens_per_s, 3),
+                "speedup": round(found.tokens_per_s / self.plain_tokens_per_s, 3),
+                "acceptance_length": round(found.acceptance_length, 3),
+                "verify_ms": round(found.verify_ms, 3),
+                "draft_ms": round(found.draft_ms, 3),
+                "transfer_ms": round(found.transfer_ms, 4),
+            },
+            "alternatives": [
+                {key: plan.json()[key] for key in ("placement", "predicted")} for plan in self.alternatives
+            ],
+        }
+
+
+def make_plan(request: Request, rates: Rates) -> Plan:
+    """The fastest placement that fits, with the runners-up of other drafters or layers.
+
+    Errors: PlanError where the budget holds no drafter, with the bytes that would be enough.
+    """
+    placements = [place(request, choice) for choice in choices(request)]
+    fitting = [each for each in placements if request.budget_bytes is None or each.gpu_bytes <= request.budget_bytes]
+    if not fitting:
+        least = min(each.gpu_bytes for each in placements)
+        raise PlanError(
+            f"{request.budget_bytes} bytes hold no plan for {request.shape.name} at a context of {request.context}: "
+            f"the smallest needs {least} bytes ({least / 2**30:.2f} GiB); give more, shorten the context, or plan "
+            "without a GPU"
+        )
+    plain = plain_tokens_per_s(request, rates)
+    plans = [
+        Plan(request, each, predict(request.shape, request.weights, request.context, rates, each.choice), plain)
+        for each in fitting
+    ]
+    plans.sort(key=lambda plan: (-plan.prediction.tokens_per_s, plan.placement.gpu_bytes))
+    runners_up: dict[tuple[int, int, int], Plan] = {}
+    for plan in plans:
+        choice = plan.placement.choice
+        runners_up.setdefault((choice.num_blocks, choice.head_rows, choice.gpu_layers), plan)
+    best, *others = runners_up.values()
+    return dataclasses.replace(best, alternatives=tuple(others[:NUM_ALTERNATIVES]))
+
+
+def choices(request: Request) -> Iterator[Choice]:
+    """Every placement worth pricing: blocks, head, layers on the GPU, tree sizes."""
+    shape, on_gpu = request.shape, request.budget_bytes is not None
+    # Without a GPU a drafter takes the CPU's time, so decoding plainly is one of the choices.
+    blocks = range(on_gpu, MAX_BLOCKS + 1) if request.pinned_blocks is None else (request.pinned_blocks,)
+    heads = sorted({min(TRIMMED_HEAD, shape.vocab_size), shape.vocab_size})
+    layers = range(shape.num_layers + 1 if on_gpu else 1) if request.pinned_layers is None else (request.pinned_layers,)
+    rows = ROWS if request.pinned_rows is None else (request.pinned_rows,)
+    for num_blocks, gpu_layers in itertools.product(blocks, layers):
+        if num_blocks == 0:
+            yield Choice(0, shape.vocab_size, gpu_layers, 1, 0, on_gpu)
+            continue
+        for head, num_rows, depth in itertools.product(heads, rows, DEPTHS):
+            yield Choice(num_blocks, head, gpu_layers, num_rows, depth, on_gpu)
+
+
+def place(request: Request, choice: Choice) -> Placement:
+    """The bytes of one choice."""
+    shape, context = request.shape, request.context
+    drafter = 0
+    if choice.num_blocks:
+        with_head = shape.drafter_parameters(choice.num_blocks) + choice.head_rows * shape.hidden_size
+        embedding = shape.vocab_size * shape.hidden_size
+        # On the CPU the embedding is the target's own, and the native drafter holds the rest in bytes.
+        drafter = FP16 * (with_head + embedding) if choice.on_gpu else round(with_head * WEIGHT_BYTES["int8"])
+    layers = 0
+    if choice.gpu_layers:
+        own_head = shape.head_parameters if choice.num_blocks == 0 or choice.head_rows < shape.vocab_size else 0
+        layers = FP16 * (choice.gpu_layers * shape.layer_parameters + shape.hidden_size + own_head)
+    kv_layers = choice.num_blocks + choice.gpu_layers
+    kv = FP16 * context * shape.kv_elements(kv_layers)
+    cpu_layers = shape.num_layers - choice.gpu_layers
+    in_memory = (
+        cpu_layers * shape.layer_parameters + shape.head_parameters * (1 if shape.tied else 2) + shape.hidden_size
+    )
+    cpu = (
+        in_memory * WEIGHT_BYTES[request.weights] + context * shape.kv_elements(cpu_layers) * KV_BYTES[request.weights]
+    )
+    if choice.on_gpu:
+        return Placement(choice, drafter, layers, kv, round(cpu))
+    return Placement(choice, drafter, 0, 0, round(cpu) + drafter + kv)
+
+
+def plain_tokens_per_s(request: Request, rates: Rates) -> float:
+    """Plain decoding with everything on the CPU: what every speed-up is taken over."""
+    alone = Choice(0, request.shape.vocab_size, 0, 1, 0, on_gpu=False)
+    return 1e3 / verify_ms(request.shape, request.weights, request.context, rates, alone, 1)
