@@ -45,6 +45,8 @@ class Request:
             raise PlanError(f"blocks={self.pinned_blocks}: a drafter has 1 to {MAX_BLOCKS}, and 0 is no drafter")
         if self.pinned_layers is not None and not 0 <= self.pinned_layers <= self.shape.num_layers:
             raise PlanError(f"layers={self.pinned_layers}: {self.shape.name} has {self.shape.num_layers}")
+        if self.pinned_layers and self.budget_bytes is None:
+            raise PlanError(f"layers={self.pinned_layers}: without GPU memory (vram) every layer is on the CPU")
         if self.pinned_rows is not None and self.pinned_rows < 1:
             raise PlanError(f"rows={self.pinned_rows}: a pass has at least the root")
 

@@ -160,6 +160,7 @@ def test_bad_configurations_are_refused(tmp_path: Path, content: str, message: s
         (["llama2-7b", "--what-if", "engine=cuda"], "allowed are native and torch"),
         (["llama2-7b", "--what-if", f"blocks={MAX_BLOCKS + 1}"], "a drafter has 1 to 6"),
         (["llama2-7b", "--what-if", "vram=9GiB,layers=33"], "llama2-7b has 32"),
+        (["llama2-7b", "--what-if", "layers=3"], "without GPU memory (vram) every layer is on the CPU"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(arguments: list[str], message: str) -> None:
