@@ -16,7 +16,7 @@ from kernels.threads import available_threads
 
 logger = logging.getLogger(__name__)
 
-ABI = 3  # what `dovetail_abi` of a library built from the same sources answers
+ABI = 4  # what `dovetail_abi` of a library built from the same sources answers
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -25,7 +25,8 @@ class PackedDescriptor(ctypes.Structure):
 
     _fields_ = [
         ("data", _POINTER), ("out_features", _INT64), ("in_features", _INT64),
-        ("bits", ctypes.c_int32), ("group", ctypes.c_int32), ("minimum", ctypes.c_int32),
+        ("bits", ctypes.c_int32), ("group", ctypes.c_int32), ("kind", ctypes.c_int32), ("scale_bytes", ctypes.c_int32),
+        ("table", ctypes.c_int8 * 16),
     ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels.linear_lowbit.packed import FORMAT_VERSION, PackedWeight, dequantise
 
 _FORMAT = "dovetail-packed"
+_READABLE = ("1", str(FORMAT_VERSION))  # 1 had fewer formats, with the same bytes
 
 
 class PackedFormatError(ValueError):
@@ -32,6 +33,7 @@ def save_packed(path: Path, weights: Mapping[str, PackedWeight | Tensor]) -> Non
         name: {
             "out_features": weight.out_features, "in_features": weight.in_features, "bits": weight.bits,
             "group_size": weight.group_size, "zero_point": weight.zero_point,
+            "wide_scales": weight.wide_scales, "table": weight.table,
         }
         for name, weight in weights.items() if isinstance(weight, PackedWeight)
     }  # fmt: skip
@@ -71,14 +73,17 @@ def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, A
             f"{path} is no packed checkpoint; `dovetail convert` writes one from safetensors weights"
         )
     version = metadata.get("format_version")
-    if version != str(FORMAT_VERSION):
+    if version not in _READABLE:
         raise PackedFormatError(
-            f"{path} has packed format {version}, this version reads {FORMAT_VERSION}: "
-            "convert the original weights again"
+            f"{path} has packed format {version}, this version reads {' and '.join(_READABLE)}: "
+            "`dovetail convert TARGET FOLDER --weights int8` makes the folder anew from the original weights"
         )
     try:
         described: dict[str, dict[str, Any]] = json.loads(metadata["packed"])
-    except (KeyError, json.JSONDecodeError) as error:
+        for fields in described.values():
+            if fields.get("table") is not None:
+                fields["table"] = tuple(fields["table"])
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise PackedFormatError(f"{path} does not say which of its weights are packed") from error
     return described
 

@@ -3,6 +3,7 @@
 One format for every machine (csrc/layout.h describes the bytes): a panel of 32 output rows is one contiguous run.
 """
 
+import ctypes
 import functools
 from dataclasses import dataclass
 
@@ -13,9 +14,10 @@ from kernels.linear_lowbit import reference
 from kernels.linear_lowbit.reference import QuantisedWeight
 from kernels.native import PackedDescriptor
 
-FORMAT_VERSION = 1  # of the bytes below; stored in checkpoints and checked when they are read
-GROUP_SIZES = (32, 64, 128)
+FORMAT_VERSION = 2  # of the bytes below; stored in checkpoints and checked when they are read
+GROUP_SIZES = (16, 32, 64, 128)
 _PANEL, _CHUNK = 32, 32
+_SYMMETRIC, _MINIMUM, _TABLE = range(3)  # `Kind` of csrc/layout.h
 _FLOAT_DTYPES = {16: torch.bfloat16, 32: torch.float32}
 
 
@@ -23,7 +25,9 @@ _FLOAT_DTYPES = {16: torch.bfloat16, 32: torch.float32}
 class PackedWeight:
     """One weight matrix [out_features, in_features], packed. `bits`: 4, 8, 16 (bf16) or 32 (fp32).
 
-    `group_size` inputs share a scale (unused for 16 and 32 bits); `zero_point`: each group also stores a minimum.
+    `group_size` inputs share a scale (unused for 16 and 32 bits); `zero_point`: each group also stores a minimum;
+    `wide_scales`: scales and minima are fp32, not fp16; `table`: what the sixteen 4-bit codes stand for before their
+    scale, signed bytes.
     """
 
     data: Tensor  # uint8 [bytes]
@@ -32,10 +36,16 @@ class PackedWeight:
     bits: int
     group_size: int
     zero_point: bool = False
+    wide_scales: bool = False
+    table: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         check_format(self.in_features, self.bits, self.group_size)
-        expected = packed_bytes(self.out_features, self.in_features, self.bits, self.group_size, self.zero_point)
+        if self.table is not None:
+            check_table(self.table, self.bits, self.zero_point)
+        expected = packed_bytes(
+            self.out_features, self.in_features, self.bits, self.group_size, self.zero_point, self.wide_scales
+        )
         if self.data.dtype != torch.uint8 or self.data.shape != (expected,) or not self.data.is_contiguous():
             raise ValueError(
                 f"packed data must be {expected} contiguous bytes for a {self.bits}-bit weight "
@@ -45,9 +55,11 @@ class PackedWeight:
     @functools.cached_property
     def descriptor(self) -> PackedDescriptor:
         """What native code is handed; valid as long as this object lives."""
+        kind = _TABLE if self.table is not None else _MINIMUM if self.zero_point else _SYMMETRIC
         return PackedDescriptor(
-            self.data.data_ptr(), self.out_features, self.in_features, self.bits, self.group_size, int(self.zero_point)
-        )
+            self.data.data_ptr(), self.out_features, self.in_features, self.bits, self.group_size, kind,
+            4 if self.wide_scales else 2, (ctypes.c_int8 * 16)(*(self.table or ())),
+        )  # fmt: skip
 
 
 def check_format(in_features: int, bits: int, group_size: int) -> None:
@@ -56,18 +68,32 @@ def check_format(in_features: int, bits: int, group_size: int) -> None:
         raise ValueError(f"bits must be 4, 8, 16 (bf16) or 32 (fp32), got {bits}")
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size}")
-    if bits <= 8 and in_features % group_size:
-        fitting = [size for size in GROUP_SIZES if in_features % size == 0]
+    if bits <= 8 and in_features % max(group_size, _CHUNK):
+        fitting = [size for size in GROUP_SIZES if in_features % max(size, _CHUNK) == 0]
         advice = f"take {' or '.join(map(str, fitting))}" if fitting else "keep this layer in bf16 (bits=16)"
         raise ValueError(f"{in_features} input features do not divide into groups of {group_size}: {advice}")
 
 
-def packed_bytes(out_features: int, in_features: int, bits: int, group_size: int, zero_point: bool) -> int:
+def check_table(table: tuple[int, ...], bits: int, zero_point: bool) -> None:
+    """Refuses a table that the kernels do not read."""
+    if bits != 4 or zero_point:
+        raise ValueError(f"a table is for 4-bit codes without minima, got {bits} bits, zero_point={zero_point}")
+    if len(table) != 16 or not all(-128 <= entry <= 127 for entry in table):
+        raise ValueError(f"a table has sixteen entries from -128 to 127, got {list(table)}")
+
+
+def packed_bytes(
+    out_features: int, in_features: int, bits: int, group_size: int, zero_point: bool, wide_scales: bool = False
+) -> int:
     """Size of the packed weight in bytes."""
     panels = -(-out_features // _PANEL)
     if bits > 8:
         return panels * _PANEL * -(-in_features // _CHUNK) * _CHUNK * bits // 8
-    return panels * _PANEL * (in_features * bits // 8 + in_features // group_size * 2 * (1 + zero_point))
+    return (
+        panels
+        * _PANEL
+        * (in_features * bits // 8 + in_features // group_size * (4 if wide_scales else 2) * (1 + zero_point))
+    )
 
 
 def pack(
@@ -97,8 +123,13 @@ def _pad_rows(rows: Tensor) -> Tensor:
 
 
 def pack_quantised(weight: QuantisedWeight) -> PackedWeight:
-    """Orders codes and scales as csrc/layout.h says."""
+    """Orders codes and scales as csrc/layout.h says. Raises ValueError for what has no packed form."""
     out_features, in_features = weight.codes.shape
+    if weight.scale.dtype not in (torch.float16, torch.float32):
+        raise ValueError(f"scales must be fp16 or fp32, got {weight.scale.dtype}")
+    if weight.minimum is not None and weight.minimum.dtype != weight.scale.dtype:
+        raise ValueError(f"minima must have the scales' type {weight.scale.dtype}, got {weight.minimum.dtype}")
+    check_format(in_features, weight.bits, weight.group_size)
     codes = _pad_rows(weight.codes)
     if weight.bits == 4:
         pairs = codes.reshape(len(codes), -1, 2, 4)
@@ -107,12 +138,15 @@ def pack_quantised(weight: QuantisedWeight) -> PackedWeight:
     parts = [
         codes.reshape(-1, _PANEL, num_groups, codes.shape[1] // num_groups // 4, 4).permute(0, 2, 3, 1, 4).flatten(2)
     ]
-    for halves in (weight.scale, weight.minimum):
-        if halves is not None:
-            panels = _pad_rows(halves).reshape(-1, _PANEL, num_groups).transpose(1, 2).contiguous()
+    for scales in (weight.scale, weight.minimum):
+        if scales is not None:
+            panels = _pad_rows(scales).reshape(-1, _PANEL, num_groups).transpose(1, 2).contiguous()
             parts.append(panels.view(torch.uint8))
     data = torch.cat(parts, dim=2).flatten()
-    return PackedWeight(data, out_features, in_features, weight.bits, weight.group_size, weight.minimum is not None)
+    return PackedWeight(
+        data, out_features, in_features, weight.bits, weight.group_size, weight.minimum is not None,
+        weight.scale.dtype == torch.float32, weight.table,
+    )  # fmt: skip
 
 
 def _pack_float(weight: Tensor, bits: int, group_size: int) -> PackedWeight:
@@ -143,16 +177,16 @@ def unpack(packed: PackedWeight) -> QuantisedWeight | Tensor:
     if packed.bits == 4:
         codes = torch.stack((codes & 15, codes >> 4), dim=2)
     codes = codes.reshape(panels * _PANEL, -1)[: packed.out_features]
-    halves = [
-        groups[:, :, start : start + _PANEL * 2]
-        .contiguous()
-        .view(torch.float16)
-        .transpose(1, 2)
-        .reshape(-1, num_groups)
-        for start in range(code_bytes, groups.shape[2], _PANEL * 2)
+    dtype = torch.float32 if packed.wide_scales else torch.float16
+    scale_bytes = _PANEL * dtype.itemsize
+    scales = [
+        groups[:, :, start : start + scale_bytes].contiguous().view(dtype).transpose(1, 2).reshape(-1, num_groups)
+        for start in range(code_bytes, groups.shape[2], scale_bytes)
     ]
-    halves = [half[: packed.out_features] for half in halves]
-    return QuantisedWeight(codes, halves[0], halves[1] if packed.zero_point else None, packed.bits, packed.group_size)
+    scales = [scale[: packed.out_features] for scale in scales]
+    return QuantisedWeight(
+        codes, scales[0], scales[1] if packed.zero_point else None, packed.bits, packed.group_size, packed.table
+    )
 
 
 def dequantise(packed: PackedWeight) -> Tensor:

@@ -2,8 +2,9 @@
 
 Letters: N rows of activations, O output features, I input features, G = I / group_size groups of a weight row.
 
-A weight group (group_size consecutive inputs of one output) is stored as unsigned codes of `bits` bits with one fp16
-scale: weight = scale * (code - 2^(bits - 1)), or with zero points (an fp16 minimum per group) scale * code + minimum.
+A weight group (group_size consecutive inputs of one output) is stored as unsigned codes of `bits` bits with one fp16 or
+fp32 scale: weight = scale * (code - 2^(bits - 1)), or with zero points (a minimum per group) scale * code + minimum, or
+with a table of sixteen signed bytes scale * table[code].
 Activations are quantised per row and span of 128 inputs to signed bytes: value = scale * byte, scale = largest
 magnitude / 127. Products of codes and bytes are summed exactly, as integers, over a group, then in fp32 over the groups
 of a span, then over spans.
@@ -21,22 +22,29 @@ _CHUNK_ELEMENTS = 1 << 16  # weights searched at once: some eight temporaries of
 
 @dataclass(frozen=True)
 class QuantisedWeight:
-    """Codes uint8 [O, I]; scale fp16 [O, G]; minimum fp16 [O, G], or None for symmetric codes."""
+    """Codes uint8 [O, I]; scale fp16 or fp32 [O, G]; minimum of the scale's type [O, G], or None for symmetric codes.
+
+    `table`: what the sixteen 4-bit codes stand for before their scale, signed bytes; None: the code less 2^(bits - 1).
+    """
 
     codes: Tensor
     scale: Tensor
     minimum: Tensor | None
     bits: int
     group_size: int
+    table: tuple[int, ...] | None = None
+
+    def levels(self) -> Tensor:
+        """What the codes stand for before their scale: fp32 [O, I], whole numbers."""
+        if self.table is not None:
+            return torch.tensor(self.table, dtype=torch.float32)[self.codes.long()]
+        codes = self.codes.float()
+        return codes if self.minimum is not None else codes - 2 ** (self.bits - 1)
 
     def dequantise(self) -> Tensor:
-        """The weights that the codes stand for, fp32 [O, I]."""
-        codes = self.codes.float().reshape(len(self.codes), -1, self.group_size)
-        scale = self.scale.float().unsqueeze(-1)
-        if self.minimum is None:
-            centred: Tensor = scale * (codes - 2 ** (self.bits - 1))
-            return centred.flatten(1)
-        return torch.addcmul(self.minimum.float().unsqueeze(-1), scale, codes).flatten(1)
+        """The weights that the codes stand for, fp32 [O, I]; the product is rounded, then the sum with the minimum."""
+        values = self.levels().reshape(len(self.codes), -1, self.group_size) * self.scale.float().unsqueeze(-1)
+        return (values if self.minimum is None else values + self.minimum.float().unsqueeze(-1)).flatten(1)
 
 
 def quantise(
@@ -133,10 +141,10 @@ def quantise_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 def linear_integer(x: Tensor, weight: QuantisedWeight) -> Tensor:
     """x fp32 [N, I] times the quantised weight: fp32 [N, O], through the integer sums that the native kernels take."""
     values, activation_scale = quantise_activations(x)
-    codes = weight.codes.to(torch.float64) - (0 if weight.minimum is not None else 2 ** (weight.bits - 1))
+    levels = weight.levels().to(torch.float64)
     grouped = values.to(torch.float64).reshape(len(x), -1, weight.group_size)
     # float64 holds every integer sum exactly.
-    dots = torch.einsum("ngi,ogi->gno", grouped, codes.reshape(len(codes), -1, weight.group_size)).float()
+    dots = torch.einsum("ngi,ogi->gno", grouped, levels.reshape(len(levels), -1, weight.group_size)).float()
     sums = grouped.sum(-1).float()
     span_groups = ACTIVATION_SPAN // weight.group_size
     out = torch.zeros(len(x), len(weight.codes))

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.linear_lowbit.packed import GROUP_SIZES
 from kernels.linear_lowbit.reference import quantise
 
+_INT4_GROUPS = (32, 64, 128)
 _INT4_OUTPUTS = 16  # torch's int4 product takes outputs in multiples of this
 _INT8_INPUTS = 32  # its int8 product takes inputs in multiples of this
 
@@ -59,7 +59,7 @@ def fits(weight: Tensor, bits: int, group_size: int) -> bool:
     """Whether torch has a product for this weight [out, in]."""
     out_features, in_features = weight.shape
     if bits == 4:
-        return group_size in GROUP_SIZES and in_features % group_size == 0 and out_features % _INT4_OUTPUTS == 0
+        return group_size in _INT4_GROUPS and in_features % group_size == 0 and out_features % _INT4_OUTPUTS == 0
     return bits == 8 and in_features % _INT8_INPUTS == 0
 
 

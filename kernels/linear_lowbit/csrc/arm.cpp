@@ -17,12 +17,10 @@ constexpr int kVectors = 4;   // such vectors in a half panel: with two activati
 
 TARGET void encode(const float* x, const Packed& w, int width, int t, const Activations& tile) { encode_row(x, w, width, t, tile); }
 
-// Codes less the middle of their range, as signed bytes: the even and the odd quad of columns for int4, one quad for int8.
-TARGET DOVETAIL_INLINE int8x16_t low_nibbles(uint8x16_t codes) {
-  return vsubq_s8(vreinterpretq_s8_u8(vandq_u8(codes, vdupq_n_u8(15))), vdupq_n_s8(8));
-}
+// What 4-bit codes stand for, as signed bytes: entries of the table, which for kinds without one counts from -8.
+TARGET DOVETAIL_INLINE int8x16_t low_nibbles(int8x16_t table, uint8x16_t codes) { return vqtbl1q_s8(table, vandq_u8(codes, vdupq_n_u8(15))); }
 
-TARGET DOVETAIL_INLINE int8x16_t high_nibbles(uint8x16_t codes) { return vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(codes, 4)), vdupq_n_s8(8)); }
+TARGET DOVETAIL_INLINE int8x16_t high_nibbles(int8x16_t table, uint8x16_t codes) { return vqtbl1q_s8(table, vshrq_n_u8(codes, 4)); }
 
 TARGET DOVETAIL_INLINE int8x16_t centred(uint8x16_t codes) { return vreinterpretq_s8_u8(veorq_u8(codes, vdupq_n_u8(128))); }
 
@@ -33,15 +31,15 @@ TARGET DOVETAIL_INLINE void dot(int32x4_t (&d)[kVectors][U], int vector, int8x16
 
 // Sixteen columns: four quads, whose activations are the four lanes of one vector.
 template <int Bits, int U>
-TARGET DOVETAIL_INLINE void dot_columns(int32x4_t (&d)[kVectors][U], const uint8_t* w, const int8x16_t (&x)[U]) {
+TARGET DOVETAIL_INLINE void dot_columns(int32x4_t (&d)[kVectors][U], const uint8_t* w, const int8x16_t (&x)[U], int8x16_t table) {
   for (int v = 0; v < kVectors; ++v, w += 16) {
     if constexpr (Bits == 4) {
       const uint8x16_t first = vld1q_u8(w);
       const uint8x16_t second = vld1q_u8(w + kPanel * 4);
-      dot<0, U>(d, v, low_nibbles(first), x);
-      dot<1, U>(d, v, high_nibbles(first), x);
-      dot<2, U>(d, v, low_nibbles(second), x);
-      dot<3, U>(d, v, high_nibbles(second), x);
+      dot<0, U>(d, v, low_nibbles(table, first), x);
+      dot<1, U>(d, v, high_nibbles(table, first), x);
+      dot<2, U>(d, v, low_nibbles(table, second), x);
+      dot<3, U>(d, v, high_nibbles(table, second), x);
     } else {
       dot<0, U>(d, v, centred(vld1q_u8(w)), x);
       dot<1, U>(d, v, centred(vld1q_u8(w + kPanel * 4)), x);
@@ -51,44 +49,46 @@ TARGET DOVETAIL_INLINE void dot_columns(int32x4_t (&d)[kVectors][U], const uint8
   }
 }
 
-TARGET DOVETAIL_INLINE float32x4_t widen_halves(const uint8_t* p) {
-  return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p)));
+// Four scales or minima from the one for row `row` of the panel on.
+TARGET DOVETAIL_INLINE float32x4_t scales_at(const uint8_t* scales, int bytes, int row) {
+  if (bytes == 4) return vld1q_f32(reinterpret_cast<const float*>(scales) + row);
+  return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(scales + row * 2)));
 }
 
-template <int Bits, bool Minimum, int T, int U>
+template <int Bits, Kind K, int T, int U>
 TARGET DOVETAIL_INLINE void half_rows(const Step& s, int half, int first) {
-  constexpr int chunk_bytes = kPanel * kChunk * Bits / 8;
-  const int groups = s.chunks / s.group_chunks;
-  const uint8_t* w = s.weights + half * 64;
-  const int8_t* x = reinterpret_cast<const int8_t*>(s.values) + first * kChunk;
+  constexpr int columns = 16;
+  constexpr int8_t counted[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+  const int8x16_t table = vld1q_s8(K == kTable ? s.table : counted);
+  const uint8_t* w = s.weights;
   float32x4_t sum[kVectors][U];
   for (int v = 0; v < kVectors; ++v)
     for (int u = 0; u < U; ++u) sum[v][u] = vdupq_n_f32(0.0f);
-  for (int g = 0; g < groups; ++g) {
+  for (int g = 0; g < s.groups(); ++g) {
     const int32_t* offset = s.offsets + g * T + first;
+    const int8_t* x = reinterpret_cast<const int8_t*>(s.group_values(g, T)) + first * kChunk;
     int32x4_t d[kVectors][U];
     for (int u = 0; u < U; ++u) {
       // With minima the products are wanted for the codes themselves; without, the middle already stands for the offset.
-      const int32_t start = Minimum ? static_cast<int32_t>(bits_float(static_cast<uint32_t>(offset[u]))) * (1 << (Bits - 1)) : 0;
+      const int32_t start = K == kMinimum ? static_cast<int32_t>(bits_float(static_cast<uint32_t>(offset[u]))) * (1 << (Bits - 1)) : 0;
       for (int v = 0; v < kVectors; ++v) d[v][u] = vdupq_n_s32(start);
     }
-    for (int c = 0; c < s.group_chunks; ++c, w += chunk_bytes, x += T * kChunk) {
-      for (int k = 0; k < kChunk; k += 16) {
-        int8x16_t values[U];
-        for (int u = 0; u < U; ++u) values[u] = vld1q_s8(x + u * kChunk + k);
-        dot_columns<Bits, U>(d, w + k * kPanel * Bits / 8, values);
-      }
+    for (int k = 0; k < s.group; k += columns, w += columns * kPanel * Bits / 8) {
+      int8x16_t values[U];
+      for (int u = 0; u < U; ++u) values[u] = vld1q_s8(x + (k / kChunk * T + u) * kChunk + k % kChunk);
+      dot_columns<Bits, U>(d, w + half * 64, values, table);
     }
-    const uint8_t* scales = w - half * 64 + half * kHalf * 2;
+    const uint8_t* minima = w + kPanel * s.scale_bytes;
     for (int v = 0; v < kVectors; ++v) {
-      const float32x4_t scale = widen_halves(scales + v * kRows * 2);
+      const int row = half * kHalf + v * kRows;
+      const float32x4_t scale = scales_at(w, s.scale_bytes, row);
       for (int u = 0; u < U; ++u) sum[v][u] = vfmaq_f32(sum[v][u], vcvtq_f32_s32(d[v][u]), scale);
-      if constexpr (Minimum) {
-        const float32x4_t minimum = widen_halves(scales + kPanel * 2 + v * kRows * 2);
+      if constexpr (K == kMinimum) {
+        const float32x4_t minimum = scales_at(minima, s.scale_bytes, row);
         for (int u = 0; u < U; ++u) sum[v][u] = vfmaq_n_f32(sum[v][u], minimum, bits_float(static_cast<uint32_t>(offset[u])));
       }
     }
-    w += kPanel * 2 * (1 + Minimum);
+    w = minima + (K == kMinimum ? kPanel * s.scale_bytes : 0);
   }
   for (int u = 0; u < U; ++u) {
     float* out = s.sums + (first + u) * kPanel + half * kHalf;
@@ -96,11 +96,11 @@ TARGET DOVETAIL_INLINE void half_rows(const Step& s, int half, int first) {
   }
 }
 
-template <int Bits, bool Minimum, int T>
+template <int Bits, Kind K, int T>
 TARGET void step_integer(const Step& s) {
   for (int half = 0; half < 2; ++half) {
-    for (int first = 0; first + 2 <= T; first += 2) half_rows<Bits, Minimum, T, 2>(s, half, first);
-    if constexpr (T % 2 != 0) half_rows<Bits, Minimum, T, 1>(s, half, T - 1);
+    for (int first = 0; first + 2 <= T; first += 2) half_rows<Bits, K, T, 2>(s, half, first);
+    if constexpr (T % 2 != 0) half_rows<Bits, K, T, 1>(s, half, T - 1);
   }
 }
 
@@ -123,8 +123,7 @@ const InstructionSet* arm_dotprod() {
     dotprod.name = "arm-dotprod";
     dotprod.supported = supported;
     dotprod.encode = encode;
-    const StepFunction integer[kBf16][kTile] = {DOVETAIL_WIDTHS(DOVETAIL_INT4), DOVETAIL_WIDTHS(DOVETAIL_INT4_MINIMUM),
-                                                DOVETAIL_WIDTHS(DOVETAIL_INT8), DOVETAIL_WIDTHS(DOVETAIL_INT8_MINIMUM)};
+    const StepFunction integer[kBf16][kTile] = {DOVETAIL_INTEGER_STEPS};
     std::memcpy(dotprod.steps, integer, sizeof integer);
     return dotprod;
   }();

@@ -22,20 +22,39 @@ TARGET DOVETAIL_INLINE __m256i broadcast(const uint8_t* p) {
   return _mm256_set1_epi32(word);
 }
 
-TARGET DOVETAIL_INLINE __m256 widen_halves(const uint8_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+// Eight scales or minima from the one for row `row` of the panel on.
+TARGET DOVETAIL_INLINE __m256 scales_at(const uint8_t* scales, int bytes, int row) {
+  if (bytes == 4) return _mm256_loadu_ps(reinterpret_cast<const float*>(scales) + row);
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + row * 2)));
 }
 
-// One chunk of one quarter panel for U rows. The 16-bit sums cannot overflow: int4 adds 8 pairs of products of at most
-// 2 * 15 * 127, together 30480; int8 takes |weight| times the activation with the weight's sign, at most 2 * 128 * 127 a pair.
-template <int Bits, int U>
-TARGET DOVETAIL_INLINE void dot_chunk(__m256i (&d)[U], const uint8_t* w, const uint8_t* x) {
+// Products of signed weights with the bytes at `x`, four columns: |weight| times the activation with the weight's sign.
+template <int U>
+TARGET DOVETAIL_INLINE void dot_signed(__m256i (&d)[U], __m256i weight, const uint8_t* x) {
   const __m256i ones = _mm256_set1_epi16(1);
-  if constexpr (Bits == 4) {
-    const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i magnitude = _mm256_abs_epi8(weight);
+  for (int u = 0; u < U; ++u) {
+    const __m256i value = _mm256_sign_epi8(broadcast(x + u * kChunk), weight);
+    d[u] = _mm256_add_epi32(d[u], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, value), ones));
+  }
+}
+
+// Up to a chunk's columns of one quarter panel for U rows. The 16-bit sums cannot overflow: int4 adds 8 pairs of products of at
+// most 2 * 15 * 127, together 30480; int8 and tables add one pair of at most 2 * 128 * 127.
+template <int Bits, Kind K, int U>
+TARGET DOVETAIL_INLINE void dot_columns(__m256i (&d)[U], const uint8_t* w, const uint8_t* x, int columns, __m256i table) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  if constexpr (K == kTable) {
+    for (int k = 0; k < columns; k += 8, w += kPanel * 4) {
+      const __m256i codes = load(w);
+      dot_signed<U>(d, _mm256_shuffle_epi8(table, _mm256_and_si256(codes, nibble)), x + k);
+      dot_signed<U>(d, _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble)), x + k + 4);
+    }
+  } else if constexpr (Bits == 4) {
+    const __m256i ones = _mm256_set1_epi16(1);
     __m256i pairs[U];
     for (int u = 0; u < U; ++u) pairs[u] = _mm256_setzero_si256();
-    for (int k = 0; k < kChunk; k += 8, w += kPanel * 4) {
+    for (int k = 0; k < columns; k += 8, w += kPanel * 4) {
       const __m256i codes = load(w);
       const __m256i low = _mm256_and_si256(codes, nibble);
       const __m256i high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
@@ -48,45 +67,41 @@ TARGET DOVETAIL_INLINE void dot_chunk(__m256i (&d)[U], const uint8_t* w, const u
     for (int u = 0; u < U; ++u) d[u] = _mm256_add_epi32(d[u], _mm256_madd_epi16(pairs[u], ones));
   } else {
     const __m256i middle = _mm256_set1_epi8(-128);
-    for (int k = 0; k < kChunk; k += 4, w += kPanel * 4) {
-      const __m256i weight = _mm256_xor_si256(load(w), middle);
-      const __m256i magnitude = _mm256_abs_epi8(weight);
-      for (int u = 0; u < U; ++u) {
-        const __m256i value = _mm256_sign_epi8(broadcast(x + u * kChunk + k), weight);
-        d[u] = _mm256_add_epi32(d[u], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, value), ones));
-      }
-    }
+    for (int k = 0; k < columns; k += 4, w += kPanel * 4) dot_signed<U>(d, _mm256_xor_si256(load(w), middle), x + k);
   }
 }
 
 // What the int32 sums start from. The int8 products are those of code - 128, which the offset of symmetric weights stands for.
-template <int Bits, bool Minimum>
+template <int Bits, Kind K>
 TARGET DOVETAIL_INLINE int32_t first_sum(int32_t offset) {
-  if constexpr (Minimum) return Bits == 8 ? 128 * static_cast<int32_t>(bits_float(static_cast<uint32_t>(offset))) : 0;
+  if constexpr (K == kTable) return 0;
+  if constexpr (K == kMinimum) return Bits == 8 ? 128 * static_cast<int32_t>(bits_float(static_cast<uint32_t>(offset))) : 0;
   return Bits == 8 ? 0 : offset;
 }
 
-template <int Bits, bool Minimum, int T, int U>
+template <int Bits, Kind K, int T, int U>
 TARGET DOVETAIL_INLINE void quarter_rows(const Step& s, int quarter, int first) {
-  constexpr int chunk_bytes = kPanel * kChunk * Bits / 8;
-  const int groups = s.chunks / s.group_chunks;
-  const uint8_t* w = s.weights + quarter * 32;
-  const uint8_t* x = s.values + first * kChunk;
+  const int columns = s.group < kChunk ? s.group : kChunk;
+  const int bytes = kPanel * columns * Bits / 8;
+  const __m256i table =
+      K == kTable ? _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s.table))) : _mm256_setzero_si256();
+  const uint8_t* w = s.weights;
   __m256 sum[U];
   for (int u = 0; u < U; ++u) sum[u] = _mm256_setzero_ps();
-  for (int g = 0; g < groups; ++g) {
+  for (int g = 0; g < s.groups(); ++g) {
     const int32_t* offset = s.offsets + g * T + first;
+    const uint8_t* x = s.group_values(g, T) + first * kChunk;
     __m256i d[U];
-    for (int u = 0; u < U; ++u) d[u] = _mm256_set1_epi32(first_sum<Bits, Minimum>(offset[u]));
-    for (int c = 0; c < s.group_chunks; ++c, w += chunk_bytes, x += T * kChunk) dot_chunk<Bits, U>(d, w, x);
-    const uint8_t* scales = w - quarter * 32 + quarter * kQuarter * 2;
-    const __m256 scale = widen_halves(scales);
+    for (int u = 0; u < U; ++u) d[u] = _mm256_set1_epi32(first_sum<Bits, K>(offset[u]));
+    for (int k = 0; k < s.group; k += columns, w += bytes, x += T * kChunk) dot_columns<Bits, K, U>(d, w + quarter * 32, x, columns, table);
+    const __m256 scale = scales_at(w, s.scale_bytes, quarter * kQuarter);
     for (int u = 0; u < U; ++u) sum[u] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(d[u]), scale, sum[u]);
-    if constexpr (Minimum) {
-      const __m256 minimum = widen_halves(scales + kPanel * 2);
+    w += kPanel * s.scale_bytes;
+    if constexpr (K == kMinimum) {
+      const __m256 minimum = scales_at(w, s.scale_bytes, quarter * kQuarter);
       for (int u = 0; u < U; ++u) sum[u] = _mm256_fmadd_ps(minimum, _mm256_castsi256_ps(_mm256_set1_epi32(offset[u])), sum[u]);
+      w += kPanel * s.scale_bytes;
     }
-    w += kPanel * 2 * (1 + Minimum);
   }
   for (int u = 0; u < U; ++u) {
     float* out = s.sums + (first + u) * kPanel + quarter * kQuarter;
@@ -94,13 +109,13 @@ TARGET DOVETAIL_INLINE void quarter_rows(const Step& s, int quarter, int first) 
   }
 }
 
-template <int Bits, bool Minimum, int T>
+template <int Bits, Kind K, int T>
 TARGET void step_integer(const Step& s) {
   constexpr int at_once = 4;  // sums, 16-bit sums and codes of more rows do not fit sixteen registers
   for (int quarter = 0; quarter < kQuarters; ++quarter) {
-    if constexpr (T >= at_once) quarter_rows<Bits, Minimum, T, at_once>(s, quarter, 0);
-    if constexpr (T == 2 * at_once) quarter_rows<Bits, Minimum, T, at_once>(s, quarter, at_once);
-    if constexpr (T % at_once != 0) quarter_rows<Bits, Minimum, T, T % at_once>(s, quarter, T - T % at_once);
+    if constexpr (T >= at_once) quarter_rows<Bits, K, T, at_once>(s, quarter, 0);
+    if constexpr (T == 2 * at_once) quarter_rows<Bits, K, T, at_once>(s, quarter, at_once);
+    if constexpr (T % at_once != 0) quarter_rows<Bits, K, T, T % at_once>(s, quarter, T - T % at_once);
   }
 }
 

@@ -18,8 +18,10 @@ TARGET DOVETAIL_INLINE __m512i broadcast(const uint8_t* p) {
   return _mm512_set1_epi32(word);
 }
 
-TARGET DOVETAIL_INLINE __m512 halves(const uint8_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+// Sixteen scales or minima of one half of the panel.
+TARGET DOVETAIL_INLINE __m512 half_scales(const uint8_t* scales, int bytes, int half) {
+  if (bytes == 4) return _mm512_loadu_ps(scales + half * kHalf * 4);
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + half * kHalf * 2)));
 }
 
 // The hardware's prefetchers stop at every page and fall behind between spans, so a step asks for the lines of the span that
@@ -57,57 +59,71 @@ TARGET DOVETAIL_INLINE void dot(__m512i (&d)[2][T], __m512i upper, __m512i lower
   }
 }
 
-template <int Bits, int T>
-TARGET DOVETAIL_INLINE void dot_chunk(__m512i (&d)[2][T], const uint8_t* w, const uint8_t* x) {
+template <int Bits, Kind K, int T>
+TARGET DOVETAIL_INLINE void dot_columns(__m512i (&d)[2][T], const uint8_t* w, const uint8_t* x, int columns, __m512i table) {
   if constexpr (Bits == 4) {
     const __m512i nibble = _mm512_set1_epi8(15);
-    for (int pair = 0; pair < kChunk / 8; ++pair, w += 128, x += 8) {
+    for (int k = 0; k < columns; k += 8, w += 128, x += 8) {
       prefetch_both<Bits, T>(w);
       const __m512i upper = _mm512_loadu_si512(w);
       const __m512i lower = _mm512_loadu_si512(w + 64);
-      dot<T>(d, _mm512_and_si512(upper, nibble), _mm512_and_si512(lower, nibble), x);
-      dot<T>(d, _mm512_and_si512(_mm512_srli_epi16(upper, 4), nibble), _mm512_and_si512(_mm512_srli_epi16(lower, 4), nibble), x + 4);
+      __m512i even[2] = {_mm512_and_si512(upper, nibble), _mm512_and_si512(lower, nibble)};
+      __m512i odd[2] = {_mm512_and_si512(_mm512_srli_epi16(upper, 4), nibble), _mm512_and_si512(_mm512_srli_epi16(lower, 4), nibble)};
+      if constexpr (K == kTable) {
+        for (int half = 0; half < 2; ++half) {
+          even[half] = _mm512_shuffle_epi8(table, even[half]);
+          odd[half] = _mm512_shuffle_epi8(table, odd[half]);
+        }
+      }
+      dot<T>(d, even[0], even[1], x);
+      dot<T>(d, odd[0], odd[1], x + 4);
     }
   } else {
-    for (int quad = 0; quad < kChunk / 4; ++quad, w += 128, x += 4) {
+    for (int k = 0; k < columns; k += 4, w += 128, x += 4) {
       prefetch_both<Bits, T>(w);
       dot<T>(d, _mm512_loadu_si512(w), _mm512_loadu_si512(w + 64), x);
     }
   }
 }
 
-// Where a step stands: the next group's weights, activations and offsets, and the fp32 sums of the span so far, [T][32].
+// Where a step stands: the next group, its weights and offsets, and the fp32 sums of the span so far, [T][32].
 // Those live in L1 and are touched once per group: the registers belong to the int32 sums.
 struct Position {
+  int group;
   const uint8_t* w;
-  const uint8_t* x;
   const int32_t* offset;
   float* span;
+  __m512i table;  // entries plus 128, unsigned as the instruction wants them
 };
 
 // One group of columns: exact int32 sums, folded into the span's sums; the last group's span goes into the panel's sums.
-// First and Last are known when compiling, so that the int32 sums of one group never outlive it; so is the length of the
-// shortest group (Chunks = 1), the usual one (0: as the step says). Together: 172 to 201 G multiply-adds/s at T = 8.
-template <int Bits, bool Minimum, int Chunks, bool First, bool Last, int T>
+// First and Last are known when compiling, so that the int32 sums of one group never outlive it; so are the columns of short
+// groups (16, 32; 0: as the step says). Together: 172 to 201 G multiply-adds/s at T = 8.
+template <int Bits, Kind K, int Columns, bool First, bool Last, int T>
 TARGET DOVETAIL_INLINE void take_group(const Step& s, Position& at) {
-  constexpr int chunk_bytes = kPanel * kChunk * Bits / 8;
   __m512i d[2][T];
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) d[0][t] = d[1][t] = Minimum ? _mm512_setzero_si512() : _mm512_set1_epi32(at.offset[t]);
-  const int chunks = Chunks != 0 ? Chunks : s.group_chunks;
-  prefetch<Bits, T>(at.w + chunks * chunk_bytes);
-  if constexpr (Minimum) prefetch<Bits, T>(at.w + chunks * chunk_bytes + 64);
-  for (int c = 0; c < chunks; ++c, at.w += chunk_bytes, at.x += T * kChunk) dot_chunk<Bits, T>(d, at.w, at.x);
+  for (int t = 0; t < T; ++t) d[0][t] = d[1][t] = K == kMinimum ? _mm512_setzero_si512() : _mm512_set1_epi32(at.offset[t]);
+  const int columns = Columns != 0 ? Columns : s.group;
+  constexpr int together = Columns == 16 ? 16 : kChunk;
+  constexpr int bytes = kPanel * together * Bits / 8;
+  const int scale_bytes = s.scale_bytes;
+  const uint8_t* scales = at.w + columns / together * bytes;
+  prefetch<Bits, T>(scales);
+  if (K == kMinimum || scale_bytes == 4) prefetch<Bits, T>(scales + 64);
+  if (K == kMinimum && scale_bytes == 4) prefetch_both<Bits, T>(scales + 128);
+  const uint8_t* x = s.group_values(at.group, T);
+  for (int k = 0; k < columns; k += together, at.w += bytes, x += T * kChunk) dot_columns<Bits, K, T>(d, at.w, x, together, at.table);
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
-    const __m512 scale = halves(at.w + half * kHalf * 2);
-    const __m512 minimum = Minimum ? halves(at.w + (2 + half) * kHalf * 2) : scale;
+    const __m512 scale = half_scales(scales, scale_bytes, half);
+    const __m512 minimum = K == kMinimum ? half_scales(scales + kPanel * scale_bytes, scale_bytes, half) : scale;
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       float* span = at.span + (t * 2 + half) * kHalf;
       const __m512 dot = _mm512_cvtepi32_ps(d[half][t]);
       __m512 sum = First ? _mm512_mul_ps(dot, scale) : _mm512_fmadd_ps(dot, scale, _mm512_load_ps(span));
-      if constexpr (Minimum) sum = _mm512_fmadd_ps(minimum, _mm512_castsi512_ps(_mm512_set1_epi32(at.offset[t])), sum);
+      if constexpr (K == kMinimum) sum = _mm512_fmadd_ps(minimum, _mm512_castsi512_ps(_mm512_set1_epi32(at.offset[t])), sum);
       if constexpr (Last) {
         float* out = s.sums + t * kPanel + half * kHalf;
         _mm512_storeu_ps(out, _mm512_fmadd_ps(sum, _mm512_set1_ps(s.scales[t]), _mm512_loadu_ps(out)));
@@ -116,27 +132,34 @@ TARGET DOVETAIL_INLINE void take_group(const Step& s, Position& at) {
       }
     }
   }
-  at.w += kPanel * 2 * (1 + Minimum);
+  at.w += kPanel * scale_bytes * (K == kMinimum ? 2 : 1);
   at.offset += T;
+  ++at.group;
 }
 
-template <int Bits, bool Minimum, int Chunks, int T>
+template <int Bits, Kind K, int Columns, int T>
 TARGET DOVETAIL_INLINE void take_span(const Step& s) {
   alignas(64) float span[T * kPanel];
-  Position at{s.weights, s.values, s.offsets, span};
-  const int groups = s.chunks / s.group_chunks;
+  Position at{0, s.weights, s.offsets, span, _mm512_setzero_si512()};
+  if constexpr (K == kTable) {
+    const __m128i entries = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s.table)), _mm_set1_epi8(-128));
+    at.table = _mm512_broadcast_i32x4(entries);
+  }
+  const int groups = s.groups();
   if (groups == 1) {
-    take_group<Bits, Minimum, Chunks, true, true, T>(s, at);
+    take_group<Bits, K, Columns, true, true, T>(s, at);
     return;
   }
-  take_group<Bits, Minimum, Chunks, true, false, T>(s, at);
-  for (int g = 1; g + 1 < groups; ++g) take_group<Bits, Minimum, Chunks, false, false, T>(s, at);
-  take_group<Bits, Minimum, Chunks, false, true, T>(s, at);
+  take_group<Bits, K, Columns, true, false, T>(s, at);
+  for (int g = 1; g + 1 < groups; ++g) take_group<Bits, K, Columns, false, false, T>(s, at);
+  take_group<Bits, K, Columns, false, true, T>(s, at);
 }
 
-template <int Bits, bool Minimum, int T>
+template <int Bits, Kind K, int T>
 TARGET void step_integer(const Step& s) {
-  s.group_chunks == 1 ? take_span<Bits, Minimum, 1, T>(s) : take_span<Bits, Minimum, 0, T>(s);
+  if (s.group == 16) return take_span<Bits, K, 16, T>(s);
+  if (s.group == 32) return take_span<Bits, K, 32, T>(s);
+  take_span<Bits, K, 0, T>(s);
 }
 
 // The sums of a tile between memory and registers. Unrolled by hand-written pragma: left to itself GCC keeps the arrays on the

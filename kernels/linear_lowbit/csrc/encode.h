@@ -39,10 +39,12 @@ DOVETAIL_INLINE uint32_t largest_magnitude(const float* x, int count) {
   return largest;
 }
 
+constexpr int kPiece = 16;  // columns of the shortest group
+
 // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
-DOVETAIL_INLINE int32_t encode_chunk(const float* x, float inverse, int8_t* values) {
+DOVETAIL_INLINE int32_t encode_piece(const float* x, float inverse, int8_t* values) {
   int32_t sum = 0;
-  for (int i = 0; i < kChunk; ++i) {
+  for (int i = 0; i < kPiece; ++i) {
     const int32_t value = static_cast<int32_t>(float_bits(x[i] * inverse + 12582912.0f)) - 0x4b400000;
     values[i] = static_cast<int8_t>(value);
     sum += value;
@@ -52,30 +54,29 @@ DOVETAIL_INLINE int32_t encode_chunk(const float* x, float inverse, int8_t* valu
 
 DOVETAIL_INLINE void encode_integer_row(const float* x, const Packed& w, int width, int t, const Activations& tile) {
   const float tiny = 1e-30f;  // below it a span counts as zero: 127 / largest would overflow
-  const int group_chunks = w.group / kChunk;
-  const int64_t chunks = w.chunks();
   int32_t sum = 0;
   float inverse = 0.0f;
-  for (int64_t c = 0; c < chunks; ++c) {
-    const float* piece = x + c * kChunk;
-    if (c % (kSpan / kChunk) == 0) {
-      const int64_t span = c / (kSpan / kChunk);
-      const int64_t left = w.in - c * kChunk;
+  for (int64_t column = 0; column < w.in; column += kPiece) {
+    const float* piece = x + column;
+    if (column % kSpan == 0) {
+      const int64_t span = column / kSpan;
+      const int64_t left = w.in - column;
       const uint32_t bits = largest_magnitude(piece, static_cast<int>(left < kSpan ? left : kSpan));
       const float largest = bits_float(bits);
       const bool finite = bits < 0x7f800000u;
       inverse = finite && largest > tiny ? 127.0f / largest : 0.0f;
       tile.scales[span * width + t] = finite ? (largest > tiny ? largest / 127.0f : 0.0f) : bits_float(0x7fc00000u);
     }
-    int8_t* values = reinterpret_cast<int8_t*>(tile.values) + (c * width + t) * kChunk;
+    int8_t* values = reinterpret_cast<int8_t*>(tile.values) + (column / kChunk * width + t) * kChunk + column % kChunk;
     if (inverse == 0.0f) {
-      std::memset(values, 0, kChunk);
+      std::memset(values, 0, kPiece);
     } else {
-      sum += encode_chunk(piece, inverse, values);
+      sum += encode_piece(piece, inverse, values);
     }
-    if ((c + 1) % group_chunks == 0) {
-      const int32_t offset = w.minimum ? static_cast<int32_t>(float_bits(static_cast<float>(sum))) : -(sum << (w.bits - 1));
-      tile.offsets[(c / group_chunks) * width + t] = offset;
+    const int64_t end = column + kPiece;
+    if (end % w.group == 0) {
+      const int32_t middle = sum * (1 << w.middle_bits());
+      tile.offsets[column / w.group * width + t] = w.kind == kMinimum ? static_cast<int32_t>(float_bits(static_cast<float>(sum))) : -middle;
       sum = 0;
     }
   }

@@ -75,9 +75,8 @@ int start_tiles(const Packed& w, const Activations& activations, int rows, float
   for (int tile = 0; tile < tile_count(rows); ++tile) {
     const TileRange range = tile_range(rows, tile);
     const Activations part = tile_at(activations, w, range.first);
-    const int group_chunks = w.integer() ? w.group / kChunk : 1;
     tiles[tile] = {steps[range.width - 1],
-                   {nullptr, part.values, part.offsets, part.scales, sums + range.first * kPanel, 0, group_chunks},
+                   {nullptr, part.values, part.offsets, part.scales, sums + range.first * kPanel, 0, w.group, w.scale_bytes, w.table},
                    range.width};
   }
   return tile_count(rows);
@@ -147,7 +146,7 @@ extern "C" {
 using namespace dovetail;
 
 // What dovetail_abi answers: raised with every change of a structure or signature below.
-int dovetail_abi() { return 3; }
+int dovetail_abi() { return 4; }
 
 const char* dovetail_instruction_set() { return instruction_set().name; }
 

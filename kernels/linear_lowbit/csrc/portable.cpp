@@ -14,49 +14,53 @@ float widen_fp16(uint16_t half) {
   return bits_float(sign | float_bits(magnitude));
 }
 
-void widen_halves(const uint8_t* from, float* to) {
-  for (int row = 0; row < kPanel; ++row) {
-    uint16_t half;
-    std::memcpy(&half, from + row * 2, 2);
-    to[row] = widen_fp16(half);
+float scale_at(const uint8_t* scales, int bytes, int row) {
+  uint16_t half;
+  float wide;
+  if (bytes == 2) {
+    std::memcpy(&half, scales + row * 2, 2);
+    return widen_fp16(half);
   }
+  std::memcpy(&wide, scales + row * 4, 4);
+  return wide;
 }
 
-// Sums of one chunk for one activation row: d[row] += codes[row][column] * x[column].
-template <int Bits>
-void dot_chunk(int32_t* d, const uint8_t* w, const int8_t* x) {
+// Sums of one group for one activation row: d[row] += codes[row][column] * x[column], or the table's entry for the code.
+template <int Bits, Kind K>
+void dot_group(int32_t* d, const uint8_t* w, const int8_t* x, int chunk_stride, const Step& s) {
   constexpr int columns = Bits == 4 ? 8 : 4;  // of one 128-byte piece
-  for (int k = 0; k < kChunk; k += columns, w += kPanel * 4, x += columns) {
+  for (int k = 0; k < s.group; k += columns, w += kPanel * 4) {
+    const int8_t* at = x + k / kChunk * chunk_stride + k % kChunk;
     for (int row = 0; row < kPanel; ++row) {
       for (int j = 0; j < 4; ++j) {
         const uint8_t code = w[row * 4 + j];
-        d[row] += Bits == 4 ? (code & 15) * x[j] + (code >> 4) * x[4 + j] : code * x[j];
+        if constexpr (K == kTable) {
+          d[row] += s.table[code & 15] * at[j] + s.table[code >> 4] * at[4 + j];
+        } else {
+          d[row] += Bits == 4 ? (code & 15) * at[j] + (code >> 4) * at[4 + j] : code * at[j];
+        }
       }
     }
   }
 }
 
-template <int Bits, bool Minimum, int T>
+template <int Bits, Kind K, int T>
 void step_integer(const Step& s) {
-  constexpr int chunk_bytes = kPanel * kChunk * Bits / 8;
-  const int groups = s.chunks / s.group_chunks;
-  const int64_t group_bytes = s.group_chunks * chunk_bytes + kPanel * 2 * (1 + Minimum);
+  const int code_bytes = kPanel * s.group * Bits / 8;
+  const int64_t group_bytes = code_bytes + kPanel * s.scale_bytes * (K == kMinimum ? 2 : 1);
   for (int t = 0; t < T; ++t) {
     float sum[kPanel] = {};
-    for (int g = 0; g < groups; ++g) {
+    for (int g = 0; g < s.groups(); ++g) {
       const uint8_t* w = s.weights + g * group_bytes;
+      const uint8_t* scales = w + code_bytes;
       const int32_t offset = s.offsets[g * T + t];
       int32_t d[kPanel];
-      for (int row = 0; row < kPanel; ++row) d[row] = Minimum ? 0 : offset;
-      for (int c = 0; c < s.group_chunks; ++c, w += chunk_bytes) {
-        dot_chunk<Bits>(d, w, reinterpret_cast<const int8_t*>(s.values) + ((g * s.group_chunks + c) * T + t) * kChunk);
-      }
-      float scale[2][kPanel];
-      widen_halves(w, scale[0]);
-      for (int row = 0; row < kPanel; ++row) sum[row] += static_cast<float>(d[row]) * scale[0][row];
-      if constexpr (Minimum) {
-        widen_halves(w + kPanel * 2, scale[1]);
-        for (int row = 0; row < kPanel; ++row) sum[row] += scale[1][row] * bits_float(static_cast<uint32_t>(offset));
+      for (int row = 0; row < kPanel; ++row) d[row] = K == kSymmetric ? offset : 0;
+      dot_group<Bits, K>(d, w, reinterpret_cast<const int8_t*>(s.group_values(g, T)) + t * kChunk, T * kChunk, s);
+      for (int row = 0; row < kPanel; ++row) sum[row] += static_cast<float>(d[row]) * scale_at(scales, s.scale_bytes, row);
+      if constexpr (K == kMinimum) {
+        const uint8_t* minima = scales + kPanel * s.scale_bytes;
+        for (int row = 0; row < kPanel; ++row) sum[row] += scale_at(minima, s.scale_bytes, row) * bits_float(static_cast<uint32_t>(offset));
       }
     }
     for (int row = 0; row < kPanel; ++row) s.sums[t * kPanel + row] += sum[row] * s.scales[t];

@@ -70,7 +70,7 @@ def test_onnxruntime_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"shapes": ["2B"]}, "unknown: 2B; known are 1B, 3B, 7B"),
         ({"weights": ["int3"]}, "unknown: int3; known are int4, int8, bf16"),
-        ({"groups": [48]}, "unknown: 48; known are 32, 64, 128"),
+        ({"groups": [48]}, "unknown: 48; known are 16, 32, 64, 128"),
         ({"rows": [0]}, "must be at least 1"),
         ({"layers": 0}, "must be at least 1"),
     ],

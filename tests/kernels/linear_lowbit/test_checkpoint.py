@@ -33,9 +33,7 @@ def test_a_file_of_another_version_is_refused_by_name(tmp_path: Path, monkeypatc
     monkeypatch.setattr(checkpoint, "FORMAT_VERSION", FORMAT_VERSION + 1)
     save_packed(file, {"down": pack(torch.randn(8, 32), 4, 32)})
     monkeypatch.undo()
-    with pytest.raises(
-        PackedFormatError, match=f"packed format {FORMAT_VERSION + 1}, this version reads {FORMAT_VERSION}"
-    ):
+    with pytest.raises(PackedFormatError, match=f"packed format {FORMAT_VERSION + 1}, this version reads 1 and "):
         load_packed(file)
 
 

@@ -165,8 +165,8 @@ def test_unaligned_data(bits: int) -> None:
     ("weight", "bits", "group", "message"),
     [
         (torch.zeros(4, 48), 4, 32, "48 input features do not divide into groups of 32: keep this layer in bf16"),
-        (torch.zeros(4, 192), 8, 128, "192 input features do not divide into groups of 128: take 32 or 64"),
-        (torch.zeros(4, 64), 4, 16, "group_size must be one of 32, 64, 128, got 16"),
+        (torch.zeros(4, 192), 8, 128, "192 input features do not divide into groups of 128: take 16 or 32 or 64"),
+        (torch.zeros(4, 64), 4, 24, "group_size must be one of 16, 32, 64, 128, got 24"),
         (torch.zeros(4, 64), 3, 32, "bits must be 4, 8, 16"),
         (torch.zeros(4, 64, dtype=torch.int32), 4, 32, "floating-point matrix"),
         (torch.zeros(64), 4, 32, "floating-point matrix"),
