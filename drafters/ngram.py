@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from drafters.drafter import DraftState, Observation
 from drafters.proposal import Budget, Proposal, chain
+
+
+@dataclass(frozen=True)
+class Copied:
+    """Tokens copied from behind an earlier occurrence of the last ``match_length`` tokens."""
+
+    token_ids: tuple[int, ...] = ()
+    match_length: int = 0
 
 
 class NGramIndex:
@@ -24,13 +33,13 @@ class NGramIndex:
                     self.followers[tuple(token_ids[follower - length : follower])] = follower
         self.num_indexed = len(token_ids)
 
-    def follower(self, token_ids: Sequence[int]) -> int | None:
-        """The position after the latest earlier occurrence of the longest suffix that has one."""
+    def follower(self, token_ids: Sequence[int]) -> tuple[int, int] | None:
+        """The position after the latest earlier occurrence of the longest suffix that has one, and that length."""
         for length in self.lengths:
             if length < len(token_ids):
                 found = self.followers.get(tuple(token_ids[-length:]))
                 if found is not None:
-                    return found
+                    return found, length
         return None
 
 
@@ -53,14 +62,17 @@ class NGramDrafter:
     def propose(self, states: Sequence[DraftState], budget: Budget) -> list[Proposal]:
         """A chain of up to ``depth + 1`` tokens (``rows - 1`` where that is less) for each state, or nothing."""
         count = min(budget.depth + 1, budget.rows - 1)
-        return [self.lookup(state, count) for state in states]
+        return [chain(self.lookup(state, count).token_ids) for state in states]
 
-    def lookup(self, state: DraftState, count: int) -> Proposal:
-        """The chain of one request."""
+    def lookup(self, state: DraftState, count: int) -> Copied:
+        """At most ``count`` tokens for one request."""
         index = self.indices.setdefault(state.slot, NGramIndex(self.lengths))
         index.extend(state.token_ids)
-        start = index.follower(state.token_ids)
-        return Proposal() if start is None else chain(state.token_ids[start : start + count])
+        found = index.follower(state.token_ids)
+        if found is None:
+            return Copied()
+        start, length = found
+        return Copied(tuple(state.token_ids[start : start + count]), length)
 
     def observe(self, batch: Sequence[Observation]) -> None:
         """Nothing to take in: the committed tokens come with ``propose``."""

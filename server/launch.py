@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import logging
+import os
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from server.text import TextCodec
 if TYPE_CHECKING:
     from drafters.drafter import Drafter
     from drafters.proposal import Budget
+    from server.engine.cost import Costs
     from server.engine.engine import Engine
     from server.engine.thread import EngineThread
     from server.settings import Settings
@@ -32,7 +36,6 @@ ASSETS = Path(__file__).parent / "assets"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 DEFAULT_CONTEXT = 4096
 GGUF_SUFFIX = ".gguf"
-HYBRID = "hybrid"
 BUNDLED_DRAFTER = "bundled"
 DETECTOR, FACE_QUALITY = "detector", "face_quality"
 
@@ -131,24 +134,21 @@ def load_drafter(
 ) -> Drafter | None:
     """A drafter by name, checked against the target.
 
-    ``none``: no drafter; ``ngram``: prompt lookup; ``hybrid`` and ``hybrid:NAME``: the bundled or the named drafter
-    with the lookup's chain in its trees; otherwise a folder or hub id of a trained drafter or of a causal language
-    model (None: the bundled drafter). Errors: DrafterError, LaunchError.
+    ``none``: no drafter; ``ngram``: prompt lookup as a drafter of its own, to compare with; otherwise a folder or hub
+    id of a trained drafter or of a causal language model (None: the bundled drafter). Errors: DrafterError,
+    LaunchError.
     """
-    from drafters.hybrid import HybridDrafter
     from drafters.ngram import NGramDrafter
 
     if name == "none":
         return None
     if name == "ngram":
         return NGramDrafter()
-    if name is not None and (name == HYBRID or name.startswith(f"{HYBRID}:")):
-        inner = name.removeprefix(HYBRID).removeprefix(":") or None
-        if inner in ("none", "ngram"):
-            raise LaunchError(f"{name!r} has no tree to merge the lookup into; name a drafter's folder, or use ngram")
-        tree_drafter = load_drafter(target, target_folder, inner, device, num_slots, capacity)
-        assert tree_drafter is not None
-        return HybridDrafter(tree_drafter, NGramDrafter())
+    if name is not None and name.split(":")[0] == "hybrid":
+        raise LaunchError(
+            f"{name!r} is no drafter any more: lookup joins the trees of every drafter (--no-lookup switches it off); "
+            "name the drafter alone"
+        )
     drafter = load_drafter_folder(target, target_folder, resolve_model(name, "drafter"), device, num_slots, capacity)
     missing = set(drafter.feature_layers) - set(target.info.feature_layers)
     if missing:
@@ -215,17 +215,30 @@ def load_engine(settings: Settings) -> Engine:
     target = load_target(folder, settings.weights, settings.max_seqs, capacity, settings.threads, settings.kv_cache)
     drafter_name = settings.drafter
     if drafter_name is None and settings.target is not None:
-        logger.warning(
-            "no drafter is named for %s, so it decodes plainly; --drafter names one, and --drafter ngram drafts from "
-            "the text itself",
-            settings.target,
-        )
+        how = "only looks its drafts up in the text itself" if settings.lookup else "decodes plainly"
+        logger.warning("no drafter is named for %s, so it %s; --drafter names one", settings.target, how)
         drafter_name = "none"
     drafter = load_drafter(target, folder, drafter_name, settings.drafter_device, settings.max_seqs, capacity)
     # What is loaded stays; without this every full collection walks all of transformers' and the model's objects.
     gc.collect()
     gc.freeze()
-    return Engine(target, drafter, EngineOptions(settings.max_seqs, context, budget))
+    options = EngineOptions(settings.max_seqs, context, budget, lookup=settings.lookup)
+    drafts = settings.trees == "cost" and (drafter is not None or settings.lookup)
+    return Engine(target, drafter, options, load_costs(target, drafter, budget, capacity) if drafts else None)
+
+
+def load_costs(target: Target, drafter: Drafter | None, budget: Budget, capacity: int) -> Costs:
+    """What passes and drafts cost: remembered in the user's cache folder, or measured now."""
+    from kernels.native import ABI, instruction_set, num_threads
+    from server.engine.measure import CONTEXT, remembered_costs
+
+    info = target.info
+    model = (info.name, info.architecture, info.num_layers, info.hidden_size, info.num_parameters, info.weights)
+    drafts = ("none",) if drafter is None else (drafter.name, type(drafter).__name__, *dataclasses.astuple(budget))
+    machine = (platform.node(), os.cpu_count(), instruction_set(), num_threads(), ABI)
+    key = "|".join(map(str, (*machine, type(target).__name__, *model, *drafts)))
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dovetail"
+    return remembered_costs(folder / "costs.json", key, target, drafter, budget, capacity - CONTEXT - 1)
 
 
 def slot_capacity(context: int, budgets: Sequence[Budget]) -> int:

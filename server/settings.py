@@ -70,8 +70,11 @@ class Settings(BaseSettings):
     )
     drafter: str | None = Field(
         None,
-        description="Folder or hub id of a drafter or a small language model; 'ngram', 'hybrid' or 'hybrid:FOLDER' "
-        "(n-grams in the drafter's trees), or 'none'.",
+        description="Folder or hub id of a drafter or a small language model, or 'none'.",
+    )
+    lookup: bool = Field(True, description="Draft what followed the same words before, beside the drafter.")
+    trees: Literal["cost", "fixed"] = Field(
+        "cost", description="Rows of a verify pass: as many as pay ('cost'), or always all of --rows ('fixed')."
     )
     weights: Literal["fp32", "bf16", "int8", "int4"] | None = Field(
         None, description="How the target's weights are held; nothing: as a packed folder was made, else fp32."
@@ -91,7 +94,7 @@ class Settings(BaseSettings):
     context: int | None = Field(None, ge=2, description="Longest prompt and answer, in tokens.")
     max_seqs: int = Field(4, ge=1, description="Requests decoded at the same time.")
     max_waiting: int = Field(64, ge=1, description="Requests that may wait; more are answered with 429.")
-    rows: int | None = Field(None, ge=1, description="Rows of a verify pass for one request, the root included.")
+    rows: int | None = Field(None, ge=1, description="Most rows of a verify pass for one request, root included.")
     top_k: int | None = Field(None, ge=1, description="Children a drafted node may have.")
     depth: int | None = Field(None, ge=0, description="Draft levels after the first.")
     api_key: SecretStr | None = Field(None, description="Key that clients must send.")

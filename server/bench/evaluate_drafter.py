@@ -99,11 +99,11 @@ def evaluate_drafters(
 ) -> dict[str, Any]:
     """Measure each drafter (by its label) with every tree size, all in turns with plain decoding on the same texts.
 
-    The guard is off: what is measured is the drafter, also where it does not pay. The n-gram drafter stands beside, in
+    Trees are fixed: what is measured is the drafter, also where it does not pay. The n-gram drafter stands beside, in
     the first tree size. Ctrl-C ends the race early and reports what was measured. Errors: BenchError where no text can
     be generated; EngineError where the engine fails on one.
     """
-    setups = {budget: EngineOptions(1, context_length, budget, guard=False) for budget in options.grid}
+    setups = {budget: EngineOptions(1, context_length, budget) for budget in options.grid}
     first = options.grid[0]
     plain = EngineContestant(PLAIN, Engine(target, None, setups[first]), options.sampling)
     texts = generate_references(plain, codec, prompts, options.max_tokens, options.ignore_eos, advance)
@@ -144,7 +144,7 @@ def evaluate_drafters(
             "interrupted": result.interrupted,
             "temperature": options.sampling.temperature,
             "seed": options.sampling.seed,
-            "guard": False,
+            "trees": "fixed",
             "calibration_bins": NUM_BINS,
         },
         "plain": speed_json(result, PLAIN, texts.references),

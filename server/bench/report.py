@@ -52,9 +52,9 @@ def measure(
 
     Errors: BenchError where nothing can be compared; EngineError where the engine fails on a prompt.
     """
-    if engine.drafting.drafter is None and options.simulate_acceptance is None:
+    if engine.drafting.drafter is None and not engine.options.lookup and options.simulate_acceptance is None:
         raise BenchError("there is no drafter to compare with plain decoding; name one with --drafter")
-    plain = EngineContestant(PLAIN, Engine(engine.target, None, engine.options))
+    plain = EngineContestant(PLAIN, Engine(engine.target, None, dataclasses.replace(engine.options, lookup=False)))
     texts = generate_references(plain, codec, prompts, options.max_tokens, options.ignore_eos, advance)
     hardware = measure_machine()
     curve = verify_ms(engine.target)
@@ -62,7 +62,7 @@ def measure(
     drafter = engine.drafting.drafter
     if options.simulate_acceptance is not None:
         drafter = simulated_drafter(engine, texts, options.simulate_acceptance)
-    drafted = Engine(engine.target, drafter, engine.options)
+    drafted = Engine(engine.target, drafter, engine.options, engine.drafting.costs)
     context = engine.options.context_length
     peers, skipped = create_peers(options.peers, folder, engine.target.info.weights, context)
     contestants = [plain, EngineContestant(DOVETAIL, drafted), *peers]
@@ -86,8 +86,8 @@ def measure(
 
 
 def ngram_runs(engine: Engine, cases: Sequence[Case], advance: Advance) -> list[Timed]:
-    """What the weightless n-gram drafter reaches on these texts, with the same budget. The guard may not interfere."""
-    options = dataclasses.replace(engine.options, guard=False)
+    """What the weightless n-gram drafter reaches on these texts, with fixed trees of the same budget."""
+    options = dataclasses.replace(engine.options, lookup=False)
     contestant = EngineContestant("n-gram", Engine(engine.target, NGramDrafter(), options))
     runs = []
     for number, case in enumerate(cases, start=1):

@@ -21,10 +21,12 @@ from server.commands.options import (
     Depth,
     Drafter,
     DrafterDevice,
+    Lookup,
     Rows,
     Target,
     Threads,
     TopK,
+    Trees,
     Weights,
     check_folder,
     settings_from,
@@ -89,6 +91,8 @@ def bench(
     rows: Rows = None,
     top_k: TopK = None,
     depth: Depth = None,
+    lookup: Lookup = None,
+    trees: Trees = None,
     config: Config = None,
 ) -> None:
     """Compare plain and Dovetail decoding of a target, and other engines on the same weights.
@@ -111,6 +115,8 @@ def bench(
         rows=rows,
         top_k=top_k,
         depth=depth,
+        lookup=lookup,
+        trees=trees,
         max_seqs=1,
     )
     from server.bench.report import PLAIN, BenchOptions

@@ -18,10 +18,12 @@ from server.commands.options import (
     Drafter,
     DrafterDevice,
     KVCache,
+    Lookup,
     Rows,
     Target,
     Threads,
     TopK,
+    Trees,
     Vram,
     Weights,
     settings_from,
@@ -96,6 +98,8 @@ def generate(
     rows: Rows = None,
     top_k: TopK = None,
     depth: Depth = None,
+    lookup: Lookup = None,
+    trees: Trees = None,
     config: Config = None,
 ) -> None:
     """Continue a text. Tokens that were drafted and accepted are green."""
@@ -114,6 +118,8 @@ def generate(
         rows=rows,
         top_k=top_k,
         depth=depth,
+        lookup=False if no_draft else lookup,
+        trees=trees,
         max_seqs=1,
     )
     from server.launch import load_model

@@ -39,6 +39,8 @@ Context = Annotated[int | None, flag("context")]
 Rows = Annotated[int | None, flag("rows")]
 TopK = Annotated[int | None, flag("top_k")]
 Depth = Annotated[int | None, flag("depth")]
+Lookup = Annotated[bool | None, typer.Option("--lookup/--no-lookup", help=Settings.model_fields["lookup"].description)]
+Trees = Annotated[str | None, flag("trees")]
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings.", show_default=False)]
 
 

@@ -25,6 +25,11 @@ class Backlog:
         """Queue committed positions of one slot."""
         self.waiting.setdefault(observation.slot, deque()).append(observation)
 
+    @property
+    def num_rows(self) -> int:
+        """Positions that wait, of all slots."""
+        return sum(len(observation.next_ids) for queue in self.waiting.values() for observation in queue)
+
     def show(self) -> None:
         """Show everything, in calls of at most ``max_rows`` positions for each slot.
 

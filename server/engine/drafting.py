@@ -1,4 +1,4 @@
-"""Everything about drafting: the drafter, what it has not seen yet, when it pays, and what happens when it fails.
+"""Everything about drafting: the drafter, what it has not seen yet, which drafts pay, and what happens when it fails.
 
 Nothing that goes wrong in here reaches a request: a drafter that raises, runs out of memory or gives numbers that are
 none costs the round its drafts. The requests go on plainly, what the drafter has not seen waits, and it is tried again
@@ -18,9 +18,13 @@ from typing import TypeVar
 from torch import Tensor
 
 from drafters.drafter import Drafter, DrafterError, DraftState, Observation
+from drafters.ngram import Copied, NGramDrafter
 from drafters.proposal import Budget, Proposal
+from server.engine.acceptance import Accepted
 from server.engine.backlog import Backlog
-from server.engine.guard import DraftGuard
+from server.engine.calibration import DRAFTER, Calibration
+from server.engine.candidates import NOTHING, Candidates, choose_rows, learn_unused, merge, sorted_gains
+from server.engine.cost import Costs, best_count
 from server.engine.sequence import RunningSequence
 
 logger = logging.getLogger(__name__)
@@ -28,6 +32,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 PLAIN = Proposal()
+ROUNDS_TO_CATCH_UP = 4  # over which the cost of showing the drafter what it has missed is spread
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0
 
 
@@ -67,70 +72,100 @@ class Recovery:
         self.reason, self.pause_s = "", 0.0
 
 
-class Drafting:
-    """Proposals for a batch of requests, from at most one drafter (None: all are empty).
+@dataclass(frozen=True)
+class DraftingOptions:
+    """budget: the largest tree of a request; lookup: whether chains copied from a request's own text are drafted too;
+    max_rows: positions of one request that the drafter is shown in a call; vocab_size: the target's."""
 
-    A request that asked for no drafting is never shown to the drafter.
+    budget: Budget
+    lookup: bool
+    max_rows: int
+    vocab_size: int
+
+
+class Drafting:
+    """Drafts for a batch of requests from up to two stages: a drafter, and chains copied from the request's own text.
+
+    With ``costs`` every round verifies the rows that are expected to pay and asks the drafter only where it does;
+    without, every tree is as large as the budget allows. A request that asked for no drafting is never shown to the
+    drafter.
     """
 
     def __init__(
         self,
         drafter: Drafter | None,
-        budget: Budget,
-        max_rows: int,
-        vocab_size: int,
-        guard: bool = True,
+        options: DraftingOptions,
+        costs: Costs | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``max_rows``: positions of one request that the drafter is shown in a call; ``now``: a clock in seconds."""
+        """``now``: a clock in seconds, for pauses and for the cost of drafting."""
         self.drafter = drafter
-        self.budget = budget
-        self.vocab_size = vocab_size
-        self.backlog = None if drafter is None else Backlog(drafter, max_rows)
-        self.guard = DraftGuard() if guard else None
-        self.recovery = Recovery()
+        self.options = options
+        self.costs = costs
         self.now = now
-        self.abandoned: set[int] = set()  # slots whose rows in the drafter are spoilt, until their requests end
+        self.lookup = NGramDrafter() if options.lookup else None
+        self.backlog = None if drafter is None else Backlog(drafter, options.max_rows)
+        self.calibration = Calibration()
+        self.recovery = Recovery()
+        self.pays = True
 
     @property
     def status(self) -> DraftingStatus:
         """For health checks; may be read from any thread."""
         if self.drafter is None:
-            return DraftingStatus(DraftingState.OFF, "no drafter is loaded")
+            state = DraftingState.OFF if self.lookup is None else DraftingState.ON
+            return DraftingStatus(state, "no drafter is loaded" + ("" if self.lookup is None else "; lookup is on"))
         if self.recovery.reason:
             left = max(0.0, self.recovery.until - self.now())
             return DraftingStatus(DraftingState.FAILED, f"{self.recovery.reason}; tried again in {left:.0f} s")
-        if self.guard is not None and not self.guard.wants_draft(1):
-            return DraftingStatus(DraftingState.UNPROFITABLE, "drafted rounds give fewer tokens/s than plain ones")
+        if not self.pays:
+            return DraftingStatus(DraftingState.UNPROFITABLE, "its drafts are expected to cost more than they bring")
         return DraftingStatus(DraftingState.ON)
 
-    def propose(self, batch: Sequence[RunningSequence]) -> list[Proposal]:
-        """One tree for each request, none deeper than what the request may still get."""
-        wanted = [s for s in batch if self._drafts_for(s) and s.num_left > 1]
-        if not wanted or not self._may_draft(batch):
-            return [PLAIN] * len(batch)
-        trees = self._attempt(lambda: self._trees(wanted)) or [PLAIN] * len(wanted)
-        by_slot = {s.slot: tree for s, tree in zip(wanted, trees, strict=True)}
-        return [by_slot.get(s.slot, PLAIN) for s in batch]
+    def propose(self, batch: Sequence[RunningSequence]) -> list[Candidates]:
+        """The drafts to verify for each request, none deeper than what the request may still get."""
+        wanted = [s for s in batch if s.request.draft and s.num_left > 1]
+        if not wanted or (self.drafter is None and self.lookup is None):
+            return [NOTHING] * len(batch)
+        self.calibration.round += 1
+        copied = {s.slot: self._copy(s) for s in wanted}
+        found = {s.slot: self._merge(s, PLAIN, copied[s.slot]) for s in wanted}
+        draft_s = 0.0
+        drafted = [s for s in wanted if s.drafts]
+        depth = self._depth(len(batch), drafted, list(found.values()))
+        if depth is not None:
+            started = self.now()
+            trees = self._attempt(lambda: self._trees(drafted, depth)) or []
+            draft_s = self.now() - started
+            found |= {s.slot: self._merge(s, tree, copied[s.slot]) for s, tree in zip(drafted, trees, strict=False)}
+        return self._choose([found.get(s.slot, NOTHING) for s in batch], draft_s)
 
     def observe(self, sequence: RunningSequence, features: Tensor, next_ids: Sequence[int]) -> None:
         """Committed positions of a request: their features [n, width] and the tokens that follow them."""
-        if self.backlog is not None and self._drafts_for(sequence):
+        if self.backlog is not None and sequence.drafts:
             self.backlog.add(Observation(sequence.slot, features, next_ids))
 
-    def catch_up(self, batch: Sequence[RunningSequence]) -> None:
-        """Show the drafter what it has not seen, where these requests would be drafted for."""
-        if self.backlog is not None and self._may_draft(batch):
+    def learn(self, sequence: RunningSequence, drafts: Candidates, accepted: Accepted) -> None:
+        """What became of a request's drafts."""
+        for draft, is_accepted in drafts.tried(accepted):
+            for cell, prior in draft.cells:
+                self.calibration.add(cell, prior, is_accepted, sequence.record)
+        self.calibration.add_levels(drafts.followed(accepted))
+
+    def catch_up(self) -> None:
+        """Show the drafter what it has not seen, where it is expected to draft."""
+        if self.backlog is not None and self.pays and self.now() >= self.recovery.until:
             self._attempt(self.backlog.show)
 
-    def record(self, batch: Sequence[RunningSequence], drafted: bool, tokens: int, seconds: float) -> None:
-        """A finished round: the tokens it gave and how long it took."""
-        if self.guard is not None and any(s.request.draft for s in batch):
-            self.guard.record(len(batch), drafted, tokens, seconds)
+    def record(self, rows: int, verify_s: float, other_s: float) -> None:
+        """A finished round: the rows of its verify pass, how long that took, and everything beside it and drafting."""
+        if self.costs is not None and rows:
+            self.costs.record(rows, verify_s, other_s)
 
     def release(self, slot: int) -> None:
         """A request has left its slot."""
-        self.abandoned.discard(slot)
+        if self.lookup is not None:
+            self.lookup.release(slot)
         if self.drafter is not None and self.backlog is not None:
             self.backlog.release(slot)
             self.drafter.release(slot)
@@ -155,34 +190,74 @@ class Drafting:
             self.recovery.succeeded()
         return result
 
-    def _trees(self, wanted: Sequence[RunningSequence]) -> list[Proposal]:
-        """The drafter's trees, checked, each cut to the depth its request can use."""
+    def _copy(self, sequence: RunningSequence) -> Copied:
+        """What followed the same words before, as much of it as the request may still get."""
+        if self.lookup is None:
+            return Copied()
+        count = min(self.options.budget.rows - 1, sequence.num_left - 1)
+        return self.lookup.lookup(DraftState(sequence.slot, sequence.token_ids), count)
+
+    def _merge(self, sequence: RunningSequence, tree: Proposal, copied: Copied) -> Candidates:
+        """One request's drafts of both stages, the best of them where they are more than the budget's rows."""
+        # The last token of a request is the target's own, so a draft at that depth would be thrown away.
+        tree = tree.cut(sequence.num_left - 1)
+        merged = merge(tree, copied.token_ids, copied.match_length, self.calibration, sequence.record)
+        return merged.best(self.options.budget.rows - 1)
+
+    def _depth(self, num_requests: int, drafted: Sequence[RunningSequence], copied: Sequence[Candidates]) -> int | None:
+        """How many levels behind the first to ask the drafter for; None where it is not to be asked."""
+        if self.drafter is None or self.backlog is None or not drafted or self.now() < self.recovery.until:
+            return None
+        deepest = min(self.options.budget.depth, max(s.num_left for s in drafted) - 2)
+        costs = self.costs
+        if costs is None:
+            return deepest
+        gains = sorted_gains(copied)
+        count, best_rate = best_count(costs, num_requests, gains)
+        copied_gain = sum(gains[:count])
+        factor = sum(s.record.factor(DRAFTER) for s in drafted) / len(drafted)
+        behind_s = costs.draft.row_s * self.backlog.num_rows / ROUNDS_TO_CATCH_UP
+        best: int | None = None
+        for depth in range(deepest + 1):
+            num_tokens = min(depth + 1, self.options.budget.rows - 1)
+            gain = max(len(drafted) * self.calibration.expected_depth(num_tokens, factor), copied_gain)
+            draft_s = behind_s + costs.draft.seconds(len(drafted), depth)
+            rate = costs.rate(num_requests, gain, len(drafted) * num_tokens, draft_s)
+            if rate > best_rate:
+                best, best_rate = depth, rate
+        self.pays = best is not None
+        return best
+
+    def _trees(self, drafted: Sequence[RunningSequence], depth: int) -> list[Proposal]:
+        """The drafter's trees, checked, once it has seen everything."""
         assert self.drafter is not None
         assert self.backlog is not None
         self.backlog.show()
-        budget = self.budget
-        depth = min(budget.depth, max(s.num_left for s in wanted) - 2)
-        states = [DraftState(s.slot, s.token_ids) for s in wanted]
-        trees = self.drafter.propose(states, Budget(budget.rows, budget.top_k, depth))
-        for sequence, tree in zip(wanted, trees, strict=True):
+        started = self.now()
+        budget = Budget(self.options.budget.rows, self.options.budget.top_k, depth)
+        trees = self.drafter.propose([DraftState(s.slot, s.token_ids) for s in drafted], budget)
+        if self.costs is not None:
+            self.costs.draft.record(len(drafted), depth, self.now() - started)
+        if len(trees) != len(drafted):
+            raise DrafterError(f"the drafter proposed {len(trees)} trees for {len(drafted)} requests")
+        for sequence, tree in zip(drafted, trees, strict=True):
             self._check(sequence, tree)
-        # The last token of a request is the target's own, so a draft at that depth would be thrown away.
-        return [tree.cut(s.num_left - 1) for s, tree in zip(wanted, trees, strict=True)]
+        return trees
 
     def _check(self, sequence: RunningSequence, tree: Proposal) -> None:
         """Refuse what no drafter may propose; where its numbers are none, its rows for the request are spoilt."""
         if any(math.isnan(log_prob) for log_prob in tree.log_probs):
-            self.abandoned.add(sequence.slot)
+            sequence.drafts = False
             raise DrafterError("the drafter's log-probabilities are not numbers")
-        unknown = [token_id for token_id in tree.token_ids if not 0 <= token_id < self.vocab_size]
+        unknown = [token_id for token_id in tree.token_ids if not 0 <= token_id < self.options.vocab_size]
         if unknown:
-            raise DrafterError(f"the drafter proposed token {unknown[0]} of a vocabulary of {self.vocab_size}")
+            raise DrafterError(f"the drafter proposed token {unknown[0]} of a vocabulary of {self.options.vocab_size}")
 
-    def _drafts_for(self, sequence: RunningSequence) -> bool:
-        return self.drafter is not None and sequence.request.draft and sequence.slot not in self.abandoned
-
-    def _may_draft(self, batch: Sequence[RunningSequence]) -> bool:
-        """Whether this batch would be drafted for: somebody wants it, the drafter works, and it pays."""
-        if not any(self._drafts_for(s) for s in batch) or self.now() < self.recovery.until:
-            return False
-        return self.guard is None or self.guard.wants_draft(len(batch))
+    def _choose(self, found: list[Candidates], draft_s: float) -> list[Candidates]:
+        """The nodes worth their rows, over all requests together; without costs, all of them."""
+        if self.costs is None:
+            return found
+        count, _ = best_count(self.costs, len(found), sorted_gains(found), draft_s)
+        chosen = choose_rows(found, count)
+        learn_unused(self.calibration, found, chosen)
+        return chosen

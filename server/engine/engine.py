@@ -20,9 +20,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from drafters.drafter import Drafter
-from drafters.proposal import Budget, Proposal
+from drafters.proposal import Budget
 from server.engine.acceptance import Accepted, accept
-from server.engine.drafting import PLAIN, Drafting
+from server.engine.candidates import NOTHING, Candidates
+from server.engine.cost import Costs
+from server.engine.drafting import Drafting, DraftingOptions
 from server.engine.request import (
     ContextTooLong,
     EngineError,
@@ -42,14 +44,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """max_seqs: requests that run at once; context_length: prompt and output together; prefill_chunk: prompt tokens
-    between two rounds of the others; guard: whether drafting may be switched off where it does not pay."""
+    """max_seqs: requests that run at once; context_length: prompt and output together; budget: the largest tree of a
+    request; prefill_chunk: prompt tokens between two rounds of the others; lookup: whether chains copied from a
+    request's own text are drafted."""
 
     max_seqs: int = 4
     context_length: int = 2048
     budget: Budget = field(default_factory=Budget)
     prefill_chunk: int = 256
-    guard: bool = True
+    lookup: bool = False
 
 
 @dataclass
@@ -66,23 +69,25 @@ class RoundClock:
 
 @dataclass(frozen=True)
 class Turn:
-    """One request in one round: the tree it was given and its share of the verify pass."""
+    """One request in one round: its drafts and its share of the verify pass."""
 
     sequence: RunningSequence
-    proposal: Proposal
+    drafts: Candidates
     verified: Verified
 
 
 class Engine:
     """Requests in, events out. One thread calls it; ``EngineThread`` is that thread in the server."""
 
-    def __init__(self, target: Target, drafter: Drafter | None, options: EngineOptions) -> None:
+    def __init__(
+        self, target: Target, drafter: Drafter | None, options: EngineOptions, costs: Costs | None = None
+    ) -> None:
+        """``costs`` of target and drafter: rows are chosen by them; None: trees are as large as the budget allows."""
         self.target = target
         self.options = options
         self.scheduler = Scheduler(options.max_seqs)
-        self.drafting = Drafting(
-            drafter, options.budget, options.prefill_chunk, target.info.vocab_size, guard=options.guard
-        )
+        drafting = DraftingOptions(options.budget, options.lookup, options.prefill_chunk, target.info.vocab_size)
+        self.drafting = Drafting(drafter, drafting, costs)
         self.clock = RoundClock()
 
     def check(self, request: Request) -> None:
@@ -132,16 +137,16 @@ class Engine:
         if sequence.is_running:
             next_ids = sequence.token_ids[start + 1 : start + 1 + len(chunk)]
             self.drafting.observe(sequence, result.features, next_ids)
-            self.drafting.catch_up([sequence])
+            self.drafting.catch_up()
         return events
 
     def _round(self, batch: list[RunningSequence]) -> list[Event]:
         """Propose, verify, accept, keep, observe."""
         num_before = sum(len(s.token_ids) for s in batch)
         moments = [time.perf_counter()]
-        proposals = self.drafting.propose(batch)
+        drafts = self.drafting.propose(batch)
         moments.append(time.perf_counter())
-        turns, events = self._verify(batch, proposals)
+        turns, events = self._verify(batch, drafts)
         moments.append(time.perf_counter())
         for turn in turns:
             events += self._alone(turn.sequence, functools.partial(self._settle, turn))
@@ -149,40 +154,41 @@ class Engine:
         self._account(turns, sum(len(s.token_ids) for s in batch) - num_before, moments)
         return events
 
-    def _verify(self, batch: list[RunningSequence], proposals: Sequence[Proposal]) -> tuple[list[Turn], list[Event]]:
+    def _verify(self, batch: list[RunningSequence], drafts: Sequence[Candidates]) -> tuple[list[Turn], list[Event]]:
         """One pass over all rows. Where it fails the trees are left out; where that fails too, each request runs alone,
         so that only those which cannot run are ended."""
         try:
-            return self._pass(batch, proposals), []
+            return self._pass(batch, drafts), []
         except Exception as error:
-            if any(map(len, proposals)):
+            if any(c.tree for c in drafts):
                 self.drafting.failed(error)
-                return self._verify(batch, [PLAIN] * len(batch))
+                return self._verify(batch, [NOTHING] * len(batch))
         turns: list[Turn] = []
         events: list[Event] = []
         for sequence in batch:
 
             def alone(sequence: RunningSequence = sequence) -> list[Event]:
-                turns.extend(self._pass([sequence], [PLAIN]))
+                turns.extend(self._pass([sequence], [NOTHING]))
                 return []
 
             events += self._alone(sequence, alone)
         return turns, events
 
-    def _pass(self, batch: list[RunningSequence], proposals: Sequence[Proposal]) -> list[Turn]:
+    def _pass(self, batch: list[RunningSequence], drafts: Sequence[Candidates]) -> list[Turn]:
         """The target's verify pass, with the arg-max of its rows where somebody wants that."""
-        rows = [VerifyRows(s.slot, s.token_ids[-1], p) for s, p in zip(batch, proposals, strict=True)]
+        rows = [VerifyRows(s.slot, s.token_ids[-1], c.tree) for s, c in zip(batch, drafts, strict=True)]
         verified = self.target.verify(rows)
         if any(s.request.sampling.is_plain_greedy for s in batch):
             verified[0].argmax()
-        return [Turn(*turn) for turn in zip(batch, proposals, verified, strict=True)]
+        return [Turn(*turn) for turn in zip(batch, drafts, verified, strict=True)]
 
     def _settle(self, turn: Turn) -> list[Event]:
         """Accept, keep, observe: what the round gives one request."""
         sequence = turn.sequence
-        accepted = accept(turn.proposal, chooser(sequence, turn.verified))
+        accepted = accept(turn.drafts.tree, chooser(sequence, turn.verified))
         sequence.stats.rounds += 1
-        sequence.stats.drafted += len(turn.proposal)
+        sequence.stats.drafted += len(turn.drafts.tree)
+        self.drafting.learn(sequence, turn.drafts, accepted)
         events = self._commit(sequence, accepted)
         if sequence.is_running:
             self.target.keep(sequence.slot, accepted.rows)
@@ -228,7 +234,7 @@ class Engine:
         self.clock.verify_s += checked - drafted
         self.clock.other_s += ended - checked
         self.clock.rounds += 1
-        self.clock.rows += sum(turn.proposal.num_rows for turn in turns)
+        rows = sum(turn.drafts.tree.num_rows for turn in turns)
+        self.clock.rows += rows
         self.clock.tokens += num_tokens
-        is_drafted = any(len(turn.proposal) for turn in turns)
-        self.drafting.record([turn.sequence for turn in turns], is_drafted, num_tokens, ended - started)
+        self.drafting.record(rows, checked - drafted, ended - checked)

@@ -7,6 +7,7 @@ import secrets
 from collections import Counter
 from dataclasses import dataclass, field
 
+from server.engine.calibration import RequestRecord
 from server.engine.request import DraftStats, FinishReason, Request, Timings
 
 
@@ -24,24 +25,27 @@ class RunningSequence:
     """Everything the engine knows of one request, from submission to its end.
 
     token_ids: every committed token, prompt first; num_prefilled: prompt tokens whose rows the target holds; seed: of
-    its sampling, drawn when the request names none; held_slot: None while it waits and once it has ended.
+    its sampling, drawn when the request names none; held_slot: None while it waits and once it has ended; drafts:
+    whether it is drafted for, as it asked and until its rows in the drafter are spoilt; record: how its drafts fared.
     """
 
     request: Request
     token_ids: list[int]
     seed: int
+    drafts: bool
     status: Status = Status.WAITING
     held_slot: int | None = None
     num_prefilled: int = 0
     stats: DraftStats = field(default_factory=DraftStats)
     timings: Timings = field(default_factory=Timings)
+    record: RequestRecord = field(default_factory=RequestRecord)
     output_counts: Counter[int] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, request: Request) -> RunningSequence:
         """A request that has just come in."""
         seed = request.sampling.seed
-        return cls(request, list(request.prompt_ids), secrets.randbits(63) if seed is None else seed)
+        return cls(request, list(request.prompt_ids), secrets.randbits(63) if seed is None else seed, request.draft)
 
     @property
     def request_id(self) -> str:

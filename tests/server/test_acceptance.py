@@ -242,7 +242,7 @@ def test_uniform_numbers_depend_on_seed_choice_and_position_only() -> None:
 def test_penalties_count_the_rows_own_ancestors() -> None:
     params = SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=1.0)
     request = Request("r", [1, 2], 10, params)
-    sequence = RunningSequence(request, [1, 2, 4], seed=0)
+    sequence = RunningSequence(request, [1, 2, 4], seed=0, drafts=True)
     sequence.output_counts.update([4])
     logits = torch.zeros(VOCAB)
     logits[4], logits[5], logits[6] = 2.0, 1.2, 1.0

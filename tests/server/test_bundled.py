@@ -51,7 +51,7 @@ def texts(
     batch: int = 1,
     budget: Budget | None = None,
 ) -> list[list[int]]:
-    engine = Engine(target, drafter, EngineOptions(batch, 1024, budget or Budget(), guard=False))
+    engine = Engine(target, drafter, EngineOptions(batch, 1024, budget or Budget()))
     requests = [Request(f"r{i}", prompt, num_tokens, sampling) for i, prompt in enumerate(prompts)]
     results = generate(engine, requests)
     return [list(results[f"r{i}"].token_ids) for i in range(len(prompts))]
@@ -112,7 +112,7 @@ def test_text_equals_plain_decoding_for_every_tree_and_batch(
 
 def test_drafts_are_worth_their_rows(target: TorchTarget, drafter: Drafter, prompts: list[list[int]]) -> None:
     """The acceptance length that the README states for these texts; fp32 on other processors moves it a little."""
-    engine = Engine(target, drafter, EngineOptions(1, 1024, guard=False))
+    engine = Engine(target, drafter, EngineOptions(1, 1024))
     for i, prompt in enumerate(prompts[:10]):
         generate(engine, [Request(f"r{i}", prompt, 128, GREEDY)])
     assert engine.clock.tokens / engine.clock.rounds == pytest.approx(5.6, abs=0.2)

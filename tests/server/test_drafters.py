@@ -9,15 +9,15 @@ import torch
 from doubles import OracleDrafter, save_word_tokenizer, tiny_llama, tiny_qwen3
 from drafters.checkpoint import save_drafter
 from drafters.dovetail import DovetailDrafter
-from drafters.drafter import Drafter, DrafterError
+from drafters.drafter import Drafter, DrafterError, DraftState
 from drafters.eagle import EagleConfig, EagleNetwork
-from drafters.hybrid import HybridDrafter
 from drafters.native import NativeDrafter
 from drafters.network import DovetailConfig, DovetailNetwork
-from drafters.ngram import NGramDrafter
+from drafters.ngram import Copied, NGramDrafter
 from drafters.proposal import Budget
 from drafters.small_lm import SmallLMDrafter
 from kernels import native
+from server.engine import drafting
 from server.engine.completion import Completion, generate
 from server.engine.engine import Engine, EngineOptions
 from server.engine.request import Request, SamplingParams
@@ -55,8 +55,10 @@ def load(target: TorchTarget, folder: Path) -> Callable[[str], Drafter | None]:
     return lambda name: load_drafter(target, folder, name, "cpu", 4, CAPACITY)
 
 
-def run(target: TorchTarget, drafter: Drafter | None, mode: str, budget: Budget | None = None) -> list[Completion]:
-    options = EngineOptions(4, 120, budget or Budget(), prefill_chunk=3, guard=False)
+def run(
+    target: TorchTarget, drafter: Drafter | None, mode: str, budget: Budget | None = None, lookup: bool = False
+) -> list[Completion]:
+    options = EngineOptions(4, 120, budget or Budget(), prefill_chunk=3, lookup=lookup)
     requests = [Request(f"r{i}", p, NUM_TOKENS, MODES[mode]) for i, p in enumerate(PROMPTS)]
     results = generate(Engine(target, drafter, options), requests)
     return [results[f"r{i}"] for i in range(len(PROMPTS))]
@@ -73,8 +75,9 @@ def test_the_text_is_the_targets_whatever_drafts(
     other = save_model(tiny_qwen3(), "other")
     save_word_tokenizer(other)
     want = [result.token_ids for result in run(target, None, mode)]
-    for name in (str(dovetail_folder), str(other), f"hybrid:{dovetail_folder}", f"hybrid:{other}", "ngram"):
-        results = run(target, load(name), mode)
+    names = [(str(dovetail_folder), False), (str(other), False), ("ngram", False)]
+    for name, lookup in [*names, (str(dovetail_folder), True), (str(other), True), ("none", True)]:
+        results = run(target, load(name), mode, lookup=lookup)
         assert [result.token_ids for result in results] == want
         assert sum(result.finished.stats.drafted for result in results) > 0
 
@@ -86,18 +89,21 @@ def test_a_language_model_equal_to_the_target_is_always_right(
         assert result.finished.stats.rounds == -(-(NUM_TOKENS - 1) // 5)
 
 
-def test_a_right_chain_is_accepted_beside_a_wrong_tree(target: TorchTarget) -> None:
+def test_a_right_chain_is_accepted_beside_a_wrong_tree(target: TorchTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [[*p, *r.token_ids] for p, r in zip(PROMPTS, run(target, None, "greedy"), strict=True)]
 
     class KnowingLookup(NGramDrafter):
         """Copies from the finished texts instead of the past."""
 
-        propose = OracleDrafter(texts, 67).propose
+        def lookup(self, state: DraftState, count: int) -> Copied:
+            known = next(text for text in texts if text[: len(state.token_ids)] == list(state.token_ids))
+            return Copied(tuple(known[len(state.token_ids) :][:count]), 3)
 
+    monkeypatch.setattr(drafting, "NGramDrafter", KnowingLookup)
     wrong = OracleDrafter(texts, 67, wrong=True)
     budget = Budget(rows=16, top_k=1, depth=3)
     alone = run(target, wrong, "greedy", budget)
-    joined = run(target, HybridDrafter(wrong, KnowingLookup()), "greedy", budget)
+    joined = run(target, wrong, "greedy", budget, lookup=True)
     assert [r.token_ids for r in joined] == [r.token_ids for r in alone]
     assert all(r.finished.stats.acceptance_length == 1 for r in alone)
     assert all(r.finished.stats.acceptance_length > 4 for r in joined)
@@ -111,14 +117,10 @@ def test_names_lead_to_their_kind(load: Callable[[str], Drafter | None], folder:
     assert dovetail is not None
     assert dovetail.name == "dovetail"
     assert isinstance(dovetail, DovetailDrafter if native.library() is None else NativeDrafter)
-    hybrid = load(f"hybrid:{dovetail_folder}")
-    assert isinstance(hybrid, HybridDrafter)
-    assert hybrid.feature_layers == ("last",)
-    for wrong in ("hybrid:ngram", "hybrid:none"):
-        with pytest.raises(LaunchError, match="no tree to merge"):
-            load(wrong)
+    with pytest.raises(LaunchError, match="lookup joins the trees of every drafter"):
+        load(f"hybrid:{dovetail_folder}")
     with pytest.raises(LaunchError, match="neither a folder nor a hub id"):
-        load("hybrid:./nowhere")
+        load("./nowhere")
 
 
 def test_an_eagle_3_drafter_reads_three_layers_of_a_deep_target_and_none_of_a_shallow_one(

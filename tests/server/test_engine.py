@@ -10,6 +10,7 @@ from doubles import OracleDrafter, tiny_llama
 from drafters.drafter import Drafter, DraftState, Observation
 from drafters.proposal import Budget, Proposal, chain
 from server.engine.completion import Completion, Completions, generate, step
+from server.engine.cost import Costs, DraftCost, VerifyCost
 from server.engine.engine import Engine, EngineOptions
 from server.engine.request import (
     ContextTooLong,
@@ -47,10 +48,11 @@ def run(
     batch: int = 4,
     budget: Budget | None = None,
     prompts: Sequence[Sequence[int]] = PROMPTS,
+    costs: Costs | None = None,
     **more: object,
 ) -> list[Completion]:
-    options = EngineOptions(max_seqs=batch, context_length=120, budget=budget or Budget(), prefill_chunk=3, guard=False)
-    engine = Engine(target, drafter, options)
+    options = EngineOptions(batch, 120, budget or Budget(), prefill_chunk=3, lookup=costs is not None)
+    engine = Engine(target, drafter, options, costs)
     requests = [Request(f"r{i}", p, NUM_TOKENS, sampling, **more) for i, p in enumerate(prompts)]  # type: ignore[arg-type]
     results = generate(engine, requests)
     engine.check_integrity()
@@ -119,6 +121,43 @@ def test_text_does_not_depend_on_drafter_tree_or_batch(
         if name == "oracle":
             depth = BUDGETS[shape].depth
             assert stats.rounds == -(-(NUM_TOKENS - 1) // (depth + 2))
+
+
+@pytest.mark.parametrize("slope", [1e-9, 0.3, 100.0], ids=["rows are free", "rows cost", "rows are dear"])
+@pytest.mark.parametrize("name", ["oracle", "wrong", "random", "none"])
+@pytest.mark.parametrize("mode", ["greedy", "sampled"])
+def test_text_is_the_targets_with_rows_by_cost_and_lookup(
+    target: TorchTarget, plain: dict[str, list[list[int]]], mode: str, name: str, slope: float
+) -> None:
+    costs = Costs(VerifyCost({1: 1.0, 2: 1.0 + slope}), DraftCost(0.1, 0.1, 0.001))
+    costs.record = lambda *_: None  # type: ignore[method-assign]
+    costs.draft.record = lambda *_: None  # type: ignore[method-assign]
+    params = GREEDY if mode == "greedy" else SAMPLED
+    results = run(target, drafter_named(name, plain[mode]), params, budget=Budget(16, 4, 3), costs=costs)
+    assert [list(r.token_ids) for r in results] == plain[mode]
+    drafted = sum(r.finished.stats.drafted for r in results)
+    assert drafted == 0 if slope > 1 else drafted > 0 or slope > 0.1
+
+
+def test_no_request_gets_rows_beyond_its_own_end(
+    target: TorchTarget, plain: dict[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A neighbour with much left to say must not lengthen the trees of one that is nearly done."""
+    whole, limits = target.verify, [3, 40]
+    prompts = [PROMPTS[0], PROMPTS[3]]
+
+    def verify(rows: Sequence[VerifyRows]) -> list[Verified]:
+        for part in rows:
+            row = target.slots.lengths[part.slot] + max(part.proposal.depths, default=0)
+            assert row < len(prompts[part.slot]) + limits[part.slot] - 1
+        return whole(rows)
+
+    monkeypatch.setattr(target, "verify", verify)
+    drafter = drafter_named("oracle", plain["greedy"])
+    engine = Engine(target, drafter, EngineOptions(2, 120, Budget(40, 10, 7), lookup=True))
+    requests = [Request(str(i), p, n, GREEDY) for i, (p, n) in enumerate(zip(prompts, limits, strict=True))]
+    results = generate(engine, requests)
+    assert list(results["0"].token_ids) == plain["greedy"][0][:3]
 
 
 def test_a_stop_token_inside_an_accepted_block_ends_the_text_there(
@@ -215,7 +254,7 @@ def test_a_drafter_that_fails_costs_speed_and_nothing_else(
 ) -> None:
     texts = [[*p, *t] for p, t in zip(PROMPTS, plain["sampled"], strict=True)]
     drafter = FailingDrafter(texts, way, call)
-    engine = Engine(target, drafter, EngineOptions(4, 120, Budget(4, 1, 1), prefill_chunk=3, guard=False))
+    engine = Engine(target, drafter, EngineOptions(4, 120, Budget(4, 1, 1), prefill_chunk=3))
     times = iter(range(10**6))
     engine.drafting.now = lambda: next(times) / 20  # a second is a few rounds
     requests = [Request(f"r{i}", prompt, NUM_TOKENS, SAMPLED) for i, prompt in enumerate(PROMPTS)]
@@ -243,7 +282,7 @@ def test_a_drafter_that_stays_broken_is_named_and_tried_ever_more_rarely(target:
             raise RuntimeError("the device is gone")
 
     drafter = Broken([], 67)
-    engine = Engine(target, drafter, EngineOptions(1, 200, guard=False))
+    engine = Engine(target, drafter, EngineOptions(1, 200))
     times = iter(range(10**6))
     engine.drafting.now = lambda: next(times) / 10
     result = generate(engine, [Request("a", [1], 100, GREEDY)])["a"]
@@ -258,7 +297,7 @@ def test_a_request_without_drafting_is_never_shown_to_the_drafter(target: TorchT
         def observe(self, batch: Sequence[Observation]) -> None:
             assert {seen.slot for seen in batch} == {0}
 
-    engine = Engine(target, Unwanted([], 67), EngineOptions(2, 120, guard=False))
+    engine = Engine(target, Unwanted([], 67), EngineOptions(2, 120))
     results = generate(engine, [Request("a", [1, 2], 8, GREEDY), Request("b", [3, 4], 8, GREEDY, draft=False)])
     assert engine.drafting.status.state == "on"
     assert results["b"].finished.stats.drafted == 0 < results["a"].finished.stats.drafted
@@ -275,7 +314,7 @@ def test_an_error_in_one_request_fails_that_one_alone(
     ]
     good = [Request(f"r{i}", prompt, NUM_TOKENS, GREEDY) for i, prompt in enumerate(PROMPTS)]
     drafter = drafter_named("oracle", plain["greedy"]) if draft else None
-    results = generate(Engine(target, drafter, EngineOptions(4, 120, guard=False)), [*broken, *good])
+    results = generate(Engine(target, drafter, EngineOptions(4, 120)), [*broken, *good])
     assert [list(results[r.request_id].token_ids) for r in good] == plain["greedy"]
     for request in broken:
         assert results[request.request_id].finished.reason == FinishReason.FAILED

@@ -75,7 +75,7 @@ def test_drafted_text_equals_plain_text(folder: Path, weights: str, sampling: Sa
     texts = [[*r.prompt_ids, *plain[r.request_id].token_ids] for r in requests]
     for wrong in (False, True):
         drafter = OracleDrafter(texts, 67, wrong=wrong)
-        drafted = generate(Engine(target, drafter, EngineOptions(2, 100, Budget(16, 4, 3), guard=False)), requests)
+        drafted = generate(Engine(target, drafter, EngineOptions(2, 100, Budget(16, 4, 3))), requests)
         assert {k: v.token_ids for k, v in drafted.items()} == {k: v.token_ids for k, v in plain.items()}
 
 
@@ -89,7 +89,7 @@ def test_an_int8_kv_cache_halves_its_memory_and_drafts_as_it_decodes(folder: Pat
     target.release(0)
     plain = generate(Engine(target, None, EngineOptions(1, 100)), [Request("a", PROMPT, 30, GREEDY)])
     drafter = OracleDrafter([[*PROMPT, *plain["a"].token_ids]], 67)
-    engine = Engine(target, drafter, EngineOptions(1, 100, Budget(16, 4, 3), guard=False))
+    engine = Engine(target, drafter, EngineOptions(1, 100, Budget(16, 4, 3)))
     assert generate(engine, [Request("a", PROMPT, 30, GREEDY)])["a"].token_ids == plain["a"].token_ids
 
 
@@ -102,7 +102,7 @@ def test_text_drafted_natively_equals_plain_text(folder: Path, weights: str, sam
     torch.manual_seed(0)
     network = DovetailNetwork(DovetailConfig(64, 67, 96, 4, 2, 16, num_blocks=2)).eval().requires_grad_(False)
     drafter = NativeDrafter(network, target.embedding(), target.lm_head(), 8, 2, 120)
-    drafted = generate(Engine(target, drafter, EngineOptions(2, 100, Budget(12, 4, 3), guard=False)), requests)
+    drafted = generate(Engine(target, drafter, EngineOptions(2, 100, Budget(12, 4, 3))), requests)
     assert {k: v.token_ids for k, v in drafted.items()} == {k: v.token_ids for k, v in plain.items()}
     assert all(result.finished.stats.drafted > 0 for result in drafted.values())
 

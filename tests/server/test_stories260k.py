@@ -108,7 +108,7 @@ def documented_text(file: Path) -> str:
 def test_the_documented_story_comes_out(test_data: Path, tmp_path: Path, drafter: NGramDrafter | None) -> None:
     convert(test_data / "models" / "stories260K.bin").save_pretrained(tmp_path)
     target = TorchTarget.load(tmp_path, "fp32", 1, 400)
-    engine = Engine(target, drafter, EngineOptions(1, 320, Budget(16, 4, 5), guard=False))
+    engine = Engine(target, drafter, EngineOptions(1, 320, Budget(16, 4, 5)))
     request = Request("story", [BEGIN], 256, SamplingParams(temperature=0), stop_ids=frozenset({BEGIN}))
     result = generate(engine, [request])["story"]
     vocabulary = pieces(test_data / "tokenizers" / "tok512.bin")

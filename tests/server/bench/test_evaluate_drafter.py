@@ -82,7 +82,7 @@ def test_report_has_the_promised_keys(report: dict[str, Any]) -> None:
         } <= set(figures)  # fmt: skip
         assert figures["equal_texts"] == figures["texts"] == 2
     conditions = json.loads(json.dumps(report))["conditions"]
-    assert (conditions["texts"], conditions["texts_too_long"], conditions["guard"]) == (2, 1, False)
+    assert (conditions["texts"], conditions["texts_too_long"], conditions["trees"]) == (2, 1, "fixed")
 
 
 def test_a_drafter_that_knows_is_accepted_at_every_depth(report: dict[str, Any]) -> None:

@@ -1,0 +1,128 @@
+"""What a round costs and which drafts are worth their rows. Pure: numbers in, numbers out.
+
+A round of B requests with n drafted nodes gives B + (expected accepted nodes) tokens and takes the time of drafting, of
+a verify pass over B + n rows, T(B + n), and of everything else. The nodes are ranked by the probability that they are
+accepted, so the best n of all requests together are the first n, and n is where tokens per second are highest; zero is
+an answer like any other. Source: the idea of sizing trees by measured cost is that of Sequoia (arXiv 2402.12374) and
+OPT-Tree (arXiv 2406.17276); ranking over all requests, on a curve that is measured at start and refined, is ours.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+DRIFT_RATE, SHAPE_RATE = 0.1, 0.03
+WILDEST_RATIO = 2.0  # one pass that took longer than this times what was expected says that much and no more
+UNKNOWN_SLOPE = 0.1  # of T(1) for each further row, where nothing but T(1) is known
+
+
+class VerifyCost:
+    """T(n), seconds of a verify pass over n rows in all, from measured points; in between it is linear.
+
+    ``record`` refines it while the server runs: quickly as a whole, since load and longer contexts slow every pass,
+    and slowly point by point.
+    """
+
+    def __init__(self, measured: Mapping[int, float]) -> None:
+        """Errors: ValueError without a positive time for a positive number of rows."""
+        if not measured or min(measured) < 1 or min(measured.values()) <= 0:
+            raise ValueError(f"T(n) needs times above 0 for 1 row or more, got {dict(measured)}")
+        self.points = dict(measured)
+        self.drift = 1.0
+        self.table: list[float] = []
+
+    def seconds(self, rows: int) -> float:
+        """T(rows); never less than for fewer rows."""
+        while len(self.table) < rows:
+            self._extend()
+        return self.drift * self.table[rows - 1]
+
+    def record(self, rows: int, seconds: float) -> None:
+        """A pass over so many rows took so long."""
+        expected = self.seconds(rows)
+        ratio = min(max(seconds / expected, 1 / WILDEST_RATIO), WILDEST_RATIO)
+        shape = expected / self.drift
+        self.drift *= ratio**DRIFT_RATE
+        self.points[rows] = shape * ratio**SHAPE_RATE
+        self.table = []
+
+    def _extend(self) -> None:
+        rows = len(self.table) + 1
+        self.table.append(max(self._between(rows), self.table[-1] if self.table else 0.0))
+
+    def _between(self, rows: int) -> float:
+        known = sorted(self.points)
+        place = bisect_left(known, rows)
+        if place < len(known) and known[place] == rows:
+            return self.points[rows]
+        if len(known) == 1:
+            (only,) = known
+            return self.points[only] * (1 + UNKNOWN_SLOPE * (rows - only) if rows > only else rows / only)
+        high = min(max(place, 1), len(known) - 1)
+        first, second = known[high - 1], known[high]
+        slope = (self.points[second] - self.points[first]) / (second - first)
+        return max(self.points[first] + slope * (rows - first), self.points[known[0]] * min(1.0, rows / known[0]))
+
+
+@dataclass
+class DraftCost:
+    """Seconds of drafting for a batch: a part that every round pays, one for each level of the trees, and one for each
+    committed position that the drafter has yet to be shown.
+
+    ratios: for each number of requests, how much longer than for one, as far as rounds have shown.
+    """
+
+    fixed_s: float
+    level_s: float
+    row_s: float
+    ratios: dict[int, float] = field(default_factory=dict)
+
+    def seconds(self, num_requests: int, depth: int) -> float:
+        """For so many requests and ``depth`` levels after the first."""
+        known = [number for number in self.ratios if number <= num_requests]
+        ratio = self.ratios[max(known)] if known else 1.0
+        return ratio * (self.fixed_s + self.level_s * (depth + 1))
+
+    def record(self, num_requests: int, depth: int, seconds: float) -> None:
+        """A round's drafting took so long."""
+        expected = self.seconds(num_requests, depth)
+        if expected <= 0:
+            self.fixed_s = seconds
+            return
+        known = self.ratios.get(num_requests)
+        change = seconds / expected if known is None else (seconds / expected) ** DRIFT_RATE
+        self.ratios[num_requests] = (expected / (self.fixed_s + self.level_s * (depth + 1))) * change
+
+
+@dataclass
+class Costs:
+    """Everything a round is weighed by. overhead_s: what a round takes beside drafting and the verify pass."""
+
+    verify: VerifyCost
+    draft: DraftCost
+    overhead_s: float = 0.0
+
+    def rate(self, num_requests: int, gain: float, nodes: int, draft_s: float = 0.0) -> float:
+        """Tokens per second of a round: one token for each request and ``gain`` more, with so many drafted nodes."""
+        return (num_requests + gain) / (draft_s + self.overhead_s + self.verify.seconds(num_requests + nodes))
+
+    def record(self, rows: int, verify_s: float, other_s: float) -> None:
+        """A round's verify pass over so many rows, and what else it took."""
+        self.verify.record(rows, verify_s)
+        self.overhead_s += DRIFT_RATE * (other_s - self.overhead_s)
+
+
+def best_count(costs: Costs, num_requests: int, gains: Sequence[float], draft_s: float = 0.0) -> tuple[int, float]:
+    """How many of the drafted nodes to verify, and the tokens per second expected of that.
+
+    ``gains``: the probability of each to be accepted, falling; ``draft_s``: what drafting them took already.
+    """
+    best, best_rate, total = 0, costs.rate(num_requests, 0.0, 0, draft_s), 0.0
+    for count, gain in enumerate(gains, 1):
+        total += gain
+        rate = costs.rate(num_requests, total, count, draft_s)
+        if rate > best_rate:
+            best, best_rate = count, rate
+    return best, best_rate

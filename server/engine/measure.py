@@ -1,0 +1,114 @@
+"""What the loaded target and drafter cost on this machine, measured in under a second and remembered.
+
+The measurements are kept in a file, by machine, model, kernels and threads, so that a server starts without them the
+next time; while it runs they are refined. Slots of target and drafter must be empty, and are left so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from drafters.drafter import Drafter, DraftState, Observation
+from drafters.proposal import Budget, Proposal
+from server.engine.cost import Costs, DraftCost, VerifyCost
+from server.targets.target import PrefillChunk, Target, VerifyRows
+
+logger = logging.getLogger(__name__)
+
+SLOT = 0
+CONTEXT = 32
+VERIFY_BUDGET_S, DRAFT_BUDGET_S = 0.6, 0.3
+ROWS = (1, 8, 2, 16, 4, 32, 3, 6, 12, 24, 64, 5, 48)  # in order of use, where a slow target leaves no time for all
+
+
+def measured_costs(target: Target, drafter: Drafter | None, budget: Budget, max_rows: int) -> Costs:
+    """Costs from passes over a short made-up text. ``max_rows``: rows a slot holds beside that text, at most."""
+    token_ids = [i % target.info.vocab_size for i in range(CONTEXT + 1)]
+    features = target.prefill(PrefillChunk(SLOT, token_ids[:CONTEXT])).features
+    try:
+        verify = VerifyCost(verify_times(target, token_ids[CONTEXT], max_rows))
+        draft = DraftCost(0.0, 0.0, 0.0)
+        if drafter is not None:
+            try:
+                drafter.observe([Observation(SLOT, features[:1], token_ids[1:2])])  # warms up
+                started = time.perf_counter()
+                drafter.observe([Observation(SLOT, features[1:], token_ids[2:])])
+                row_s = (time.perf_counter() - started) / (CONTEXT - 1)
+                draft = draft_cost(drafter, DraftState(SLOT, token_ids), budget, row_s)
+            except Exception:  # it fails while requests are served as well, and is dealt with there
+                logger.warning("what the drafter costs could not be measured", exc_info=True)
+            finally:
+                drafter.release(SLOT)
+    finally:
+        target.release(SLOT)
+    return Costs(verify, draft)
+
+
+def verify_times(target: Target, root_id: int, max_rows: int) -> dict[int, float]:
+    """Seconds of a verify pass by its rows: the shorter of two, as far as the time goes."""
+    times: dict[int, float] = {}
+    ends = time.perf_counter() + VERIFY_BUDGET_S
+    for _ in range(3):  # the first turn warms up
+        for rows in ROWS:
+            taken = times.get(rows)
+            if rows > max_rows or (times and time.perf_counter() + (taken or 2 * times[1]) > ends):
+                continue
+            started = time.perf_counter()
+            siblings = Proposal((root_id,) * (rows - 1), (None,) * (rows - 1), (0.0,) * (rows - 1))
+            target.verify([VerifyRows(SLOT, root_id, siblings)])[0].argmax()
+            seconds = time.perf_counter() - started
+            times[rows] = seconds if taken is None else min(taken, seconds)
+    return times
+
+
+def draft_cost(drafter: Drafter, state: DraftState, budget: Budget, row_s: float) -> DraftCost:
+    """Seconds of the first level of a tree and of each level behind it: the shorter of several."""
+    shallow = deep = float("inf")
+    ends = time.perf_counter() + DRAFT_BUDGET_S
+    for _ in range(6):
+        for depth in (0, budget.depth):
+            started = time.perf_counter()
+            drafter.propose([state], Budget(budget.rows, budget.top_k, depth))
+            seconds = time.perf_counter() - started
+            shallow, deep = (min(shallow, seconds), deep) if depth == 0 else (shallow, min(deep, seconds))
+        if time.perf_counter() > ends:
+            break
+    level_s = max(deep - shallow, 0.0) / budget.depth if budget.depth else 0.0
+    return DraftCost(max(shallow - level_s, 0.0), level_s, row_s)
+
+
+def remembered_costs(
+    file: Path, key: str, target: Target, drafter: Drafter | None, budget: Budget, max_rows: int
+) -> Costs:
+    """The costs that ``file`` holds for ``key``; measured, and added to it, where it has none or cannot be read."""
+    known: dict[str, dict[str, dict[str, float]]] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(file.read_text(encoding="utf-8"))
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        verify = {int(rows): float(seconds) for rows, seconds in known[key]["verify"].items()}
+        draft = known[key]["draft"]
+        return Costs(VerifyCost(verify), DraftCost(float(draft["fixed_s"]), draft["level_s"], draft["row_s"]))
+    costs = measured_costs(target, drafter, budget, max_rows)
+    draft = {"fixed_s": costs.draft.fixed_s, "level_s": costs.draft.level_s, "row_s": costs.draft.row_s}
+    entry = {"verify": {str(rows): seconds for rows, seconds in sorted(costs.verify.points.items())}, "draft": draft}
+    known = known if isinstance(known, dict) else {}
+    try:
+        with replaced(file) as partial:
+            partial.write_text(json.dumps(known | {key: entry}, indent=1), encoding="utf-8")
+    except OSError as error:
+        logger.debug("%s cannot be written, so costs are measured again next time: %s", file, error)
+    return costs
+
+
+@contextlib.contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """A file beside ``file`` that takes its place at the end, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    yield partial
+    partial.replace(file)
