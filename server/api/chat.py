@@ -23,7 +23,8 @@ from server.api.pieces import Answer, CallPiece, Piece, ReasoningPiece
 from server.api.prompts import plan_requests
 from server.api.schemas import AS_MUCH_AS_FITS
 from server.api.serving import CurrentServing, ServedModel, Serving
-from server.api.tool_calls import HERMES, THINK, AnswerParser, call_format
+from server.api.structured import grammar_for
+from server.api.tool_calls import GENERIC, HERMES, THINK, AnswerParser, CallFormat, call_format
 from server.api.tools import Tool, chosen_tools, told_in_text
 from server.engine.stop import TextOutput
 from server.text import TextCodec
@@ -91,7 +92,8 @@ async def answer_chat(
 ) -> Response:
     """What every route of conversations does: encode, generate, and write the answer the route's way."""
     body.check_token_ids(model.codec.vocab_size)
-    tools = chosen_tools(body.tools, body.tool_choice)
+    tools, is_forced = chosen_tools(body.tools, body.tool_choice)
+    grammar = await grammar_for(body, tools if is_forced else (), serving, model)
     prompt = await asyncio.to_thread(chat_prompt, model.codec, body, tools)
     requests = plan_requests(
         uuid.uuid4().hex,
@@ -101,15 +103,17 @@ async def answer_chat(
         max_tokens=body.max_completion_tokens or body.max_tokens,
         default_max_tokens=AS_MUCH_AS_FITS,
         max_requests=serving.settings.max_waiting,
+        grammar=grammar,
     )
-    format = call_format(template_sources(model.codec)) if knows_tools(model.codec) else HERMES
+    format = GENERIC if is_forced else family_format(model.codec)
     outputs = [TextOutput(model.codec, body.stop, shown=shown_markers(format.begin, tools)) for _ in requests]
     generation = Generation(serving, model, requests, outputs)
     names = [tool.function.name for tool in tools]
     thinking = not body.continue_final_message and opens_reasoning(model.codec, prompt)
 
     def parser() -> AnswerParser:
-        return AnswerParser(format, names, thinking=thinking, one_call=not body.parallel_tool_calls)
+        # A grammar leaves no room for reasoning.
+        return AnswerParser(format, names, thinking=thinking and grammar is None, one_call=not body.parallel_tool_calls)
 
     reply = Reply(wire, generation, serving.settings.keepalive_s, parser)
     return await reply.send(request, stream=body.stream)
@@ -130,6 +134,11 @@ def chat_prompt(codec: TextCodec, body: ChatBody, tools: Sequence[Tool]) -> list
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final=body.continue_final_message,
     )
+
+
+def family_format(codec: TextCodec) -> CallFormat:
+    """How the model writes calls; one whose template has no place for tools is told to write them so."""
+    return call_format(template_sources(codec)) if knows_tools(codec) else HERMES
 
 
 def template_sources(codec: TextCodec) -> list[str]:

@@ -21,6 +21,7 @@ from server.api.pieces import Answer, Piece, TextPiece
 from server.api.prompts import answer_limit, plan_requests
 from server.api.schemas import CompletionBody
 from server.api.serving import CurrentServing
+from server.api.structured import grammar_for
 from server.engine.report import timings_json
 from server.engine.stop import TextOutput
 from server.text import TextCodec
@@ -79,6 +80,7 @@ async def create_completion(body: CompletionBody, request: HttpRequest, serving:
         max_tokens=body.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         max_requests=serving.settings.max_waiting,
+        grammar=await grammar_for(body, (), serving, model),
     )
     outputs = [TextOutput(model.codec, body.stop, request.prompt_ids) for request in requests]
     generation = Generation(serving, model, requests, outputs)

@@ -120,7 +120,6 @@ class ChatBody(GenerationBody):
         "top_logprobs": (0,),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "prediction": (),
         "verbosity": ("medium",),
         "modalities": (["text"],),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from server.api.errors import InvalidValue
 from server.api.schemas import AS_MUCH_AS_FITS, GenerationBody
 from server.api.serving import ServedModel
+from server.engine.grammar import Grammar
 from server.engine.request import ContextTooLong, Request
 
 
@@ -19,6 +20,7 @@ def plan_requests(
     max_tokens: int | None,
     default_max_tokens: int,
     max_requests: int,
+    grammar: Callable[[], Grammar] | None,
 ) -> list[Request]:
     """One request for each prompt and choice, prompt-major.
 
@@ -30,6 +32,8 @@ def plan_requests(
         message = f"The call asks for {num_requests} answers at once; this server takes at most {max_requests}."
         raise InvalidValue("n", message)
     sampling, stop_ids = body.sampling(model.sampling), body.stop_ids(model.codec.stop_ids)
+    if grammar is not None:
+        stop_ids |= model.codec.stop_ids  # behind its last word nothing else may come
     limits = [answer_limit(len(prompt), max_tokens, default_max_tokens, model.context_length) for prompt in prompts]
     return [
         Request(
@@ -40,6 +44,8 @@ def plan_requests(
             stop_ids=stop_ids,
             choice=choice,
             draft=body.speculative.enabled,
+            grammar=None if grammar is None else grammar(),
+            min_tokens=min(body.min_tokens, limit),
         )
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         for choice in range(body.num_choices)

@@ -95,7 +95,6 @@ class GenerationBody(RequestBody):
         }
     )  # fmt: skip
     neutral: ClassVar[NeutralValues] = {
-        "min_tokens": (0,),
         "typical_p": (1,),
         "skip_special_tokens": (True,),
         "prompt_logprobs": (),
@@ -128,6 +127,15 @@ class GenerationBody(RequestBody):
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     stop_token_ids: list[WholeNumber] = Field([], max_length=MAX_STOP_TOKEN_IDS)
     ignore_eos: bool = False
+    min_tokens: WholeNumber = Field(0, ge=0, description="Tokens before the model may end the text.")
+    response_format: dict[str, Any] | None = Field(None, description="type text, json_object or json_schema")
+    structured_outputs: dict[str, Any] | None = Field(None, description="json, regex, choice, grammar or json_object")
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
+    grammar: str | None = Field(None, description="GBNF or Lark")
     speculative: Speculative = Speculative()
 
     @property

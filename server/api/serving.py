@@ -16,6 +16,7 @@ from fastapi import Request as HttpRequest
 
 from server.api.dispatcher import Dispatcher
 from server.api.errors import ApiError, InvalidValue, NotServing, shown
+from server.engine.grammar import GrammarCompiler
 from server.engine.request import Event, Request, SamplingParams
 from server.settings import LOADING_THREAD, Settings
 from server.text import TextCodec
@@ -155,6 +156,8 @@ class Serving:
         self.loaded: ServedModel | None = None
         self.failure = ""
         self.reported_fields: set[str] = set()
+        self.lock = threading.Lock()
+        self.compiler: GrammarCompiler | None = None
         self.dispatcher = Dispatcher(asyncio.get_running_loop())
 
     def start_loading(self) -> None:
@@ -210,6 +213,13 @@ class Serving:
                 "shutting_down", "The server is shutting down; the text is not complete.", LOADING_RETRY_S
             )
         return NotServing("engine_dead", "The engine has stopped; the text is not complete.", LONG_RETRY_S)
+
+    def grammars(self, model: ServedModel) -> GrammarCompiler:
+        """What compiles grammars for the model's tokens, made when it is first asked for."""
+        with self.lock:
+            if self.compiler is None:
+                self.compiler = GrammarCompiler(model.codec.tokenizer, model.codec.stop_ids)
+            return self.compiler
 
     def model_named(self, name: str | None) -> ServedModel:
         """The language model, if that is its name or none was sent.

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from server.api.body import Body, NeutralValues, Text
+from server.api.body import Body, Text
 from server.api.errors import InvalidValue, UnsupportedParameter, shown
 from server.api.tool_calls import HERMES
 
@@ -17,11 +17,10 @@ Turn = dict[str, Any]
 class Function(Body):
     """A function: its name, what it is for, and the JSON schema of its arguments."""
 
-    neutral: ClassVar[NeutralValues] = {"strict": (False,)}
-
     name: Text
     description: Text = ""
     parameters: dict[str, Any] = {"type": "object", "properties": {}}  # noqa: RUF012
+    strict: bool = False
 
 
 class Tool(Body):
@@ -62,30 +61,45 @@ class ToolCall(Body):
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
 
-def chosen_tools(tools: Sequence[Tool], choice: Any) -> list[Tool]:
-    """The tools that ``tool_choice`` leaves. Errors: InvalidValue, UnsupportedParameter where it forces a call."""
-    if choice in (None, "auto"):
-        return list(tools)
+def chosen_tools(tools: Sequence[Tool], choice: Any) -> tuple[list[Tool], bool]:
+    """The tools that ``tool_choice`` leaves, and whether one of them must be called. Errors: InvalidValue."""
     if choice == "none":
-        return []
+        return [], False
+    if choice in (None, "auto"):
+        return checked_strict(tools), False
     if not tools:
         raise InvalidValue("tool_choice", "tool_choice asks for a call, and no tools were sent.")
-    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
-        return allowed_tools(tools, choice.get("allowed_tools", choice))
-    if choice != "required" and not isinstance(choice, Mapping):
+    if choice == "required":
+        return list(tools), True
+    if not isinstance(choice, Mapping):
         raise InvalidValue("tool_choice", "tool_choice must be none, auto, required, or an object that names a tool.")
-    raise UnsupportedParameter("tool_choice", "This server cannot force a call; send tool_choice auto or none.")
-
-
-def allowed_tools(tools: Sequence[Tool], allowed: Any) -> list[Tool]:
-    """The tools that an ``allowed_tools`` choice names. Errors: as ``chosen_tools``."""
+    if choice.get("type") != "allowed_tools":
+        return tools_named(tools, [choice]), True
+    allowed = choice.get("allowed_tools", choice)
     if not isinstance(allowed, Mapping) or not isinstance(allowed.get("tools"), list):
         raise InvalidValue("tool_choice", "allowed_tools must hold mode and tools, a list of objects that name tools.")
-    if allowed.get("mode", "auto") != "auto":
-        raise UnsupportedParameter("tool_choice", "This server cannot force a call; send the mode auto.")
-    names = {named_tool(entry) for entry in allowed["tools"]}
-    if unknown := names - {tool.function.name for tool in tools}:
-        raise InvalidValue("tool_choice", f"tool_choice allows {shown(sorted(unknown))}, which tools does not hold.")
+    is_forced = allowed.get("mode", "auto") == "required"
+    left = tools_named(tools, allowed["tools"])
+    return (left if is_forced else checked_strict(left)), is_forced
+
+
+def checked_strict(tools: Sequence[Tool]) -> list[Tool]:
+    """Tools that may be called. Errors: UnsupportedParameter where arguments must follow a schema all the same."""
+    for index, tool in enumerate(tools):
+        if tool.function.strict:
+            message = (
+                "strict arguments need a forced call: send tool_choice required or a named tool, or strict: false."
+            )
+            raise UnsupportedParameter(f"tools.{index}.function.strict", message)
+    return list(tools)
+
+
+def tools_named(tools: Sequence[Tool], entries: Sequence[Any]) -> list[Tool]:
+    """The tools that these objects name. Errors: InvalidValue for names that are not among the tools."""
+    names = {named_tool(entry) for entry in entries}
+    unknown = names - {tool.function.name for tool in tools}
+    if unknown or not names:
+        raise InvalidValue("tool_choice", f"tool_choice names {shown(sorted(unknown))}, which tools does not hold.")
     return [tool for tool in tools if tool.function.name in names]
 
 

@@ -178,7 +178,7 @@ class Engine:
         """The target's verify pass, with the arg-max of its rows where somebody wants that."""
         rows = [VerifyRows(s.slot, s.token_ids[-1], c.tree) for s, c in zip(batch, drafts, strict=True)]
         verified = self.target.verify(rows)
-        if any(s.request.sampling.is_plain_greedy for s in batch):
+        if any(s.request.takes_argmax for s in batch):
             verified[0].argmax()
         return [Turn(*turn) for turn in zip(batch, drafts, verified, strict=True)]
 

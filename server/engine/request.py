@@ -6,6 +6,7 @@ import enum
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 
 class EngineError(Exception):
@@ -58,7 +59,7 @@ class SamplingParams:
 
     @property
     def is_plain_greedy(self) -> bool:
-        """Whether the arg-max of the raw logits is the answer, so no logits need to be looked at."""
+        """Whether nothing here changes the order of the logits."""
         return (
             self.temperature == 0
             and not self.logit_bias
@@ -77,12 +78,20 @@ class FinishReason(enum.StrEnum):
     FAILED = "failed"
 
 
+class TokenFilter(Protocol):
+    """Says which tokens may follow an answer so far; ``server.engine.grammar.Grammar`` is one."""
+
+    def allowed(self, output_ids: Sequence[int]) -> Any:
+        """[vocabulary] booleans, as a numpy array. Errors: EngineError."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
     """One choice of one API call. ``choice`` numbers the choices that share a prompt and a seed.
 
     stop_ids end the text when the target emits one of them; the stop id itself is the last token reported.
-    ``draft`` False asks for plain decoding.
+    ``draft`` False asks for plain decoding. grammar: what the answer follows; min_tokens: before a stop id may come.
     """
 
     request_id: str
@@ -92,6 +101,13 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     choice: int = 0
     draft: bool = True
+    grammar: TokenFilter | None = None
+    min_tokens: int = 0
+
+    @property
+    def takes_argmax(self) -> bool:
+        """Whether the arg-max of the raw logits is the next token, so no logits need to be looked at."""
+        return self.sampling.is_plain_greedy and self.grammar is None and self.min_tokens == 0
 
 
 @dataclass

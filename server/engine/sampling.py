@@ -1,6 +1,7 @@
 """From logits to a token: processing, and one uniform number per output position.
 
-The order is: logit bias, repetition, presence and frequency penalties (on logits), temperature, top-k, top-p, min-p.
+The order is: logit bias, repetition, presence and frequency penalties (on logits), the grammar's mask, temperature,
+top-k, top-p, min-p.
 Top-p and min-p look at the distribution the step before them left. The draw is the inverse of the cumulative
 distribution in token order, at a number that depends on (seed, choice, position) alone, so a seeded text is the same
 for any drafter, tree and batch.
@@ -49,6 +50,18 @@ def penalise(
     return logits
 
 
+def forbid(logits: Tensor, sequence: RunningSequence, accepted: Sequence[int]) -> None:
+    """Take away, in place, what may not follow: what the grammar has no place for, and an end that comes too early."""
+    request = sequence.request
+    if sequence.num_output + len(accepted) < request.min_tokens:
+        logits[list(request.stop_ids)] = float("-inf")
+    if request.grammar is not None:
+        output_ids = [*sequence.token_ids[sequence.num_prompt :], *accepted]
+        allowed = torch.from_numpy(request.grammar.allowed(output_ids))[: logits.numel()]
+        logits[: allowed.numel()].masked_fill_(~allowed, float("-inf"))
+        logits[allowed.numel() :] = float("-inf")
+
+
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """The distribution [vocabulary] in fp64 after temperature (above 0), top-k, top-p and min-p."""
     scaled = logits.double() / params.temperature
@@ -77,7 +90,7 @@ def draw(probs: Tensor, number: float) -> int:
 
 def chooser(sequence: RunningSequence, verified: Verified) -> Choose:
     """The target's own choice at the rows of a request's verify pass."""
-    if sequence.request.sampling.is_plain_greedy:
+    if sequence.request.takes_argmax:
         return greedy(verified.argmax())
     return row_chooser(sequence, verified.logits)
 
@@ -101,6 +114,7 @@ def row_chooser(sequence: RunningSequence, logits_of: Callable[[int], Tensor]) -
             counts = counts.copy()
             counts.update(accepted)
         logits = penalise(logits_of(row), params, counts, sequence.request.prompt_ids)
+        forbid(logits, sequence, accepted)
         if params.temperature == 0:
             return int(logits.argmax())
         position = sequence.num_output + len(accepted)

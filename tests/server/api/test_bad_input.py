@@ -46,6 +46,18 @@ BOTH = [
     bad("model", "invalid_type", model=7),
     bad("model", "invalid_unicode", model="\ud800"),
     bad("store", "unsupported_parameter", store=True),
+    bad("response_format", "invalid_value", response_format={"type": "sound"}),
+    bad("response_format", "invalid_value", response_format={"type": "json_schema"}),
+    bad("response_format", "invalid_value", response_format={"type": "json_object", "schema": 123}),
+    bad(
+        "response_format", "invalid_json_schema", response_format={"type": "json_object", "schema": {"type": "hiccup"}}
+    ),
+    bad("guided_regex", "invalid_json_schema", guided_regex="(a"),
+    bad("guided_regex", "invalid_value", guided_regex="a", guided_json={}),
+    bad("guided_choice", "invalid_value", guided_choice=[]),
+    bad("grammar", "invalid_json_schema", grammar="root = = ="),
+    bad("structured_outputs", "invalid_value", structured_outputs={"sql": "x"}),
+    bad("min_tokens", "invalid_value", min_tokens=-1),
 ]
 COMPLETIONS = [
     bad("prompt", "invalid_value", prompt=""),
@@ -83,8 +95,8 @@ CHATS = [
     bad("messages.0.audio", "unsupported_parameter", messages=[{"role": "user", "content": "x", "audio": {}}]),
     bad("tools.0.function", "missing_required_parameter", tools=[{"type": "function"}]),
     bad("tools.0.function.strict", "unsupported_parameter", tools=[TOOL | {"function": {"name": "f", "strict": True}}]),
-    bad("tool_choice", "unsupported_parameter", tools=[TOOL], tool_choice="required"),
-    bad("tool_choice", "unsupported_parameter", tools=[TOOL], tool_choice=TOOL),
+    bad("tool_choice", "invalid_value", tools=[TOOL], tool_choice={"function": {"name": "g"}}),
+    bad("tool_choice", "invalid_value", tools=[TOOL], tool_choice="required", response_format={"type": "json_object"}),
     bad("tool_choice", "invalid_value", tools=[TOOL], tool_choice="perhaps"),
     bad("tool_choice", "invalid_value", tool_choice="required"),
     bad("tool_choice", "invalid_value", tools=[TOOL], tool_choice=ALLOWED),
@@ -92,7 +104,6 @@ CHATS = [
     bad("tool_choice", "invalid_value", tools=[TOOL], tool_choice=ALLOWED | {"tools": [{"name": "g"}]}),
     bad("add_generation_prompt", "invalid_value", continue_final_message=True, add_generation_prompt=True),
     bad("chat_template_kwargs", "invalid_type", chat_template_kwargs=[]),
-    bad("response_format", "unsupported_parameter", response_format={"type": "json_object"}),
     bad("logprobs", "unsupported_parameter", logprobs=True),
     bad("max_tokens", "invalid_value", max_tokens=3, max_completion_tokens=4),
 ]  # fmt: skip
@@ -226,7 +237,8 @@ FIELDS = [
     "model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "n",
     "stop", "stream", "stream_options", "seed", "logit_bias", "presence_penalty", "frequency_penalty", "echo",
     "best_of", "repetition_penalty", "stop_token_ids", "ignore_eos", "speculative", "suffix", "logprobs",
-    "tools", "tool_choice", "chat_template_kwargs", "parallel_tool_calls", "continue_final_message", "user",
+    "tools", "tool_choice", "response_format", "structured_outputs", "guided_json", "grammar", "min_tokens",
+    "chat_template_kwargs", "parallel_tool_calls", "continue_final_message", "user",
 ]  # fmt: skip
 
 

@@ -1,0 +1,90 @@
+"""Grammars that an answer must follow: compiled for one tokenizer, then asked before every token what may come next.
+
+A tree's rows are asked along the path that is being accepted, so every verified row that counts is masked by the state
+of its own branch; a branch that is left is rolled back. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer, grammar_from
+from tokenizers import Tokenizer
+
+from server.engine.request import EngineError
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+Kind = Literal["json_schema", "regex", "choice", "grammar"]
+
+MAX_COMPILED = 64
+# One way to write blanks: a small model given the choice may never end them.
+BLANKS: JsonCompileOptions = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
+
+
+class GrammarError(ValueError):
+    """A schema, an expression or a grammar that cannot be compiled; the message says why."""
+
+
+class Grammar:
+    """A grammar and how far one answer has gone in it. One thread uses it."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher = matcher
+        self.consumed: list[int] = []
+
+    def allowed(self, output_ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """[vocabulary] whether each token may follow these. Errors: EngineError where nothing may, or too much work."""
+        same = 0
+        for before, now in zip(self.consumed, output_ids, strict=False):
+            if before != now:
+                break
+            same += 1
+        if same < len(self.consumed):
+            self.matcher.rollback(len(self.consumed) - same)
+        for token_id in output_ids[same:]:
+            self.matcher.consume_token(token_id)
+        self.consumed = list(output_ids)
+        mask = self.matcher.compute_bitmask()
+        if self.matcher.is_error():
+            raise EngineError(f"the grammar cannot go on: {self.matcher.get_error()[:200]}")
+        return np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little").astype(bool)
+
+
+class GrammarCompiler:
+    """Compiles for one tokenizer and remembers the last grammars. May be called from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Iterable[int]) -> None:
+        self.tokenizer = LLTokenizer(tokenizer.to_str(), eos_token=sorted(stop_ids))
+        self.lock = threading.Lock()
+        self.compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+
+    def compile(self, kind: Kind, source: str | Mapping[str, Any] | Sequence[str]) -> Grammar:
+        """A grammar at its beginning. Errors: GrammarError."""
+        text = source if isinstance(source, str) else json.dumps(source)
+        with self.lock:
+            matcher = self.compiled.get((kind, text)) or self._compile(kind, text)
+            self.compiled[kind, text] = matcher
+            self.compiled.move_to_end((kind, text))
+            if len(self.compiled) > MAX_COMPILED:
+                self.compiled.popitem(last=False)
+            return Grammar(matcher.deep_copy())
+
+    def _compile(self, kind: Kind, text: str) -> LLMatcher:
+        try:
+            if kind == "json_schema":
+                grammar = LLMatcher.grammar_from_json_schema(text, overrides=BLANKS)
+            else:
+                grammar = grammar_from(kind, text)
+        except ValueError as error:
+            raise GrammarError(str(error)) from error
+        matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise GrammarError(matcher.get_error().splitlines()[0][:300])
+        return matcher

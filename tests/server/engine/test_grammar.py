@@ -1,0 +1,122 @@
+"""Answers held to a grammar: always valid, the same with and without drafts, and an impossible one ends alone."""
+
+import json
+import re
+
+import jsonschema
+import pytest
+
+from doubles import OracleDrafter, tiny_llama
+from drafters.drafter import Drafter
+from drafters.ngram import NGramDrafter
+from drafters.proposal import Budget
+from server.engine.completion import Completion, generate
+from server.engine.engine import Engine, EngineOptions
+from server.engine.grammar import GrammarCompiler, GrammarError
+from server.engine.request import FinishReason, Request, SamplingParams
+from server.targets.torch_target import TorchTarget
+
+VOCAB = 320  # wider than the tokenizer, as embeddings often are
+SCHEMAS = [
+    {"const": "42"},
+    {"enum": ["red", "green", 3, None]},
+    {"type": "boolean"},
+    {"type": "integer", "minimum": 0, "maximum": 20},
+    {"type": "string", "maxLength": 4},
+    {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3},
+    {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "minimum": 1, "maximum": 9}, "b": {"enum": ["x", "y"]}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    },
+    {
+        "$defs": {"leaf": {"type": "object", "properties": {"v": {"type": "boolean"}}, "required": ["v"],
+                           "additionalProperties": False}},
+        "anyOf": [{"$ref": "#/$defs/leaf"}, {"type": "array", "items": {"$ref": "#/$defs/leaf"}, "maxItems": 2}],
+    },
+]  # fmt: skip
+GREEDY, SAMPLED = SamplingParams(temperature=0), SamplingParams(temperature=1.5, seed=5)
+
+
+@pytest.fixture(scope="module")
+def target(save_model):
+    return TorchTarget.load(save_model(tiny_llama(VOCAB), "grammar"), "fp32", num_slots=4, capacity=300)
+
+
+@pytest.fixture(scope="module")
+def compiler(codec):
+    return GrammarCompiler(codec.tokenizer, codec.stop_ids)
+
+
+def run(target: TorchTarget, drafter: Drafter | None, requests: list[Request]) -> list[Completion]:
+    options = EngineOptions(max_seqs=4, context_length=250, budget=Budget(8, 3, 3), guard=False)
+    engine = Engine(target, drafter, options)
+    results = generate(engine, requests)
+    engine.check_integrity()
+    return [results[request.request_id] for request in requests]
+
+
+def asked(compiler, codec, sampling, **more):
+    return [
+        Request(f"r{i}", [5, 6], 60, sampling, codec.stop_ids, grammar=compiler.compile("json_schema", schema), **more)
+        for i, schema in enumerate(SCHEMAS)
+    ]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_every_answer_is_valid_and_drafts_change_none(target, compiler, codec, sampling):
+    plain = run(target, None, asked(compiler, codec, sampling))
+    for schema, answer in zip(SCHEMAS, plain, strict=True):
+        assert answer.finished.reason is FinishReason.STOP
+        jsonschema.validate(json.loads(codec.decode(answer.token_ids)), schema)
+    texts = [[5, 6, *answer.token_ids] for answer in plain]
+    for drafter in (OracleDrafter(texts, VOCAB), OracleDrafter(texts, VOCAB, wrong=True), NGramDrafter()):
+        drafted = run(target, drafter, asked(compiler, codec, sampling))
+        assert [answer.token_ids for answer in drafted] == [answer.token_ids for answer in plain]
+    oracle = run(target, OracleDrafter(texts, VOCAB), asked(compiler, codec, sampling))
+    assert sum(answer.finished.stats.accepted for answer in oracle) > 10
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "pattern"),
+    [
+        ("regex", "[ab]{3}-[0-9]{2}", "[ab]{3}-[0-9]{2}"),
+        ("choice", ["yes", 'n"o'], 'yes|n"o'),
+        ("grammar", 'root ::= "a"{5,5} b\nb ::= "x" | "y"', "a{5}[xy]"),
+    ],
+)
+def test_other_kinds_of_grammar(target, compiler, codec, kind, source, pattern):
+    requests = [Request("r", [5], 40, SAMPLED, codec.stop_ids, grammar=compiler.compile(kind, source))]
+    (answer,) = run(target, None, requests)
+    assert re.fullmatch(pattern, codec.decode(answer.token_ids))
+
+
+def test_an_impossible_answer_ends_alone(target, compiler, codec):
+    class Nothing:
+        def allowed(self, output_ids):
+            raise ValueError("nothing may follow")
+
+    good = asked(compiler, codec, GREEDY)[:1]
+    bad, fine = run(target, None, [Request("bad", [5], 9, GREEDY, codec.stop_ids, grammar=Nothing()), *good])
+    assert (bad.finished.reason, fine.finished.reason) == (FinishReason.FAILED, FinishReason.STOP)
+
+
+def test_grammars_are_remembered_and_begin_afresh(compiler):
+    first, second = compiler.compile("regex", "ab*"), compiler.compile("regex", "ab*")
+    begin = second.allowed([]).nonzero()[0].tolist()
+    first.allowed(begin[:1])
+    assert second.allowed([]).nonzero()[0].tolist() == begin
+    for index in range(80):
+        compiler.compile("regex", f"a{{{index}}}")
+    assert len(compiler.compiled) == 64
+    for kind, source in (("regex", "(a"), ("json_schema", {"type": "hiccup"}), ("grammar", "root = = =")):
+        with pytest.raises(GrammarError):
+            compiler.compile(kind, source)
+
+
+def test_an_end_may_not_come_too_early(target, codec):
+    bias = SamplingParams(temperature=0, logit_bias={min(codec.stop_ids): 100.0})
+    for min_tokens in (0, 7):
+        (answer,) = run(target, None, [Request("r", [5], 20, bias, codec.stop_ids, min_tokens=min_tokens)])
+        assert len(answer.token_ids) == min_tokens + 1
