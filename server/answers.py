@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from drafters.train.conversations import ASSISTANT, Message
+from drafters.train.records import ASSISTANT, Message
 from server.engine.completion import Completion, Completions, step
 from server.engine.engine import Engine
 from server.engine.request import EngineError, FinishReason, Request, SamplingParams

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from drafters.train.capture import capture, describe, missing_shards
-from drafters.train.conversations import read_conversations
+from drafters.train.corpus import CorpusError
 from drafters.train.feature_source import DataOptions, FeatureSource, OnTheFlySource, Samples, data_samples
+from drafters.train.records import TOOL, Message, read_conversations
 from kernels.training import RecipeError
 from kernels.training.processes import is_first_process, wait_until
 from server.answers import AnswersFile, Writing, questions_of, write_answers
@@ -25,6 +26,7 @@ from server.targets.target import PrefillChunk, Target
 logger = logging.getLogger(__name__)
 
 SLOT = 0
+MAX_NAMED = 5  # bad conversations that the log names one by one
 ANSWERS_AT_ONCE = 4
 
 
@@ -106,7 +108,8 @@ def answers_file(target_fingerprint: str, options: DataOptions) -> AnswersFile:
     """The file ``data.answers`` names, for the questions of ``data.conversations``. Errors: CorpusError."""
     assert options.conversations is not None
     assert options.answers is not None
-    found = read_conversations(Path(options.conversations).expanduser(), options.format)
+    file = Path(options.conversations).expanduser()
+    questions = asked_questions(file, options.format)
     writing = Writing(
         target=target_fingerprint,
         max_tokens=options.answer_tokens,
@@ -114,7 +117,30 @@ def answers_file(target_fingerprint: str, options: DataOptions) -> AnswersFile:
         temperature=options.answer_temperature,
         seed=options.seed,
     )
-    return AnswersFile(Path(options.answers).expanduser(), writing, [questions_of(messages) for _, messages in found])
+    return AnswersFile(Path(options.answers).expanduser(), writing, questions)
+
+
+def asked_questions(file: Path, file_format: str) -> list[list[list[Message]]]:
+    """The questions of every usable conversation; the others are named and counted. Errors: CorpusError for none.
+
+    What follows a tool call answers the call, and the target would make another one, so those are not used.
+    """
+    questions: list[list[list[Message]]] = []
+    passed_over: list[str] = []
+    for place, talk in read_conversations(file, file_format):
+        if isinstance(talk, CorpusError):
+            passed_over.append(str(talk))
+        elif talk.tools or any(message["role"] == TOOL for message in talk.messages):
+            passed_over.append(f"{file}, {place}: it has tools, which the target's own answers are not written for")
+        else:
+            questions.append(questions_of(talk.messages))
+    for reason in passed_over[:MAX_NAMED]:
+        logger.warning("passed over: %s", reason)
+    if passed_over:
+        logger.warning("%s: %d conversations passed over, %d to answer", file, len(passed_over), len(questions))
+    if not any(questions):
+        raise CorpusError(f"{file} has no questions to answer: {passed_over[0] if passed_over else 'it is empty'}")
+    return questions
 
 
 def captured(target: Target, samples: Samples, layers: Sequence[str], folder: Path) -> Samples:

@@ -7,10 +7,9 @@ separators are searched for, so any template works that does not rewrite earlier
 
 from __future__ import annotations
 
-import json
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,39 +21,48 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from drafters.train.corpus import CorpusError, numbered_records
+from drafters.train.corpus import CorpusError, read_text
+from drafters.train.records import READERS, Conversation, Message, read_conversations
 
 logger = logging.getLogger(__name__)
 
-ASSISTANT = "assistant"
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": ASSISTANT, "chatgpt": ASSISTANT, "assistant": ASSISTANT}
-SHAREGPT_ROLES |= {"bing": ASSISTANT, "bard": ASSISTANT, "system": "system"}
 MIN_TOKENS = 3  # a feature, the token after it and the feature that is predicted
+FORMATS = (*READERS, "text")
+MAX_NAMED = 5  # bad records that the log names one by one
 
-Message = dict[str, str]
 Ids = NDArray[np.int32]
 
 
 @dataclass
 class Counts:
-    """What became of the conversations of a file."""
+    """What became of the conversations of a file; ``first_bad`` says what is wrong with the first that is bad."""
 
     read: int = 0
+    bad: int = 0
     without_answer: int = 0
     beyond_limit: int = 0
     rewritten: int = 0
+    first_bad: str | None = None
 
     @property
     def used(self) -> int:
         """Conversations that are trained on."""
-        return self.read - self.without_answer - self.beyond_limit - self.rewritten
+        return self.read - self.bad - self.without_answer - self.beyond_limit - self.rewritten
+
+    def add_bad(self, why: Exception) -> None:
+        """One more that cannot be used; the log names the first few."""
+        self.bad += 1
+        self.first_bad = self.first_bad or str(why)
+        if self.bad <= MAX_NAMED:
+            logger.warning("passed over: %s", why)
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.read} conversations read, {self.used} used; dropped {self.without_answer} without an assistant "
-            f"turn, {self.beyond_limit} whose answer begins beyond the length limit, {self.rewritten} whose earlier "
-            "turns the chat template rewrites"
+            f"turn, {self.beyond_limit} whose answer begins beyond the length limit, {self.rewritten} whose "
+            f"earlier turns the chat template rewrites, {self.bad} bad"
         )
+        return text if self.first_bad is None else f"{text} (the first: {self.first_bad})"
 
 
 class TokenSamples(Dataset[dict[str, Tensor]]):
@@ -82,67 +90,6 @@ def pad_batch(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def sharegpt_conversations(file: Path) -> Iterator[tuple[str, list[Message]]]:
-    """(where it stands, messages) for each record of ShareGPT JSON: one array, or a record a line (.jsonl)."""
-    if file.suffix in (".jsonl", ".xz"):
-        found = ((f"line {number}", record) for number, record in numbered_records(file))
-    else:
-        found = ((f"record {number}", record) for number, record in enumerate(json_array(file), 1))
-    for place, record in found:
-        turns = record.get("conversations") if isinstance(record, dict) else None
-        if not isinstance(turns, list):
-            raise CorpusError(f"{file}, {place}: no list 'conversations', which a ShareGPT record has")
-        messages: list[Message] = []
-        for turn in turns:
-            sender, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-            if sender not in SHAREGPT_ROLES or not isinstance(text, str):
-                raise CorpusError(
-                    f"{file}, {place}: a turn needs 'from', one of {', '.join(SHAREGPT_ROLES)}, and a text 'value'; "
-                    f"given is {json.dumps(turn)[:80]}"
-                )
-            messages.append({"role": SHAREGPT_ROLES[sender], "content": text})
-        yield place, messages
-
-
-def openai_conversations(file: Path) -> Iterator[tuple[str, list[Message]]]:
-    """(where it stands, messages) for each line of JSONL with OpenAI's ``messages``."""
-    for number, record in numbered_records(file):
-        messages: Any = record.get("messages") if isinstance(record, dict) else None
-        if not isinstance(messages, list) or not all(map(is_message, messages)):
-            raise CorpusError(f"{file}, line {number}: no list 'messages' of objects with a text 'role' and 'content'")
-        yield f"line {number}", [{"role": m["role"], "content": m["content"]} for m in messages]
-
-
-def is_message(value: Any) -> bool:
-    """Whether it is an object with a text role and content."""
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
-
-
-def json_array(file: Path) -> list[Any]:
-    """The array in a JSON file; CorpusError with the line where it is malformed."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CorpusError(f"{file}, line {error.lineno}: not JSON ({error.msg}); mend or remove the line") from error
-    if not isinstance(value, list):
-        raise CorpusError(f"{file} must hold a JSON array of records, not {type(value).__name__}")
-    return value
-
-
-READERS: dict[str, Callable[[Path], Iterator[tuple[str, list[Message]]]]] = {
-    "sharegpt": sharegpt_conversations,
-    "messages": openai_conversations,
-}
-FORMATS = (*READERS, "text")
-
-
-def read_conversations(file: Path, file_format: str) -> Iterator[tuple[str, list[Message]]]:
-    """(where it stands, messages) of a file in one of ``READERS``' formats. Errors: CorpusError."""
-    if not file.is_file():
-        raise CorpusError(f"{file} does not exist; data.conversations of the recipe names it")
-    return READERS[file_format](file)
-
-
 class ChatEncoder:
     """Conversations to token ids and a mask of the assistant's tokens, by the template in a tokenizer's folder."""
 
@@ -156,14 +103,18 @@ class ChatEncoder:
         self.max_length = max_length
         self.counts = Counts()
 
-    def encode(self, place: str, messages: list[Message]) -> tuple[Ids, NDArray[np.bool_]] | None:
+    def encode(self, place: str, talk: Conversation) -> tuple[Ids, NDArray[np.bool_]] | None:
         """Ids and mask of one conversation, cut at the limit; None (and counted) where nothing could be learnt."""
         self.counts.read += 1
-        if not any(message["role"] == ASSISTANT for message in messages):
+        if not talk.answers:
             self.counts.without_answer += 1
             return None
-        text = self.render(place, messages)
-        spans = self.answer_spans(place, messages, text)
+        try:
+            text = self.render(place, talk.messages, talk.tools)
+            spans = self.answer_spans(place, talk, text)
+        except CorpusError as error:
+            self.counts.add_bad(error)
+            return None
         if spans is None:
             self.counts.rewritten += 1
             return None
@@ -177,26 +128,37 @@ class ChatEncoder:
             return None
         return ids, mask
 
-    def answer_spans(self, place: str, messages: list[Message], text: str) -> list[tuple[int, int]] | None:
+    def samples(self, file: Path, file_format: str) -> list[tuple[Ids, NDArray[np.bool_]]]:
+        """Ids and mask of every conversation of a file that can be used."""
+        found: list[tuple[Ids, NDArray[np.bool_]]] = []
+        for place, talk in read_conversations(file, file_format):
+            if isinstance(talk, CorpusError):
+                self.counts.read += 1
+                self.counts.add_bad(talk)
+            elif (sample := self.encode(f"{file}, {place}", talk)) is not None:
+                found.append(sample)
+        return found
+
+    def answer_spans(self, place: str, talk: Conversation, text: str) -> list[tuple[int, int]] | None:
         """Where in the rendered text each answer begins and ends; None if the template rewrites what came before."""
         spans: list[tuple[int, int]] = []
-        for i, message in enumerate(messages):
-            if message["role"] != ASSISTANT:
-                continue
-            before = self.render(place, messages[:i], add_generation_prompt=True)
-            with_answer = self.render(place, messages[: i + 1])
+        for i in talk.answers:
+            before = self.render(place, talk.messages[:i], talk.tools, add_generation_prompt=True)
+            with_answer = self.render(place, talk.messages[: i + 1], talk.tools)
             if not (with_answer.startswith(before) and text.startswith(with_answer)):
                 return None
             spans.append((len(before), len(with_answer)))
         return spans
 
-    def render(self, place: str, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self, place: str, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool = False
+    ) -> str:
         """The template's text; transformers renders it in a sandbox."""
         try:
             text: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise CorpusError(f"{place}: the target's chat template refuses the conversation: {error}") from error
         return text
 
@@ -205,16 +167,6 @@ class ChatEncoder:
         ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
         pieces = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
         return [(piece, np.ones(len(piece), dtype=np.bool_)) for piece in pieces if len(piece) >= MIN_TOKENS]
-
-
-def read_text(file: Path) -> str:
-    """Plain text. Errors: CorpusError where there is no such file, or it is not UTF-8."""
-    if not file.is_file():
-        raise CorpusError(f"{file} does not exist; data.conversations of the recipe names it")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{file} is not UTF-8: {error}") from error
 
 
 def load_samples(
@@ -229,11 +181,11 @@ def load_samples(
         raise CorpusError(f"data.format is {file_format!r}; allowed are {', '.join(FORMATS)}")
     encoder = ChatEncoder(tokenizer_folder, max_length)
     if file_format == "text":
+        if not file.is_file():
+            raise CorpusError(f"{file} does not exist; data.conversations of the recipe names it")
         samples = encoder.windows(read_text(file))
     else:
-        found = read_conversations(file, file_format)
-        encoded = (encoder.encode(f"{file}, {place}", messages) for place, messages in found)
-        samples = [sample for sample in encoded if sample is not None]
+        samples = encoder.samples(file, file_format)
         logger.info("%s: %s", file, encoder.counts)
     if not samples:
         raise CorpusError(

@@ -7,6 +7,7 @@ seed and packed into one file of token ids, so that a training run is a walk thr
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
@@ -40,6 +41,13 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+
+# The longer marks first: that of UTF-16 begins that of UTF-32.
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
 
 
 class CorpusError(ValueError):
@@ -86,21 +94,51 @@ def python_files(root: Path) -> Iterator[str]:
 
 
 def records(file: Path) -> Iterator[dict[str, Any]]:
-    """JSON objects, one a line; ``.xz`` is unpacked on the way."""
-    return (record for _, record in numbered_records(file))
+    """JSON objects, one a line; ``.xz`` is unpacked on the way. Errors: CorpusError naming the line that is none."""
+    for _, record in numbered_records(file):
+        if isinstance(record, CorpusError):
+            raise record
+        yield record
 
 
-def numbered_records(file: Path) -> Iterator[tuple[int, Any]]:
-    """(line, JSON value) of every line that is not blank; CorpusError names a line that is not JSON."""
+def numbered_records(file: Path) -> Iterator[tuple[int, Any | CorpusError]]:
+    """(line, JSON value) of every line that is not blank; for a line that is not JSON the CorpusError that says so."""
+    for number, line in enumerate(text_lines(file), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            yield number, CorpusError(f"{file}, line {number}: not JSON ({error.msg}); mend or remove the line")
+        except RecursionError:
+            yield number, CorpusError(f"{file}, line {number}: nested too deep; remove the line")
+
+
+def text_lines(file: Path) -> Iterator[str]:
+    """Lines of a text file in UTF-8, or in what its byte-order mark says; ``.xz`` is unpacked on the way.
+
+    Errors: CorpusError naming the file and the line that is neither.
+    """
     opener: Callable[..., Any] = lzma.open if file.suffix == ".xz" else open
-    with opener(file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CorpusError(f"{file}, line {number}: not JSON ({error.msg}); mend or remove the line") from error
+    number = 0
+    try:
+        with opener(file, "rb") as beginning:
+            first = beginning.read(4)
+        encoding = next((name for mark, name in BYTE_ORDER_MARKS if first.startswith(mark)), "utf-8")
+        with opener(file, "rt", encoding=encoding) as lines:
+            for number, line in enumerate(lines, 1):  # noqa: B007  (the fault's place)
+                yield line
+    except UnicodeError as error:
+        raise CorpusError(
+            f"{file} is not UTF-8 text, somewhere after line {number} ({error}); save it as UTF-8"
+        ) from error
+    except (lzma.LZMAError, EOFError) as error:
+        raise CorpusError(f"{file} cannot be unpacked: {error}") from error
+
+
+def read_text(file: Path) -> str:
+    """A whole text file. Errors: as ``text_lines``."""
+    return "".join(text_lines(file))
 
 
 def chat_text(messages: Iterable[tuple[str, str]]) -> str:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from drafters.train.conversations import READERS, TokenSamples, load_samples
+from drafters.train.conversations import TokenSamples, load_samples
 from drafters.train.language_model import PackedWindows
+from drafters.train.records import READERS
 from kernels.training import RecipeError
 
 Samples = Dataset[dict[str, Tensor]]

@@ -141,6 +141,119 @@ def test_malformed_files_are_refused_with_the_place(
         load(tmp_path / name, folder, file_format)
 
 
+CALL = [{"type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}]
+WORDY = (
+    "{% if tools %}[{{ tools | tojson }}]{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.reasoning_content }}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}({{ c.function.name }} {{ c.function.arguments }}){% endfor %}"
+    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content} | more
+
+
+def said(sender: str, value: str, **more: Any) -> dict[str, Any]:
+    return {"from": sender, "value": value} | more
+
+
+ASKED, TOLD = turn("user", "so?"), turn("assistant", "yes")
+HONOURED: dict[str, tuple[dict[str, Any], list[str], str]] = {
+    "calls": (
+        {"messages": [ASKED, turn("assistant", None, tool_calls=CALL), turn("tool", "sun", tool_call_id="1"), TOLD]},
+        ['(weather {"city": "Paris"})<|end|>', "yes<|end|>"], "<|tool|>sun<|end|>",
+    ),
+    "tools": ({"messages": [ASKED, TOLD], "tools": CALL}, ["yes<|end|>"], '[[{"type": "function"'),
+    "reasoning": ({"messages": [ASKED, turn("assistant", "four", reasoning="2+2:")]}, ["2+2:four<|end|>"], "so?"),
+    "weights": ({"messages": [ASKED, turn("assistant", "bad", weight=0), ASKED, TOLD | {"weight": 1}]},
+        ["yes<|end|>"], "<|assistant|>bad<|end|>"),
+    "text parts": ({"messages": [turn("user", [{"type": "text", "text": "a"}, {"text": "b"}]), TOLD]},
+        ["yes<|end|>"], "<|user|>ab<|end|>"),
+    "lone surrogate": ({"messages": [turn("user", "hi \ud83d!"), TOLD], "id": 7}, ["yes<|end|>"], "hi \ufffd!"),
+    "begins with the model": (
+        {"conversations": [said("gpt", "Welcome!"), said("human", "so?"), said("gpt", "yes")]}, ["yes<|end|>"], "so?"
+    ),
+    "system beside": (
+        {"system": "Be terse.", "conversations": [said("human", "so?"), said("gpt", "yes")]},
+        ["yes<|end|>"], "<|system|>Be terse.<|end|><|user|>",
+    ),
+    "shared calls": (
+        {"tools": "[{\"name\": \"w\"}]", "conversations": [
+            said("human", "so?"), said("function_call", '{"name": "w", "arguments": {"x": 1}}'),
+            said("observation", "sun"), said("gpt", "yes", weight=1),
+        ]},
+        ["(w {'x': 1})<|end|>", "yes<|end|>"], "<|tool|>sun<|end|>",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "answers", "read"), HONOURED.values(), ids=HONOURED)
+def test_what_a_record_says_reaches_the_template(
+    folder: Path, tmp_path: Path, record: dict[str, Any], answers: list[str], read: str
+) -> None:
+    use_template(folder, WORDY)
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    train, _ = load(tmp_path / "a.jsonl", folder, "messages" if "messages" in record else "sharegpt")
+    assert counted_text(folder, train[0]) == answers
+    whole = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(train[0]["input_ids"].tolist())
+    assert read in whole
+    assert "Welcome" not in whole
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"messages": [ASKED, turn("assistant", "")]}, "an answer has no words"),
+    ({"messages": [ASKED, turn("assistant", None)]}, "an answer has no words"),
+    ({"messages": [ASKED, TOLD | {"weight": 0.5}]}, "the weight of a message is 0.5; allowed are 0 and 1"),
+    ({"messages": [ASKED, TOLD | {"function_call": {"name": "f"}}]}, "'function_call', which is not known"),
+    ({"messages": [ASKED, TOLD], "chat_template_kwargs": {"x": 1}}, "'chat_template_kwargs', which is not known"),
+    ({"messages": [turn("user", [{"type": "image_url"}]), TOLD]}, "a list of text parts"),
+    ({"messages": [turn("cat", "m"), TOLD]}, "the role of a message is"),
+    ({"messages": [ASKED, TOLD], "tools": {"a": 1}}, "'tools' must be a list"),
+    ({"conversations": [said("human", "q"), said("function_call", "{x")]}, "a function call is not JSON"),
+    ({"system": "a", "conversations": [said("system", "b"), said("human", "q"), said("gpt", "a")]}, "two system texts"),
+]
+
+
+@pytest.mark.parametrize(("record", "reason"), BAD)
+def test_one_bad_record_is_named_counted_and_passed_over(
+    folder: Path, tmp_path: Path, record: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = {"messages": [ASKED, TOLD], "conversations": [said("human", "so?"), said("gpt", "yes")]}
+    kind, name = ("messages", "messages") if "messages" in record else ("sharegpt", "conversations")
+    lines = [json.dumps({name: good[name]}), json.dumps(record), "{oops", json.dumps({name: good[name]})]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(lines))
+    with caplog.at_level(logging.INFO):
+        train, _ = load(file, folder, kind)
+    assert len(train) == 2
+    assert f"passed over: {file}, line 2: " in caplog.text
+    assert reason in caplog.text
+    assert "4 conversations read, 2 used" in caplog.text
+    assert "2 bad (the first: " in caplog.text
+    file.write_text(json.dumps(record))
+    with pytest.raises(CorpusError, match=r"nothing to train on: 1 conversations read, 0 used.* 1 bad"):
+        load(file, folder, kind)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_files_say_their_encoding_by_their_first_bytes(folder: Path, tmp_path: Path, encoding: str) -> None:
+    line = json.dumps({"messages": [turn("user", "Grüße"), TOLD]}, ensure_ascii=False) + "\n"
+    mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
+    (tmp_path / "a.jsonl").write_bytes(mark + (line * 2).encode(encoding))
+    assert len(load(tmp_path / "a.jsonl", folder)[0]) == 2
+    (tmp_path / "b.json").write_bytes(mark + "[]".encode(encoding))
+    with pytest.raises(CorpusError, match="it is empty"):
+        load(tmp_path / "b.json", folder, "sharegpt")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
+def test_other_encodings_are_refused_by_name(folder: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes('["Grüße"]'.encode("latin-1"))
+    kind = {".json": "sharegpt", ".txt": "text"}.get((tmp_path / name).suffix, "messages")
+    with pytest.raises(CorpusError, match=rf"{name} is not UTF-8 text.*save it as UTF-8"):
+        load(tmp_path / name, folder, kind)
+
+
 def test_other_faults(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"none\.jsonl does not exist"):
         load(tmp_path / "none.jsonl", folder)
