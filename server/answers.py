@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from drafters.train.records import ASSISTANT, Message
+from kernels.training.heartbeat import Heartbeat
 from server.engine.completion import Completion, Completions, step
 from server.engine.engine import Engine
 from server.engine.request import EngineError, FinishReason, Request, SamplingParams
@@ -158,12 +159,15 @@ def write_answers(engine: Engine, codec: TextCodec, answers: AnswersFile, consol
     )  # fmt: skip
     written = len(done)
     try:
-        with bar, answers.file.open("a", encoding="utf-8") as stream:
-            task = bar.add_task("", total=len(answers.questions), completed=written)
+        total = len(answers.questions)
+        beat = Heartbeat("writing answers", total, written, enabled=not console.is_terminal)
+        with bar, beat, answers.file.open("a", encoding="utf-8") as stream:
+            task = bar.add_task("", total=total, completed=written)
             for talk in answered(engine, codec, answers.writing, talks):
                 answers.add(stream, talk)
                 written += 1
                 bar.update(task, completed=written)
+                beat.done = written
         answers.sort()
     except OSError as error:
         raise AnswersError(

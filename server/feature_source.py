@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,17 @@ from torch import Tensor
 
 from drafters.train.capture import capture, describe, missing_shards
 from drafters.train.corpus import CorpusError
-from drafters.train.feature_source import DataOptions, FeatureSource, OnTheFlySource, Samples, data_samples
-from drafters.train.records import TOOL, Message, read_conversations
+from drafters.train.feature_source import (
+    DataOptions,
+    FeatureSource,
+    OnTheFlySource,
+    Samples,
+    data_samples,
+    packed_windows,
+)
+from drafters.train.records import READERS, TOOL, Message, read_conversations
 from kernels.training import RecipeError
+from kernels.training.heartbeat import Heartbeat
 from kernels.training.processes import is_first_process, wait_until
 from server.answers import AnswersFile, Writing, questions_of, write_answers
 from server.engine.engine import Engine, EngineOptions
@@ -55,8 +64,10 @@ def source_for(options: DataOptions, layers: Sequence[str] = ("last",)) -> Featu
     """
     folder = resolve_model(options.target, "target")
     num_slots = 1 if options.answers is None else ANSWERS_AT_ONCE
-    # A request's last token is verified in a row of its own.
-    target = load_target(folder, options.weights, num_slots, options.window_length + 1, threads=None)
+    check_data(options)
+    with Heartbeat(f"loading {folder.name}"):
+        # A request's last token is verified in a row of its own.
+        target = load_target(folder, options.weights, num_slots, options.window_length + 1, threads=None)
     if options.window_length > target.info.context_length:
         raise RecipeError(
             f"data.window_length is {options.window_length}; the positions of {target.info.name} end at "
@@ -75,6 +86,23 @@ def source_for(options: DataOptions, layers: Sequence[str] = ("last",)) -> Featu
         fingerprint(target),
         load,
     )
+
+
+def check_data(options: DataOptions) -> None:
+    """Refuse data that give nothing, before a target is loaded for them. Errors: CorpusError, RecipeError."""
+    if options.conversations is None:
+        packed_windows(options, sys.maxsize)
+        return
+    file = Path(options.conversations).expanduser()
+    if options.answers is not None:
+        asked_questions(file, options.format)
+    elif options.format in READERS:
+        found = [talk for _, talk in read_conversations(file, options.format)]
+        faults = [talk for talk in found if isinstance(talk, CorpusError)]
+        if len(faults) == len(found):
+            raise CorpusError(f"{file} gives nothing to train on: {faults[0] if faults else 'it is empty'}")
+    elif not file.is_file():
+        raise CorpusError(f"{file} does not exist; data.conversations of the recipe names it")
 
 
 def samples_of(

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from drafters.train.capture import describe
 from drafters.train.feature_source import Samples, data_samples, training_layers
 from drafters.train.options import DrafterRecipe
+from server.feature_source import check_data
 from server.launch import resolve_model
 from server.targets.target import TargetError
 
@@ -49,6 +50,7 @@ def plan_drafter(recipe: dict[str, Any]) -> dict[str, Any]:
     }
     logger.info("training takes about %s", memory)
     logger.info("beside it the target takes %.2f GB of main memory", plan["target_bytes"] / 1e9)
+    check_data(data)
     if data.answers is None:
         train_data, held_out_data = data_samples(data, folder, target.vocab_size)
         parts: list[Samples] = [train_data] if held_out_data is None else [train_data, held_out_data]

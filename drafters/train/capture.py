@@ -24,6 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kernels.training.heartbeat import Heartbeat
+
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
@@ -101,10 +103,15 @@ def capture(samples: Any, compute: Callable[[Tensor], Tensor], folder: Path, man
                 "space, name another folder, or leave data.captured out to compute features on the fly"
             )
     console = Console(stderr=True)
-    for shard in track(missing, "capturing features", console=console, disable=not console.is_terminal):
-        first = shard * manifest.shard_samples
-        indices = range(first, min(first + manifest.shard_samples, manifest.num_samples))
-        write_shard(shard_file(folder, shard), [with_features(samples[index], compute) for index in indices])
+    total, done = manifest.num_shards, manifest.num_shards - len(missing)
+    with Heartbeat(
+        "capturing features (shards)", total, done, enabled=bool(missing) and not console.is_terminal
+    ) as beat:
+        for shard in track(missing, "capturing features", console=console, disable=not console.is_terminal):
+            first = shard * manifest.shard_samples
+            indices = range(first, min(first + manifest.shard_samples, manifest.num_samples))
+            write_shard(shard_file(folder, shard), [with_features(samples[index], compute) for index in indices])
+            beat.done += 1
     return CapturedSamples(folder, manifest)
 
 

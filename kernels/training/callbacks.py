@@ -21,6 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kernels.training.heartbeat import Heartbeat
+
 logger = logging.getLogger(__name__)
 
 HISTORY_FILE = "training.json"
@@ -33,7 +35,7 @@ BOOKKEEPING = frozenset(
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with time left, loss and the task's figures on a terminal; one log line per report elsewhere.
+    """A bar with time left, loss and the task's figures on a terminal; elsewhere a line per report and half minute.
 
     The figures stand last, where a narrow terminal wraps them, and without the schedule's, which the log keeps.
     """
@@ -45,6 +47,7 @@ class ProgressBar(TrainerCallback):
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self.console = console
+        self.heartbeat = Heartbeat("training", enabled=not console.is_terminal)
         self.bar: Any = None
 
     def on_train_begin(
@@ -53,10 +56,15 @@ class ProgressBar(TrainerCallback):
         """Open the bar where the run stands (a resumed run does not start at zero). One process shows it."""
         self.progress.disable = self.progress.disable or not state.is_world_process_zero
         self.progress.start()
+        beat = self.heartbeat
+        beat.enabled = beat.enabled and state.is_world_process_zero
+        beat.total, beat.done, beat.first_done = state.max_steps, state.global_step, state.global_step
+        beat.start()
         self.bar = self.progress.add_task("", total=state.max_steps, completed=state.global_step, figures="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
+        self.heartbeat.done = state.global_step
         self.progress.update(self.bar, completed=state.global_step)
 
     def on_log(
@@ -85,6 +93,7 @@ class ProgressBar(TrainerCallback):
 
     def close(self) -> None:
         """Also for a run that failed."""
+        self.heartbeat.stop()
         self.progress.stop()
 
 
