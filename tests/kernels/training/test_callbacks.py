@@ -33,7 +33,10 @@ def test_progress_goes_to_the_log_where_there_is_no_terminal(
     bar.on_log(arguments, state(global_step=6), TrainerControl(), logs={"loss": 0.5, "epoch": 1.0})
     bar.on_log(arguments, state(global_step=6, is_world_process_zero=False), TrainerControl(), logs={"loss": 9.0})
     bar.close()
-    assert [record.message for record in caplog.records] == ["step 6 of 10: loss 0.5"]
+    assert [record.message for record in caplog.records] == [
+        "training: 4 of 10, 0 s so far",
+        "step 6 of 10: loss 0.5",
+    ]
 
 
 def test_progress_bar_on_a_terminal_starts_where_the_run_stands(arguments: TrainingArguments) -> None:
