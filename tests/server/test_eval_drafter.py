@@ -122,7 +122,9 @@ def test_studies_of_drafters_train_from_the_command_line(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(server.feature_source, "train_drafter", train)
     recipe = tmp_path / "study.toml"
-    recipe.write_text(STUDY.replace("OUTPUT", str(tmp_path / "runs")))
+    (tmp_path / "tokens.npy").touch()  # that there are data is looked at first
+    tokens = str(tmp_path / "tokens.npy")
+    recipe.write_text(STUDY.replace("OUTPUT", str(tmp_path / "runs")).replace("tokens.npy", tokens))
     for _ in range(2):  # the second time everything is finished
         result = RUNNER.invoke(app, ["study", "drafter", str(recipe), "--only", "linear"])
         cells = json.loads(result.stdout.splitlines()[-1])["cells"]
