@@ -33,6 +33,7 @@ GRACE_S = 0.5  # what a process gets to notice that its pipe is closed
 IDLE_POLL_S = 0.5
 MAX_RETRY_AFTER_S = 120.0
 FIRST_GUESS_S = 0.05
+MAX_RETRY_PAUSE_S = 300.0
 
 
 class VisionError(Exception):
@@ -48,7 +49,7 @@ class VisionQueueFull(VisionError):
 
 
 class VisionStopped(VisionError):
-    """The vision process does not run and will not be started again."""
+    """The vision process does not run; after a failed restart it is tried again later."""
 
 
 class ImageCrashed(VisionError):
@@ -65,7 +66,8 @@ class WorkerOptions:
 
     ``max_requests`` with ``max_bytes`` of bodies may be in the server at once. A batch takes up to ``max_batch``
     images; ``window_s`` is what its first image waits for company when the process is idle. ``answer_timeout_s`` after
-    a batch was handed over the process counts as hung. Loading may take ``load_timeout_s``.
+    a batch was handed over the process counts as hung. Loading may take ``load_timeout_s``. A restart that failed is
+    tried again after ``retry_pause_s``, and after twice as long each time until ``MAX_RETRY_PAUSE_S``.
     """
 
     max_requests: int = 64
@@ -74,6 +76,7 @@ class WorkerOptions:
     window_s: float = 0.002
     answer_timeout_s: float = 60.0
     load_timeout_s: float = 300.0
+    retry_pause_s: float = 1.0
     niceness: int = 19
     limits: ImageLimits = field(default_factory=ImageLimits)
 
@@ -132,6 +135,8 @@ class VisionWorker:
         self.failure = ""
         self.stopping = False
         self.restarts = 0
+        self.failed_starts = 0
+        self.next_start = 0.0
         self.seconds_per_image = FIRST_GUESS_S
         self.lock = threading.Lock()
         self.num_requests = self.num_images = self.num_bytes = 0
@@ -211,20 +216,43 @@ class VisionWorker:
             self._start_process()
             self.on_loaded(None)
             while not self.stopping:
+                self._recover()
                 batch = self._next_batch()
                 try:
                     self._answer(batch)
+                except VisionStopped as error:
+                    self._postpone(error)
                 finally:
                     fail(batch, self._stopped())
-        except VisionStopped as error:
+        except VisionStopped as error:  # the first start: nothing is known of the models
             self.failure = str(error)
-            if self.models:
-                logger.error("the vision process could not be started again: %s", error)
-            else:
-                self.on_loaded(error)
+            self.on_loaded(error)
         finally:
             self._end_process()
             self._refuse_waiting()
+
+    def _postpone(self, error: VisionStopped) -> None:
+        """A start has failed: refuse what comes, and try again after a pause."""
+        self._end_process()
+        self.failure = str(error)
+        self.failed_starts += 1
+        pause_s = min(MAX_RETRY_PAUSE_S, self.options.retry_pause_s * 2 ** (self.failed_starts - 1))
+        self.next_start = time.monotonic() + pause_s
+        self._refuse_waiting()
+        if not self.stopping:
+            logger.error("the vision process could not be started: %s; trying again in %.0f s", error, pause_s)
+
+    def _recover(self) -> None:
+        """Start a process where the last start failed and its pause is over."""
+        if not self.failure or time.monotonic() < self.next_start:
+            return
+        try:
+            self._start_process()
+        except VisionStopped as error:
+            self._postpone(error)
+        else:
+            self.failure, self.failed_starts = "", 0
+            logger.warning("the vision process runs again")
 
     def _stopped(self) -> VisionStopped:
         return VisionStopped(self.failure or "the vision process has stopped; restart the server")

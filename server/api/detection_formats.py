@@ -65,10 +65,10 @@ def huggingface(records: Records, width: int, height: int) -> list[dict[str, Any
 
 
 def coco(records: Records, width: int, height: int) -> list[dict[str, Any]]:  # noqa: ARG001
-    """COCO results: left, top, width, height; category ids are our class ids, the image's id is the client's to add."""
+    """COCO results: left, top, width, height; category ids count from 1, the image's id is the client's to add."""
     return [
         {
-            "category_id": record["class_id"],
+            "category_id": record["class_id"] + 1,
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "score": record["score"],
         }

@@ -22,6 +22,7 @@ from vision.data.detection_augmentation import (
     distort_colours,
     draw_view,
     reflect,
+    squared,
 )
 from vision.data.detection_sources import DETECTION_SOURCES, open_detection
 from vision.data.labelled_boxes import MIN_SIDE, DetectionSource, LabelledImage
@@ -177,6 +178,8 @@ class DetectionData(Dataset[DetectionSample | Skipped]):
         boxes, labels = truth.boxes[used], truth.labels[used]
         view = draw_view(image.width, image.height, boxes, options, generator)
         kept = centres_inside(view, boxes)
+        if self.resize == "letterbox":
+            view = squared(view)
         boxes, labels = view.boxes_in(boxes[kept], self.size).clip(0, self.size), labels[kept]
         picture = render(image, view, self.size, MEAN_COLOUR)
         if options.photometric:

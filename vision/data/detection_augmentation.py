@@ -78,6 +78,13 @@ def draw_view(
                 return crop
 
 
+def squared(view: View) -> View:
+    """The square around ``view``, which a letterbox shows in training as at test time: no side is stretched."""
+    width, height = view.right - view.left, view.bottom - view.top
+    x, y = (max(width, height) - width) / 2, (max(width, height) - height) / 2
+    return View(view.left - x, view.top - y, view.right + x, view.bottom + y)
+
+
 def _draw_crop(view: View, min_crop: float, generator: np.random.Generator) -> View | None:
     """A part of ``view``; None where its aspect is out of bounds."""
     whole_width, whole_height = view.right - view.left, view.bottom - view.top

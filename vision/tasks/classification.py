@@ -28,6 +28,7 @@ from vision.data.augmentation import AugmentationOptions
 from vision.data.classification import ClassificationData, DataOptions, collate
 from vision.evaluate import default_device, evaluate_model, hits
 from vision.tasks.averaging import STATISTICS_BATCHES, KeepAverage, MovingAverage, reestimate, training_batches
+from vision.tasks.starting import check_normalization
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,9 @@ def build_model(options: ModelOptions, data: DataOptions, class_names: tuple[str
     if options.backbone is not None:
         model = create_backbone(options.backbone, len(class_names))
     else:
-        model = load_backbone(Path(str(options.start_from)).expanduser())
+        folder = Path(str(options.start_from)).expanduser()
+        model = load_backbone(folder)
+        check_normalization(model, data.normalization, folder)
         if model.class_names != class_names:
             model.replace_head(len(class_names))
     model.class_names = class_names

@@ -26,6 +26,7 @@ from vision.distillation.detector import DetectorTeacherOptions
 from vision.distillation.terms import Term, parse_terms
 from vision.mining import OHEM, AllRegions, LossRankMiner, RandomSample, StratifiedOHEM, focal_loss, loss_rank_mining
 from vision.mining.loss_rank_mining import Element
+from vision.tasks.starting import check_normalization
 
 REGION_SAMPLERS = ("none", "random", "ohem", "s-ohem")
 MAP_SAMPLERS = ("none", "lrm", "focal")
@@ -227,11 +228,11 @@ def build_model(recipe: DetectorRecipe, source: DetectionSource) -> tuple[Networ
     except ValueError as error:
         raise RecipeError(str(error)) from error
     if options.start_from is not None:
-        load_features(model, options)
+        load_features(model, options, data.normalization)
     return model, config
 
 
-def load_features(model: Network, options: ModelOptions) -> None:
+def load_features(model: Network, options: ModelOptions, normalization: str) -> None:
     """Copy the trained backbone of ``options.start_from`` into the detector. Errors: RecipeError, CheckpointError."""
     folder = Path(str(options.start_from)).expanduser()
     if options.backbone == DARKNET:
@@ -239,6 +240,7 @@ def load_features(model: Network, options: ModelOptions) -> None:
     trained = load_backbone(folder)
     if trained.name != options.backbone:
         raise RecipeError(f"{folder} holds {trained.name}; model.backbone is {options.backbone!r}")
+    check_normalization(trained, normalization, folder)
     state = {key: value for key, value in trained.state_dict().items() if not key.startswith("head.")}
     assert hasattr(model.backbone, "load_state_dict")
     model.backbone.load_state_dict(state)

@@ -91,6 +91,7 @@ def corners(shape: str, answer) -> list[float]:
         return [answer[0]["box"][key] for key in ("xmin", "ymin", "xmax", "ymax")]
     if shape == "coco":
         x, y, w, h = answer[0]["bbox"]
+        assert answer[0]["category_id"] >= 1, "COCO counts categories from 1"
         return [x, y, x + w, y + h]
     if shape == "supervision":
         return answer["xyxy"][0]

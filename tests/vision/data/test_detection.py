@@ -1,5 +1,6 @@
 """Augmentation of images with boxes, and the batches made of them."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,21 @@ def test_evaluation_keeps_everything_in_place(squares: DetectionSource) -> None:
     np.testing.assert_allclose(sample.boxes.numpy(), [[12, 40, 48, 100], [0, 0, 10.8, 18]], rtol=1e-5)
     assert sample.ignored.tolist() == [False, True]
     assert box_of_white(sample.image) == [12, 40, 48, 100]
+
+
+def test_a_letterbox_stretches_neither_in_testing_nor_in_training(tmp_path: Path) -> None:
+    Image.new("RGB", (640, 320), "white").save(tmp_path / "wide.png")
+    source = DetectionSource(("thing",), (labelled(tmp_path / "wide.png", [[100, 100, 200, 200]]),), 0)
+    for augmentation in (None, PLAIN, dataclasses.replace(PLAIN, expand=4.0)):
+        data = DetectionData(source, 320, "letterbox", augmentation)
+        for epoch in range(4):
+            data.set_epoch(epoch)
+            sample = data[0]
+            assert isinstance(sample, DetectionSample)
+            ((left, top, right, bottom),) = sample.boxes.tolist()
+            assert right - left == pytest.approx(bottom - top, rel=1e-4)
+            if augmentation in (None, PLAIN):
+                assert (left, top, right, bottom) == pytest.approx((50, 130, 100, 180))
 
 
 def test_difficult_boxes_train_where_asked(squares: DetectionSource) -> None:

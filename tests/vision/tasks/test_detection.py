@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.training import RecipeError, TrainingReport, callbacks
 from vision.backbones import UnknownBackboneError, create_backbone
 from vision.backbones.checkpoint import save_backbone
+from vision.backbones.preprocessing import NORMALIZATIONS
 from vision.data.labelled_boxes import DetectionSource
 from vision.data.sources import DataError
 from vision.detection import export
@@ -225,6 +226,14 @@ def test_a_detector_that_finds_nothing_is_warned_of(
     with pytest.raises(export.ExportError, match="no package"):
         export.export_detector(Path(report.checkpoint))
     assert "finds none of the boxes on its own training images" in caplog.text
+
+
+def test_a_checkpoint_of_another_normalization_is_refused(detector_recipe: Recipe, tmp_path: Path) -> None:
+    backbone = create_backbone("snet49", 2)
+    backbone.preprocessing = dataclasses.replace(backbone.preprocessing, normalization=NORMALIZATIONS["bgr_255"])
+    save_backbone(backbone, tmp_path / "trained")
+    with pytest.raises(RecipeError, match=r'was trained with .* set data\.normalization = "bgr_255"'):
+        train(detector_recipe(model={"backbone": "snet49", "start_from": str(tmp_path / "trained")}))
 
 
 def flatten_boxes(folder: Path, spared: tuple[str, ...] = ()) -> int:
