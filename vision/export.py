@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,21 +56,35 @@ def export_classifier(checkpoint: Path, output: Path, *, image_size: int | None 
     Input ``images`` is float [B, 3, ``image_size``, ``image_size``], RGB in [0, 1], for any B; output ``logits`` is
     [B, classes]. Class names and preprocessing are in the file's metadata. ``image_size`` None takes the checkpoint's.
     Errors: CheckpointError; ExportError where a package is missing or the file's answers differ from torch's by more
-    than 1e-4 of the largest logit (it is then removed).
+    than 1e-4 of the largest logit (it is then removed, and an older file left as it was).
     """
     require_packages()
     backbone = load_backbone(checkpoint)
     side = image_size or backbone.preprocessing.image_size
     model = NormalizedClassifier(backbone).eval()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write(model, output, side)
-    difference = compare(model, output, side)
-    if not difference <= TOLERANCE:
-        output.unlink()
-        raise ExportError(
-            f"{output} answered {difference:.2e} apart from torch (allowed {TOLERANCE:.0e}); it was removed"
-        )
+    with unchecked(output) as file:
+        write(model, file, side)
+        difference = compare(model, file, side)
+        if not difference <= TOLERANCE:
+            raise ExportError(
+                f"{output} answered {difference:.2e} apart from torch (allowed {TOLERANCE:.0e}); it was removed"
+            )
     return ExportReport(str(output), OPSET, side, difference, output.stat().st_size)
+
+
+@contextmanager
+def unchecked(output: Path) -> Iterator[Path]:
+    """A file to write and to check in the place of ``output``, whose name it takes at the end of the block.
+
+    A server may read an older ``output`` meanwhile; where the block fails that stays, and the new file goes.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file = output.with_name(f".{output.name}.unchecked")
+    try:
+        yield file
+        file.replace(output)
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def require_packages() -> None:

@@ -27,18 +27,19 @@ from vision.detection.psroi_align import Reduction, axis_samples
 from vision.detection.report import NOTHING_FOUND
 from vision.detection.rpn import ProposalBudget
 from vision.detection.thundernet import REGION_STDS, DenseMaps, ThunderNet
-from vision.export import OPSET, ExportError, forget_traces, require_packages
+from vision.export import OPSET, ExportError, forget_traces, require_packages, unchecked
 from vision.predict import ONNX_FILE
 
 logger = logging.getLogger(__name__)
 
 CHECKED_BATCHES = (1, 3)
 SAMPLES = 2  # points of a bin along each axis, as ``psroi_align`` has by default
-# A row of the file that no row of torch comes this near to is unmatched (reference: half a pixel, a thousandth).
+# Rows of file and torch whose boxes are further apart are no pair (reference: half a pixel, a thousandth).
 BOX_TOLERANCE_PX = 0.5
 SCORE_TOLERANCE = 1e-3
 # Two overlaps may lie on either side of the suppression's threshold by rounding alone.
 MAX_UNMATCHED = 0.02
+TINY_SCORE = 1e-9
 # Scores below every real one: rows that only fill up, and boxes without area, which must not even do that.
 FILLER_SCORE, NO_AREA_SCORE = -1e8, -1e9
 
@@ -152,7 +153,7 @@ def export_detector(checkpoint: Path, output: Path | None = None) -> DetectorExp
     ``output`` None writes it beside the weights, where the server looks for it. Input and outputs are those of
     ``FixedRegions``, for any number of images; config.json and a digest of the weights are in the file's metadata.
     Errors: CheckpointError; ExportError where a package is missing, the architecture has no export, or the file's
-    answers are not torch's (it is then removed).
+    answers are not torch's (an older file is then left as it was).
     """
     loaded = load_detector(checkpoint)
     if loaded.config.training_recall == 0:
@@ -160,15 +161,14 @@ def export_detector(checkpoint: Path, output: Path | None = None) -> DetectorExp
     require_packages()
     regions = FixedRegions(loaded).eval()
     output = output or checkpoint / ONNX_FILE
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write(regions, loaded, output, weights_digest(checkpoint))
-    box_difference, score_difference, unmatched = compare(loaded, output)
-    if not (box_difference <= BOX_TOLERANCE_PX and score_difference <= SCORE_TOLERANCE and unmatched <= MAX_UNMATCHED):
-        output.unlink()
-        raise ExportError(
-            f"{output} answered apart from torch: boxes {box_difference:.2g} px, scores {score_difference:.2g}, "
-            f"{unmatched:.1%} of the rows without a counterpart; it was removed"
-        )
+    with unchecked(output) as file:
+        write(regions, loaded, file, weights_digest(checkpoint))
+        box_difference, score_difference, unmatched = compare(loaded, file)
+        if not (score_difference <= SCORE_TOLERANCE and unmatched <= MAX_UNMATCHED):
+            raise ExportError(
+                f"{output} answered apart from torch: boxes {box_difference:.2g} px, scores {score_difference:.2g}, "
+                f"{unmatched:.1%} of what was found without a counterpart; it was removed"
+            )
     return DetectorExportReport(
         file=str(output),
         opset=OPSET,
@@ -203,11 +203,21 @@ def write(regions: FixedRegions, loaded: LoadedDetector, output: Path, digest: s
     program.save(output, external_data=False)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Rows of one image matched one to one: differences of the pairs, and the scores of rows without a partner."""
+
+    box_differences: Floats
+    score_differences: Floats
+    unmatched_score: float
+    total_score: float
+
+
 @torch.no_grad()
 def compare(loaded: LoadedDetector, file: Path) -> tuple[float, float, float]:
     """The file's rows against torch's on smooth random images: largest difference of a box in pixels and of a score
 
-    among the rows that have a counterpart, and the share that has none.
+    among the pairs, and the share of all scores, on both sides, that stand in rows without a partner.
     """
     import onnxruntime
 
@@ -215,7 +225,7 @@ def compare(loaded: LoadedDetector, file: Path) -> tuple[float, float, float]:
     generator = torch.Generator().manual_seed(0)
     model, size = loaded.model, loaded.config.image_size
     assert isinstance(model, ThunderNet)
-    box_differences, score_differences, num_unmatched, num_rows = [0.0], [0.0], 0, 0
+    found: list[Comparison] = []
     for num_images in CHECKED_BATCHES:
         coarse = torch.rand(num_images, 3, 8, 8, generator=generator)
         images = functional.interpolate(coarse, size=(size, size), mode="bilinear")
@@ -226,28 +236,35 @@ def compare(loaded: LoadedDetector, file: Path) -> tuple[float, float, float]:
         for index, (regions, logits, deltas) in enumerate(zip(proposals, *outputs, strict=True)):
             expected = clip_boxes(decode_boxes(deltas, regions, REGION_STDS), size, size).numpy()
             expected_scores = logits.softmax(dim=-1)[:, 1:].numpy()
-            box_difference, score_difference = counterparts(
-                expected, expected_scores, boxes[index], probabilities[index]
-            )
-            matched = box_difference <= BOX_TOLERANCE_PX
-            box_differences += box_difference[matched].tolist()
-            score_differences += score_difference[matched].tolist()
-            num_unmatched += int((~matched).sum())
-            num_rows += len(matched)
-    return max(box_differences), max(score_differences), num_unmatched / max(num_rows, 1)
+            found.append(match_rows(expected, expected_scores, boxes[index], probabilities[index]))
+    total = sum(image.total_score for image in found)
+    return (
+        max(image.box_differences.max(initial=0.0) for image in found),
+        max(image.score_differences.max(initial=0.0) for image in found),
+        sum(image.unmatched_score for image in found) / max(total, TINY_SCORE),
+    )
 
 
-def counterparts(boxes: Floats, scores: Floats, other_boxes: Floats, other_scores: Floats) -> tuple[Floats, Floats]:
-    """How far each row of ``boxes`` [N, 4], ``scores`` [N, C] is from its counterpart: in pixels [N], in score [N].
+def match_rows(boxes: Floats, scores: Floats, other_boxes: Floats, other_scores: Floats) -> Comparison:
+    """Pair rows of ``boxes`` [N, 4], ``scores`` [N, C] with the others [M, 4], [M, C], by falling score.
 
-    The counterpart is, of the other rows [M, 4], [M, C] whose box is nearer than the tolerance, the one with the most
-    similar scores; without such, that of the nearest box. Boxes alone do not tell rows apart: regions that decode to
-    the same clipped box, the whole image above all, have scores of their own.
+    Each takes, of the rows that are left and whose box is nearer than the tolerance, the one with the most similar
+    scores. Boxes alone do not tell rows apart: regions that decode to the same clipped box, the whole image above all,
+    have scores of their own.
     """
     box_distances = np.abs(boxes[:, None] - other_boxes[None]).max(axis=2)
     score_distances = np.abs(scores[:, None] - other_scores[None]).max(axis=2)
-    is_near = box_distances <= BOX_TOLERANCE_PX
-    by_score = np.where(is_near, score_distances, np.inf).argmin(axis=1)
-    chosen = np.where(is_near.any(axis=1), by_score, box_distances.argmin(axis=1))
-    rows = np.arange(len(boxes))
-    return box_distances[rows, chosen], score_distances[rows, chosen]
+    costs = np.where(box_distances <= BOX_TOLERANCE_PX, score_distances, np.inf)
+    best, other_best = scores.max(axis=1), other_scores.max(axis=1)
+    rows, partners = [], []
+    for row in np.argsort(-best, kind="stable"):
+        partner = int(costs[row].argmin()) if costs.shape[1] else 0
+        if costs.shape[1] and np.isfinite(costs[row, partner]):
+            costs[:, partner] = np.inf
+            rows.append(int(row))
+            partners.append(partner)
+    unmatched = np.delete(best, rows).sum() + np.delete(other_best, partners).sum()
+    return Comparison(
+        box_distances[rows, partners], score_distances[rows, partners], float(unmatched),
+        float(best.sum() + other_best.sum()),
+    )  # fmt: skip

@@ -20,7 +20,7 @@ from vision.backbones.checkpoint import WEIGHTS_FILE
 from vision.data.classification import to_tensor
 from vision.data.faces import DegradedFaces
 from vision.data.sources import InMemorySource, open_source
-from vision.export import OPSET, ExportError, forget_traces, require_packages
+from vision.export import OPSET, ExportError, forget_traces, require_packages, unchecked
 from vision.face_quality.alignment import FACE_SIZE
 from vision.face_quality.checkpoint import load_scorer
 from vision.face_quality.evaluate import spearman
@@ -92,27 +92,29 @@ def export_scorer(
     activations have 8 bits, from the earliest convolution with which the scores hold. Input ``images`` float
     [B, 3, 112, 112], RGB in [0, 1]; output ``scores`` [B]. Errors: CheckpointError, DataError; ExportError where a
     package is missing or scores are further from torch's than 1e-4 (8 bits: 0.02, or ranks below a correlation of
-    0.995); the file is then removed.
+    0.995); an older file is then left as it was.
     """
     require_packages()
     model, config = load_scorer(checkpoint)
     scorer = NormalizedScorer(model).eval()
     output = output or checkpoint / ONNX_FILE
-    output.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
         FACE_QUALITY: json.dumps(dataclasses.asdict(config)),
         "weights_sha256": file_digest(checkpoint / WEIGHTS_FILE),
     }
     if calibration is None:
-        write(scorer, output, metadata)
         generator = torch.Generator().manual_seed(0)
         faces = torch.randint(256, (sum(CHECKED_BATCHES), 3, FACE_SIZE, FACE_SIZE), generator=generator).byte()
-        return checked(scorer, output, faces, "fp32")
+        with unchecked(output) as file:
+            write(scorer, file, metadata)
+            report = checked(scorer, file, faces, "fp32")
+        return dataclasses.replace(report, file=str(output))
     faces = calibration.faces()
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, unchecked(output) as file:
         plain = Path(folder) / "plain.onnx"
         write(scorer, plain, metadata)
-        return export_int8(scorer, plain, output, faces, metadata)
+        report = export_int8(scorer, plain, file, faces, metadata)
+    return dataclasses.replace(report, file=str(output))
 
 
 def export_int8(
@@ -179,17 +181,16 @@ def restore_metadata(file: Path, metadata: dict[str, str]) -> None:
 def checked(
     scorer: NormalizedScorer, file: Path, faces: Tensor, precision: str, first_int8_layer: int | None = None
 ) -> ScorerExportReport:
-    """The file's scores against torch's. Errors: ExportError; the file is then removed."""
+    """The file's scores against torch's. Errors: ExportError."""
     expected, found = torch_scores(scorer, faces), onnx_scores(file, faces)
     differences = np.abs(expected - found)
     correlation = spearman(expected, found) if precision == "int8" else None
     largest = float(differences.max())
     tolerance = TOLERANCE if precision == "fp32" else INT8_TOLERANCE
     if not largest <= tolerance or (correlation is not None and correlation < INT8_SPEARMAN):
-        file.unlink()
         ranks = "" if correlation is None else f", rank correlation {correlation:.4f} (allowed {INT8_SPEARMAN})"
         raise ExportError(
-            f"{file} answered {largest:.2g} apart from torch (allowed {tolerance:g}){ranks}; it was removed"
+            f"the export answered {largest:.2g} apart from torch (allowed {tolerance:g}){ranks}; it was removed"
         )
     return ScorerExportReport(
         str(file), OPSET, precision, first_int8_layer, largest, float(differences.mean()), correlation, len(faces),

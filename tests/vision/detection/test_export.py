@@ -1,6 +1,6 @@
-import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,16 +89,29 @@ def test_pooling_by_rows_is_psroi_align(reduction) -> None:
     torch.testing.assert_close(pool_by_rows(features, boxes, image_ids, 16, 3, reduction), expected)
 
 
+BOXES = np.array([[0, 0, 96, 96], [0, 0, 96, 96], [5, 5, 20, 20]], dtype=np.float32)
+SCORES = np.array([[0.1], [0.9], [0.5]], dtype=np.float32)
+
+
 def test_rows_whose_boxes_coincide_are_told_apart_by_their_scores() -> None:
-    boxes = np.array([[0, 0, 96, 96], [0, 0, 96, 96], [5, 5, 20, 20]], dtype=np.float32)
-    scores = np.array([[0.1], [0.9], [0.5]], dtype=np.float32)
     order = [2, 1, 0]
-    for differences in export.counterparts(boxes, scores, boxes[order], scores[order]):
-        np.testing.assert_array_equal(differences, 0)
-    _, wrong = export.counterparts(boxes[:1], np.array([[0.4]], dtype=np.float32), boxes, scores)
-    np.testing.assert_allclose(wrong, 0.3, atol=1e-6)
-    far, _ = export.counterparts(boxes[2:], scores[2:], boxes[:2], scores[:2])
-    np.testing.assert_array_equal(far, 76)
+    same = export.match_rows(BOXES, SCORES, BOXES[order], SCORES[order])
+    assert (same.box_differences.max(), same.score_differences.max(), same.unmatched_score) == (0, 0, 0)
+    assert same.total_score == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(("boxes", "scores", "unmatched", "difference"), [
+    (BOXES + 5, SCORES, 1.0, 0.0),  # every box elsewhere
+    (BOXES, SCORES * 0.5, 0.0, 0.45),  # scores of another network
+    (BOXES[[1, 1, 1]], SCORES[[1, 1, 1]], (0.5 + 0.9) / (1.5 + 2.7), 0.8),  # one row for all
+    (BOXES[:2], SCORES[:2], 0.5 / 2.5, 0.0),  # an object lost
+], ids=["moved", "scores", "doubled", "lost"])  # fmt: skip
+def test_a_bad_export_has_rows_without_partners_or_other_scores(
+    boxes: np.ndarray, scores: np.ndarray, unmatched: float, difference: float
+) -> None:
+    found = export.match_rows(BOXES, SCORES, boxes, scores)
+    assert found.unmatched_score / found.total_score == pytest.approx(unmatched, abs=1e-6)
+    assert found.score_differences.max(initial=0.0) == pytest.approx(difference, abs=1e-6)
 
 
 def test_only_thundernet_has_an_export(tmp_path: Path) -> None:
@@ -110,10 +123,21 @@ def test_only_thundernet_has_an_export(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_onnx
 @quiet
-def test_a_wrong_export_is_refused_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_export_is_refused_and_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file's boxes are those of a network whose second stage moves them twice as far."""
     lively_detector(tmp_path / "mine")
-    monkeypatch.setattr(export, "compare", lambda *_: (float("nan"), 0.0, 0.0))
+    write = export.write
+
+    def write_badly(regions: export.FixedRegions, *rest: Any) -> None:
+        with torch.no_grad():
+            regions.model.box_deltas.weight.mul_(2)
+        write(regions, *rest)
+        with torch.no_grad():
+            regions.model.box_deltas.weight.mul_(0.5)
+
+    monkeypatch.setattr(export, "write", write_badly)
+    (tmp_path / "model.onnx").write_bytes(b"the one before")
     with pytest.raises(ExportError, match="apart from torch"):
         export_detector(tmp_path / "mine", tmp_path / "model.onnx")
-    assert not (tmp_path / "model.onnx").exists()
-    assert json.loads((tmp_path / "mine" / "config.json").read_text())["class_names"] == ["a", "b"]
+    assert (tmp_path / "model.onnx").read_bytes() == b"the one before"
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["model.onnx"]
