@@ -222,7 +222,7 @@ def load_engine(settings: Settings) -> Engine:
     # What is loaded stays; without this every full collection walks all of transformers' and the model's objects.
     gc.collect()
     gc.freeze()
-    options = EngineOptions(settings.max_seqs, context, budget, lookup=settings.lookup)
+    options = EngineOptions(settings.max_seqs, context, budget, lookup=settings.lookup, cache_bytes=settings.cache)
     drafts = settings.trees == "cost" and (drafter is not None or settings.lookup)
     return Engine(target, drafter, options, load_costs(target, drafter, budget, capacity) if drafts else None)
 

@@ -94,6 +94,7 @@ class Settings(BaseSettings):
     context: int | None = Field(None, ge=2, description="Longest prompt and answer, in tokens.")
     max_seqs: int = Field(4, ge=1, description="Requests decoded at the same time.")
     max_waiting: int = Field(64, ge=1, description="Requests that may wait; more are answered with 429.")
+    cache: Bytes = Field(512 * 2**20, ge=0, description="Memory for prompts already read, such as 1GiB; 0 keeps none.")
     rows: int | None = Field(None, ge=1, description="Most rows of a verify pass for one request, root included.")
     top_k: int | None = Field(None, ge=1, description="Children a drafted node may have.")
     depth: int | None = Field(None, ge=0, description="Draft levels after the first.")

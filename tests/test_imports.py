@@ -17,7 +17,8 @@ ALLOWED = {
 }
 LIGHT = [
     "server.cli", "server.settings", "server.placement.machine", "server.app", "server.text", "server.api",
-    "server.engine.request", "server.engine.scheduler", "server.engine.sequence", "server.engine.completion",
+    "server.engine.request", "server.engine.scheduler", "server.engine.sequence",
+    "server.engine.pages", "server.engine.completion",
 ]  # fmt: skip
 
 

@@ -137,7 +137,8 @@ class KVSlots:
 
     One tensor for all layers, so that keeping a path is one gather instead of one for each layer. With `dtype` int8 a
     row of a head is `quantise_rows` of it, with its scales in key_scales and value_scales [num_layers, num_slots,
-    num_kv_heads, capacity]; else those are None.
+    num_kv_heads, capacity]; else those are None. Nothing is written in advance: the system gives memory page by page as
+    rows come.
     """
 
     def __init__(
@@ -153,10 +154,10 @@ class KVSlots:
         shape = (num_layers, num_slots, num_kv_heads, capacity, head_dim)
         self.capacity = capacity
         self.num_slots = num_slots
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.key_scales = torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None
-        self.value_scales = torch.zeros(shape[:-1], device=device) if dtype == torch.int8 else None
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.key_scales = torch.empty(shape[:-1], device=device) if dtype == torch.int8 else None
+        self.value_scales = torch.empty(shape[:-1], device=device) if dtype == torch.int8 else None
         self.by_slot = [[store.select(1, slot) for store in self.stores] for slot in range(num_slots)]
         self.lengths = [0] * num_slots
 
@@ -221,6 +222,22 @@ class KVSlots:
         for store in self.stores:
             store[:, slot, :, :length] = store[:, source, :, :length]
         self.lengths[slot] = length
+
+    def read_rows(self, slot: int, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Copies of committed rows start .. stop-1, one tensor for each of ``stores``."""
+        if not 0 <= start < stop <= self.lengths[slot]:
+            raise SlotError(f"slot {slot} has {self.lengths[slot]} committed rows; {start} to {stop - 1} are asked for")
+        return tuple(store[:, slot, :, start:stop].clone() for store in self.stores)
+
+    def write_rows(self, slot: int, rows: Sequence[Tensor]) -> None:
+        """Commit rows that ``read_rows`` gave, behind those the slot has."""
+        start = self.lengths[slot]
+        stop = start + rows[0].shape[2]
+        if stop > self.capacity:
+            raise SlotError(f"slot {slot} holds {self.capacity} rows; {stop} are asked for")
+        for store, part in zip(self.stores, rows, strict=True):
+            store[:, slot, :, start:stop] = part
+        self.lengths[slot] = stop
 
     def release(self, slot: int) -> None:
         """Empty a slot; its memory stays."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from server.api.errors import internal_error
 from server.api.serving import EngineHandle, ServedModel, Serving
@@ -132,12 +133,18 @@ class Generation:
             self.engine.cancel(request_id)
             logger.info("request %s: cancelled after %d output tokens", request_id, self.choices[request_id].num_tokens)
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """OpenAI's counts so far: a prompt counts once whatever its number of choices."""
         requests = [choice.completion.request for choice in self.choices.values()]
         prompt = sum(len(request.prompt_ids) for request in requests if request.choice == 0)
         completion = sum(choice.num_tokens for choice in self.choices.values())
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        cached = sum(c.figures()[0].cached for c in self.choices.values() if c.completion.request.choice == 0)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
 
     def timings(self) -> dict[str, float | int]:
         """Draft statistics and times of all choices together."""

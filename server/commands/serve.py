@@ -37,6 +37,7 @@ def serve(
     context: Context = None,
     max_seqs: Annotated[int | None, flag("max_seqs")] = None,
     max_waiting: Annotated[int | None, flag("max_waiting")] = None,
+    cache: Annotated[str | None, flag("cache")] = None,
     rows: Rows = None,
     top_k: TopK = None,
     depth: Depth = None,

@@ -25,6 +25,7 @@ from server.engine.acceptance import Accepted, accept
 from server.engine.candidates import NOTHING, Candidates
 from server.engine.cost import Costs
 from server.engine.drafting import Drafting, DraftingOptions
+from server.engine.prefix_cache import PrefixCache
 from server.engine.request import (
     ContextTooLong,
     EngineError,
@@ -46,13 +47,14 @@ logger = logging.getLogger(__name__)
 class EngineOptions:
     """max_seqs: requests that run at once; context_length: prompt and output together; budget: the largest tree of a
     request; prefill_chunk: prompt tokens between two rounds of the others; lookup: whether chains copied from a
-    request's own text are drafted."""
+    request's own text are drafted; cache_bytes: the most that cached prompts may take, 0 keeps none."""
 
     max_seqs: int = 4
     context_length: int = 2048
     budget: Budget = field(default_factory=Budget)
     prefill_chunk: int = 256
     lookup: bool = False
+    cache_bytes: int = 0
 
 
 @dataclass
@@ -88,6 +90,8 @@ class Engine:
         self.scheduler = Scheduler(options.max_seqs)
         drafting = DraftingOptions(options.budget, options.lookup, options.prefill_chunk, target.info.vocab_size)
         self.drafting = Drafting(drafter, drafting, costs)
+        cached = options.cache_bytes > 0
+        self.prefixes = PrefixCache(target, options.prefill_chunk, options.cache_bytes) if cached else None
         self.clock = RoundClock()
 
     def check(self, request: Request) -> None:
@@ -124,13 +128,21 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises EngineError where a slot has leaked; for idle moments and tests."""
         self.scheduler.check_integrity()
+        if self.prefixes is not None:
+            self.prefixes.pages.check_integrity()
 
     def _prefill(self, sequence: RunningSequence) -> list[Event]:
         """One chunk of one prompt; behind the last chunk, the first token."""
-        start = sequence.num_prefilled
+        if sequence.num_rows == 0:
+            self._restore(sequence)
+        start = sequence.num_rows
         chunk = sequence.request.prompt_ids[start : start + self.options.prefill_chunk]
         result = self.target.prefill(PrefillChunk(sequence.slot, chunk))
         sequence.prefilled(len(chunk))
+        if self.prefixes is not None:
+            self.prefixes.extend(sequence, result.features)
+            if sequence.status is Status.DECODING:
+                self.prefixes.keep(sequence)
         events: list[Event] = []
         if sequence.status is Status.DECODING:
             events = self._commit(sequence, Accepted((), (prompt_chooser(sequence, result.logits)(0, ()),)))
@@ -139,6 +151,13 @@ class Engine:
             self.drafting.observe(sequence, result.features, next_ids)
             self.drafting.catch_up()
         return events
+
+    def _restore(self, sequence: RunningSequence) -> None:
+        """Take over what is known of a prompt; the drafter learns of it as of anything else."""
+        features = None if self.prefixes is None else self.prefixes.restore(sequence)
+        if self.prefixes is not None and features is not None:
+            self.prefixes.extend(sequence, features)
+            self.drafting.observe(sequence, features, sequence.token_ids[1 : sequence.num_rows + 1])
 
     def _round(self, batch: list[RunningSequence]) -> list[Event]:
         """Propose, verify, accept, keep, observe."""
@@ -192,7 +211,11 @@ class Engine:
         events = self._commit(sequence, accepted)
         if sequence.is_running:
             self.target.keep(sequence.slot, accepted.rows)
-            self.drafting.observe(sequence, turn.verified.features(accepted.rows), accepted.token_ids)
+            sequence.num_rows += len(accepted.rows)
+            features = turn.verified.features(accepted.rows)
+            self.drafting.observe(sequence, features, accepted.token_ids)
+            if self.prefixes is not None:
+                self.prefixes.extend(sequence, features)
         return events
 
     def _commit(self, sequence: RunningSequence, accepted: Accepted) -> list[Event]:
@@ -220,6 +243,10 @@ class Engine:
 
     def _end(self, sequence: RunningSequence, reason: FinishReason, error: str | None = None) -> FinishedEvent:
         """Take a request out, wherever it is, and free what it held."""
+        if self.prefixes is not None and sequence.is_running:
+            if error is None:
+                self.prefixes.keep(sequence)
+            self.prefixes.release(sequence.slot)
         slot = self.scheduler.remove(sequence)
         if slot is not None:
             self.target.release(slot)

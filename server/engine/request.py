@@ -92,6 +92,7 @@ class Request:
 
     stop_ids end the text when the target emits one of them; the stop id itself is the last token reported.
     ``draft`` False asks for plain decoding. grammar: what the answer follows; min_tokens: before a stop id may come.
+    Cached prompts are shared only among requests of one ``cache_salt``.
     """
 
     request_id: str
@@ -103,6 +104,7 @@ class Request:
     draft: bool = True
     grammar: TokenFilter | None = None
     min_tokens: int = 0
+    cache_salt: str = ""
 
     @property
     def takes_argmax(self) -> bool:
@@ -112,12 +114,16 @@ class Request:
 
 @dataclass
 class DraftStats:
-    """What drafting did for one request. acceptance_length counts the target's own token of every round as well."""
+    """What drafting did for one request, and how much of its prompt was ``cached``.
+
+    acceptance_length counts the target's own token of every round as well.
+    """
 
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
     committed: int = 0
+    cached: int = 0
 
     @property
     def acceptance_length(self) -> float:

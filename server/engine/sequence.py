@@ -24,7 +24,7 @@ class Status(enum.Enum):
 class RunningSequence:
     """Everything the engine knows of one request, from submission to its end.
 
-    token_ids: every committed token, prompt first; num_prefilled: prompt tokens whose rows the target holds; seed: of
+    token_ids: every committed token, prompt first; num_rows: tokens whose rows the target holds; seed: of
     its sampling, drawn when the request names none; held_slot: None while it waits and once it has ended; drafts:
     whether it is drafted for, as it asked and until its rows in the drafter are spoilt; record: how its drafts fared.
     """
@@ -35,7 +35,7 @@ class RunningSequence:
     drafts: bool
     status: Status = Status.WAITING
     held_slot: int | None = None
-    num_prefilled: int = 0
+    num_rows: int = 0
     stats: DraftStats = field(default_factory=DraftStats)
     timings: Timings = field(default_factory=Timings)
     record: RequestRecord = field(default_factory=RequestRecord)
@@ -80,8 +80,8 @@ class RunningSequence:
 
     def prefilled(self, num_tokens: int) -> None:
         """The target holds so many more of the prompt's rows; behind the last one the request decodes."""
-        self.num_prefilled += num_tokens
-        if self.num_prefilled == self.num_prompt:
+        self.num_rows += num_tokens
+        if self.num_rows == self.num_prompt:
             self.status = Status.DECODING
 
     def commit(self, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], FinishReason | None]:

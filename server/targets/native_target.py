@@ -7,6 +7,7 @@ so drafted greedy text equals plain text exactly. transformers' own layers are t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
@@ -98,6 +99,7 @@ class NativeTarget(TorchTarget):
         self.stack = LayerStack(packed.layers)
         self.norm_weight, self.norm_epsilon = base.norm.weight.detach().float().clone(), base.norm.variance_epsilon
         self.angles = RotaryAngles(base.rotary_emb, capacity)
+        self.info = dataclasses.replace(self.info, exact_rows=self.angles.table is not None)
 
     @classmethod
     def load(

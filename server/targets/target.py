@@ -23,7 +23,8 @@ class TargetInfo:
 
     context_length: positions its weights allow; num_parameters: tied weights counted once; feature_layers: the
     features it can give, each as wide as ``hidden_size``: ``last``, the vector the LM head consumes, and EAGLE-3's
-    ``low``, ``mid`` and ``high``, where there are layers enough.
+    ``low``, ``mid`` and ``high``, where there are layers enough; exact_rows: a row is the same to the last bit whatever
+    runs beside it and in whatever pieces the text came.
     """
 
     name: str
@@ -35,6 +36,7 @@ class TargetInfo:
     num_parameters: int
     weights: str
     feature_layers: tuple[str, ...] = ("last",)
+    exact_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,14 @@ class Target(Protocol):
 
     def keep(self, slot: int, rows: Sequence[int]) -> None:
         """Commit these rows of the slot's last verify pass (0 is the root), in path order; drop the others."""
+        ...
+
+    def read_rows(self, slot: int, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Copies of committed rows start .. stop-1 of a slot, as ``write_rows`` takes them."""
+        ...
+
+    def write_rows(self, slot: int, rows: Sequence[Tensor]) -> None:
+        """Commit rows that ``read_rows`` gave behind those a slot has; they must be of the same positions."""
         ...
 
     def fork(self, source: int, slot: int, length: int) -> None:

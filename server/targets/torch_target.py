@@ -186,6 +186,14 @@ class TorchTarget:
         """Commit a path of the last verify pass."""
         self.slots.keep(slot, rows)
 
+    def read_rows(self, slot: int, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Copies of committed rows."""
+        return self.slots.read_rows(slot, start, stop)
+
+    def write_rows(self, slot: int, rows: Sequence[Tensor]) -> None:
+        """Commit rows read earlier."""
+        self.slots.write_rows(slot, rows)
+
     def fork(self, source: int, slot: int, length: int) -> None:
         """Copy committed rows."""
         self.slots.fork(source, slot, length)

@@ -33,6 +33,7 @@ async def test_an_answer_carries_text_usage_and_timings(connect, make_model):
         "prompt_tokens": num_prompt,
         "completion_tokens": num_tokens,
         "total_tokens": num_prompt + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     rounds = -(-num_tokens // 3)
     timings = body["timings"]

@@ -1,0 +1,90 @@
+"""A tree over token ids whose nodes are pages of cached rows: what was read once is found again. No torch here.
+
+A page holds what ``page_size`` consecutive positions left behind, and belongs to every text that begins with the tokens
+on the way to it, its own included. Texts that begin alike share their pages. Whoever was used longest ago goes first,
+and a page never before those behind it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(eq=False)
+class Page:
+    """One node: its content, and the pages of texts that go on behind it, by their tokens."""
+
+    content: Any
+    num_bytes: int
+    parent: Page | None
+    key: tuple[int, ...]
+    used: int = 0
+    children: dict[tuple[int, ...], Page] = field(default_factory=dict)
+
+
+class PageTree:
+    """At most ``limit_bytes`` of pages. A salt keeps the texts of one client apart from everybody else's."""
+
+    def __init__(self, page_size: int, limit_bytes: int) -> None:
+        self.page_size = page_size
+        self.limit_bytes = limit_bytes
+        self.num_bytes = 0
+        self.roots: dict[str, Page] = {}
+        self.clock = itertools.count(1)
+
+    def find(self, token_ids: Sequence[int], salt: str = "") -> list[Page]:
+        """The pages of the longest known beginning, in order."""
+        found: list[Page] = []
+        node = self.roots.get(salt)
+        for key in self._keys(token_ids):
+            node = None if node is None else node.children.get(key)
+            if node is None:
+                break
+            node.used = next(self.clock)
+            found.append(node)
+        return found
+
+    def add(self, token_ids: Sequence[int], read: Callable[[int], tuple[Any, int]], salt: str = "") -> None:
+        """Add the whole pages of a text; ``read(start)`` gives content and bytes of a page that is not there yet."""
+        node = self.roots.setdefault(salt, Page(None, 0, None, ()))
+        for number, key in enumerate(self._keys(token_ids)):
+            child = node.children.get(key)
+            if child is None:
+                content, num_bytes = read(number * self.page_size)
+                if num_bytes > self.limit_bytes:
+                    break
+                child = node.children[key] = Page(content, num_bytes, node, key)
+                self.num_bytes += num_bytes
+            child.used = next(self.clock)
+            node = child
+        self._shrink()
+
+    def _keys(self, token_ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        for start in range(0, len(token_ids) - self.page_size + 1, self.page_size):
+            yield tuple(token_ids[start : start + self.page_size])
+
+    def _pages(self) -> Iterator[Page]:
+        stack = list(self.roots.values())
+        while stack:
+            page = stack.pop()
+            stack += page.children.values()
+            if page.parent is not None:
+                yield page
+
+    def _shrink(self) -> None:
+        """Drop the pages used longest ago, from the ends of their texts."""
+        while self.num_bytes > self.limit_bytes:
+            oldest = min((page for page in self._pages() if not page.children), key=lambda page: page.used)
+            assert oldest.parent is not None
+            del oldest.parent.children[oldest.key]
+            self.num_bytes -= oldest.num_bytes
+        self.roots = {salt: root for salt, root in self.roots.items() if root.children}
+
+    def check_integrity(self) -> None:
+        """Raises ValueError where the bytes counted are not those of the pages."""
+        held = sum(page.num_bytes for page in self._pages())
+        if held != self.num_bytes or held > self.limit_bytes:
+            raise ValueError(f"pages hold {held} bytes, {self.num_bytes} are counted, {self.limit_bytes} allowed")

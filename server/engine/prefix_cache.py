@@ -1,0 +1,72 @@
+"""No prompt is read twice: the target's rows of earlier texts, and the features the drafter needs, by their tokens.
+
+Pages are shared by all requests that begin alike; a hit copies them into the request's slot, which takes milliseconds
+for a thousand tokens where reading those would take seconds. The text stays the same to the last bit. Where rows do not
+depend on what stands beside them (``TargetInfo.exact_rows``), any page will do, of answers too; elsewhere a page is a
+whole prefill chunk, so that what follows a hit is computed in the very chunks that it would have been, and only prompts
+are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.pages import PageTree
+from server.engine.sequence import RunningSequence
+from server.targets.target import Target
+
+EXACT_PAGE = 32
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """What a page holds: the target's rows and their features."""
+
+    rows: tuple[Tensor, ...]
+    features: Tensor
+
+
+class PrefixCache:
+    """The pages, and for each running request the features of its rows so far."""
+
+    def __init__(self, target: Target, prefill_chunk: int, limit_bytes: int) -> None:
+        self.target = target
+        self.exact = target.info.exact_rows
+        self.pages = PageTree(EXACT_PAGE if self.exact else prefill_chunk, limit_bytes)
+        self.features: dict[int, list[Tensor]] = {}
+
+    def restore(self, sequence: RunningSequence) -> Tensor | None:
+        """Fill an empty slot with what is known of its prompt, all but the last token at most; its features."""
+        prompt = sequence.request.prompt_ids[: sequence.num_prompt - 1]
+        found = self.pages.find(prompt, sequence.request.cache_salt)
+        if not found:
+            return None
+        for page in found:
+            self.target.write_rows(sequence.slot, page.content.rows)
+        sequence.num_rows = sequence.stats.cached = len(found) * self.pages.page_size
+        return torch.cat([page.content.features for page in found])
+
+    def extend(self, sequence: RunningSequence, features: Tensor) -> None:
+        """The features of rows that the target has committed for a request."""
+        self.features.setdefault(sequence.slot, []).append(features)
+
+    def keep(self, sequence: RunningSequence) -> None:
+        """Keep the pages of a request's rows as they stand."""
+        slot, size = sequence.slot, self.pages.page_size
+        num_rows = sequence.num_rows if self.exact else min(sequence.num_rows, sequence.num_prompt)
+        if num_rows < size:
+            return
+        features = torch.cat(self.features[slot])
+
+        def read(start: int) -> tuple[CachedRows, int]:
+            page = CachedRows(self.target.read_rows(slot, start, start + size), features[start : start + size].clone())
+            return page, sum(part.numel() * part.element_size() for part in (*page.rows, page.features))
+
+        self.pages.add(sequence.token_ids[:num_rows], read, sequence.request.cache_salt)
+
+    def release(self, slot: int) -> None:
+        """A request has left its slot."""
+        self.features.pop(slot, None)
