@@ -1,7 +1,9 @@
 """Fixtures every test may use: folders of saved models, where larger data lie."""
 
+import multiprocessing
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,17 @@ def save_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return save
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_socket_paths() -> Iterator[None]:
+    """Loader workers hand tensors over sockets below the temporary folder, whose paths may have 108 bytes at most."""
+    if len(tempfile.gettempdir()) < 60:
+        yield
+        return
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        multiprocessing.current_process()._config["tempdir"] = folder  # type: ignore[attr-defined]
+        yield
 
 
 @pytest.fixture(scope="session")
