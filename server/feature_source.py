@@ -29,7 +29,7 @@ from kernels.training.heartbeat import Heartbeat
 from kernels.training.processes import is_first_process, wait_until
 from server.answers import AnswersFile, Writing, questions_of, write_answers
 from server.engine.engine import Engine, EngineOptions
-from server.launch import load_codec, load_target, resolve_model
+from server.launch import load_codec, load_target, resolve_target
 from server.targets.target import PrefillChunk, Target
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def source_for(options: DataOptions, layers: Sequence[str] = ("last",)) -> Featu
     so. Errors: TargetError for layers it does not have, LaunchError for a target that cannot be found, RecipeError for
     windows longer than its context.
     """
-    folder = resolve_model(options.target, "target")
+    folder = resolve_target(options.target)
     num_slots = 1 if options.answers is None else ANSWERS_AT_ONCE
     check_data(options)
     with Heartbeat(f"loading {folder.name}"):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.engine.request import SamplingParams
+from server.own_models import ASSETS, TINY, OwnModelError, default_target, own_drafter
 from server.sampling_defaults import read_sampling_defaults
 from server.settings import NO_VISION
 from server.text import TextCodec
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ASSETS = Path(__file__).parent / "assets"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 DEFAULT_CONTEXT = 4096
 GGUF_SUFFIX = ".gguf"
@@ -68,10 +68,20 @@ class LoadedDrafters:
     context_length: int
 
 
-def resolve_model(name: str | None, bundled: str) -> Path:
-    """Where a target or drafter lies: None is the bundled one, else a folder or GGUF file, else a hub id (fetched)."""
-    if name is None:
-        return ASSETS / bundled
+def resolve_target(name: str | None) -> Path:
+    """Where a target lies: None is the default model, ``tiny`` the pair for tests, else as ``resolve_model``."""
+    if name == TINY:
+        return ASSETS / TINY / "target"
+    if name is not None:
+        return resolve_model(name)
+    try:
+        return default_target()
+    except OwnModelError as error:
+        raise LaunchError(str(error)) from error
+
+
+def resolve_model(name: str) -> Path:
+    """A folder, a GGUF file or a hub id (fetched)."""
     path = Path(name).expanduser()
     if path.is_dir() or is_gguf(path):
         return path
@@ -149,7 +159,10 @@ def load_drafter(
             f"{name!r} is no drafter any more: lookup joins the trees of every drafter (--no-lookup switches it off); "
             "name the drafter alone"
         )
-    drafter = load_drafter_folder(target, target_folder, resolve_model(name, "drafter"), device, num_slots, capacity)
+    folder = own_drafter(target_folder) if name is None else resolve_model(name)
+    if folder is None:
+        raise LaunchError(f"{target.info.name} has no drafter of its own here; name one, or use ngram")
+    drafter = load_drafter_folder(target, target_folder, folder, device, num_slots, capacity)
     missing = set(drafter.feature_layers) - set(target.info.feature_layers)
     if missing:
         raise LaunchError(
@@ -203,7 +216,7 @@ def load_engine(settings: Settings) -> Engine:
     from drafters.proposal import Budget
     from server.engine.engine import Engine, EngineOptions
 
-    folder = resolve_model(settings.target, "target")
+    folder = resolve_target(settings.target)
     context = context_length(folder, settings.context)
     default = default_budget(folder, settings.weights)
     budget = Budget(
@@ -214,9 +227,10 @@ def load_engine(settings: Settings) -> Engine:
     capacity = slot_capacity(context, [budget])
     target = load_target(folder, settings.weights, settings.max_seqs, capacity, settings.threads, settings.kv_cache)
     drafter_name = settings.drafter
-    if drafter_name is None and settings.target is not None:
-        how = "only looks its drafts up in the text itself" if settings.lookup else "decodes plainly"
-        logger.warning("no drafter is named for %s, so it %s; --drafter names one", settings.target, how)
+    if drafter_name is None and own_drafter(folder) is None:
+        if settings.target is not None:
+            how = "only looks its drafts up in the text itself" if settings.lookup else "decodes plainly"
+            logger.warning("no drafter is named for %s, so it %s; --drafter names one", settings.target, how)
         drafter_name = "none"
     drafter = load_drafter(target, folder, drafter_name, settings.drafter_device, settings.max_seqs, capacity)
     # What is loaded stays; without this every full collection walks all of transformers' and the model's objects.
@@ -249,14 +263,12 @@ def slot_capacity(context: int, budgets: Sequence[Budget]) -> int:
 def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budget]) -> LoadedDrafters:
     """A target with one slot, and several drafters for it that may grow any of the trees in ``grid``.
 
-    Each name is what ``--drafter`` takes; no names: the bundled drafter, for the bundled target only. Errors:
+    Each name is what ``--drafter`` takes; no names: the target's own drafter, where one lies here. Errors:
     TargetError, DrafterError, LaunchError.
     """
-    if not names and settings.target is not None:
-        raise LaunchError(
-            f"name the drafters to measure on {settings.target}; only the bundled target has one of its own"
-        )
-    folder = resolve_model(settings.target, "target")
+    folder = resolve_target(settings.target)
+    if not names and own_drafter(folder) is None:
+        raise LaunchError(f"name the drafters to measure on {folder.name}; it has none of its own here")
     context = context_length(folder, settings.context)
     capacity = slot_capacity(context, grid)
     target = load_target(folder, settings.weights, 1, capacity, settings.threads, settings.kv_cache)
@@ -348,7 +360,7 @@ def load_model(settings: Settings) -> LoadedModel:
     from server.engine.thread import EngineThread
 
     engine = load_engine(settings)
-    folder = resolve_model(settings.target, "target")
+    folder = resolve_target(settings.target)
     codec = load_codec(folder)
     codec.fit(engine.target.info.vocab_size)
     if fault := codec.check_templates():

@@ -58,15 +58,15 @@ Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_list)]
 class Settings(BaseSettings):
     """Frozen. A field's description is its help on the command line.
 
-    target None is the bundled model; weights None is what a packed folder holds, else fp32; drafter None is the drafter
-    bundled for the target, ``none`` switches drafting off; threads None is every core this process may use; context
-    None is what the target allows; rows, top_k and depth None are those that suit the weights.
+    target None is the default model; weights None is what a packed folder holds, else fp32; drafter None is the drafter
+    that lies here for the target, ``none`` switches drafting off; threads None is every core this process may use;
+    context None is what the target allows; rows, top_k and depth None are those that suit the weights.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
     target: str | None = Field(
-        None, description="Folder of safetensors, .gguf file or hub id; nothing: the bundled model."
+        None, description="Folder of safetensors, .gguf file or hub id, or 'tiny'; nothing: SmolLM2-135M-Instruct."
     )
     drafter: str | None = Field(
         None,
@@ -143,7 +143,7 @@ class Settings(BaseSettings):
 
     @property
     def served_name(self) -> str:
-        """The name clients use: as asked, else the target's last path part, else the bundled model's."""
+        """The name clients use: as asked, else the target's last path part, else the default's."""
         if self.model_name is not None:
             return self.model_name
         return BUNDLED if self.target is None else Path(self.target).name.removesuffix(".gguf") or self.target

@@ -14,7 +14,7 @@ from drafters.train.capture import describe
 from drafters.train.feature_source import Samples, data_samples, training_layers
 from drafters.train.options import DrafterRecipe
 from server.feature_source import check_data
-from server.launch import resolve_model
+from server.launch import resolve_target
 from server.targets.target import TargetError
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def plan_drafter(recipe: dict[str, Any]) -> dict[str, Any]:
     """
     tables = DrafterRecipe.read(recipe)
     data = tables.data
-    folder = resolve_model(data.target, "target")
+    folder = resolve_target(data.target)
     if data.weights not in WEIGHT_BYTES:
         raise TargetError(f"weights {data.weights!r} are not available; allowed are {', '.join(WEIGHT_BYTES)}")
     target = target_shape(folder)

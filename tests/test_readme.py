@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from server.own_models import OwnModelError, default_target
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A block is run when this comment stands on the line before it.
@@ -22,8 +24,10 @@ START_LIMIT_S = 120
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    if not (ROOT / "server/assets/target/config.json").is_file() and "DOVETAIL_TARGET" not in os.environ:
-        pytest.skip("there is no bundled target, and DOVETAIL_TARGET names no other")
+    try:
+        default_target()
+    except OwnModelError as error:
+        pytest.skip(str(error))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # One thread: on a machine that is busy, two that wait for each other at every layer take minutes.
     settings = {"DOVETAIL_MODEL_NAME": "dovetail", "DOVETAIL_THREADS": "1"}

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 120.0
-MODEL = "dovetail"
+MODEL = "tiny"
 
 
 def free_port() -> int:
@@ -29,6 +29,7 @@ def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = free_port()
     log = (tmp_path_factory.mktemp("serve") / "log").open("wb")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DOVETAIL_")}
+    environment["DOVETAIL_TARGET"] = "tiny"
     server = subprocess.Popen(
         [sys.executable, "-c", "from server.cli import main; main()", "serve", "--port", str(port)],
         cwd=ROOT, stdout=log, stderr=log, env=environment,

@@ -1,4 +1,4 @@
-"""Train a small LLaMA-architecture language model from text: the bundled target, or a small-model drafter.
+"""Train a small LLaMA-architecture language model from text: the tiny target, or a small-model drafter.
 
 The recipe's tables: ``[model]`` (shape), ``[corpus]`` with ``[[corpus.sources]]``, ``[training]``. The tokenizer is
 trained on the corpus unless ``corpus.tokenizer`` names a folder that holds one.

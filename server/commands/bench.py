@@ -137,10 +137,10 @@ def run_bench(settings: Settings, options: BenchOptions, limit: int) -> dict[str
     """Load prompts and models, and measure behind a progress bar on stderr."""
     from server.bench.prompts import load_prompts
     from server.bench.report import measure
-    from server.launch import load_codec, load_engine, resolve_model
+    from server.launch import load_codec, load_engine, resolve_target
 
     prompts = load_prompts(options.suite, limit)
-    folder = resolve_model(settings.target, "target")
+    folder = resolve_target(settings.target)
     engine = load_engine(settings)
     codec = load_codec(folder)
     with progress_bar() as advance:

@@ -49,9 +49,9 @@ def convert(
 
         typer.echo(json.dumps(dataclasses.asdict(convert_eagle(Path(source), output))))
         return
-    from server.launch import resolve_model
+    from server.launch import resolve_target
     from server.targets.conversion import ConversionOptions, convert_target
 
     options = ConversionOptions(weights, group_size, calibration, calibration_tokens, report)
-    folder = resolve_model(source, "target")
+    folder = resolve_target(source)
     typer.echo(json.dumps(dataclasses.asdict(convert_target(folder, output, options))))

@@ -45,7 +45,7 @@ def examine() -> dict[str, Any]:
     """Look at everything; takes about a second."""
     import torch
 
-    from server.launch import ASSETS
+    from server.own_models import ASSETS
     from server.placement.machine import measure_machine, usable_cores
 
     torch.set_num_threads(usable_cores())
@@ -54,7 +54,8 @@ def examine() -> dict[str, Any]:
         "hardware": hardware.json(),
         "devices": ["cpu", *(f"cuda:{i}" for i in range(len(hardware.gpus)))],
         "versions": {name: installed_version(name) for name in DISTRIBUTIONS},
-        "bundled": {name: asset(ASSETS / name) for name in ("target", "drafter", "detector")},
+        "default_target": default_model(),
+        "bundled": {name: asset(ASSETS / name) for name in ("drafter", "detector", "tiny/target", "tiny/drafter")},
         "extras": {
             name: dataclasses.asdict(extra) | {"present": importlib.util.find_spec(extra.module) is not None}
             for name, extra in EXTRAS.items()
@@ -91,6 +92,17 @@ def kernels() -> dict[str, Any]:
     }
 
 
+def default_model() -> dict[str, Any]:
+    """Whether the default model's package is there and whole, and what to do where it is not."""
+    from server.own_models import OwnModelError, default_target
+
+    try:
+        file = default_target()
+    except OwnModelError as error:
+        return {"path": None, "present": False, "reason": str(error)}
+    return {"path": str(file), "present": True, "reason": None}
+
+
 def asset(folder: Path) -> dict[str, Any]:
     """Whether a bundled model is there, and its size."""
     files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
@@ -117,6 +129,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         table.add_row("gpu", "none that torch can use; drafting runs on the CPU")
     table.add_row("native kernels", f"{report['kernels']['chosen']}: {report['kernels']['reason']}")
     table.add_row("versions", ", ".join(f"{name} {found or 'missing'}" for name, found in report["versions"].items()))
+    default = report["default_target"]
+    table.add_row("default model", default["path"] or f"missing: {default['reason']}")
     for name, found in report["bundled"].items():
         state = f"{found['bytes'] / 1e6:.1f} MB" if found["present"] else "missing"
         table.add_row(f"bundled {name}", f"{state}, {found['path']}")

@@ -94,9 +94,9 @@ def evaluate_perplexity(
     from tokenizers import Tokenizer
 
     from server.bench.perplexity import Windows, compare_weights
-    from server.launch import load_target, resolve_model
+    from server.launch import load_target, resolve_target
 
-    folder = resolve_model(target, "target")
+    folder = resolve_target(target)
     codec = Tokenizer.from_file(str(folder / "tokenizer.json"))
     token_ids = codec.encode(text.read_text(encoding="utf-8")).ids[:limit]
     found = compare_weights(

@@ -17,6 +17,7 @@ from server.launch import ASSETS, load_drafter
 from server.targets.torch_target import TorchTarget
 from server.text import TextCodec
 
+TARGET = ASSETS / "tiny" / "target"
 CAPACITY = 1100
 GREEDY = SamplingParams(temperature=0)
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, seed=11)
@@ -26,19 +27,19 @@ TIE = 1e-4  # a top-2 gap this small is a tie: fp32 products of 1 and of 16 rows
 
 @pytest.fixture(scope="module")
 def target() -> TorchTarget:
-    return TorchTarget.load(ASSETS / "target", "fp32", 4, CAPACITY)
+    return TorchTarget.load(TARGET, "fp32", 4, CAPACITY)
 
 
 @pytest.fixture(scope="module")
 def drafter(target: TorchTarget) -> Drafter:
-    drafter = load_drafter(target, ASSETS / "target", None, "cpu", 4, CAPACITY)
+    drafter = load_drafter(target, TARGET, None, "cpu", 4, CAPACITY)
     assert drafter is not None
     return drafter
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    codec = TextCodec.from_folder(ASSETS / "target")
+    codec = TextCodec.from_folder(TARGET)
     return [codec.encode(prompt.text or "") for prompt in load_prompts("humaneval", 20)]
 
 
@@ -62,14 +63,14 @@ def test_files_are_small_licensed_and_no_pickles() -> None:
     assert sum(file.stat().st_size for file in files) <= 40 * 10**6
     assert max(file.stat().st_size for file in files) <= 12 * 2**20
     assert {file.suffix for file in files} <= {".safetensors", ".onnx", ".json", ".jinja", ".md"}
-    for folder in ("target", "drafter", "detector", "face_quality"):
+    for folder in ("tiny/target", "tiny/drafter", "detector", "face_quality"):
         card = (ASSETS / folder / "README.md").read_text(encoding="utf-8")
         for section in ("Data", "Recipe", "Figures", "Limits", "Licence"):
             assert f"## {section}" in card
 
 
 def test_shape_is_the_one_promised(target: TorchTarget) -> None:
-    config = json.loads((ASSETS / "target" / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((TARGET / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["tie_word_embeddings"] is True
     assert 11e6 <= target.info.num_parameters <= 12e6
@@ -79,7 +80,7 @@ def test_drafted_greedy_text_equals_transformers_generate(
     target: TorchTarget, drafter: Drafter, prompts: list[list[int]]
 ) -> None:
     """20 HumanEval prompts, 128 tokens, fp32. A difference is allowed at a tie only, and there the texts part ways."""
-    model = LlamaForCausalLM.from_pretrained(ASSETS / "target", dtype=torch.float32).eval()
+    model = LlamaForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
     got = texts(target, drafter, prompts, 128, GREEDY)
     num_ties = 0
     for prompt, text in zip(prompts, got, strict=True):

@@ -18,7 +18,14 @@ def request(**fields: object) -> dict:
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 async def test_low_bit_weights_and_int8_slots_serve_end_to_end(connect, read_events, weights):
-    served = {"weights": weights, "kv_cache": "int8", "max_seqs": 2, "context": 256, "model_name": None}
+    served = {
+        "weights": weights,
+        "kv_cache": "int8",
+        "max_seqs": 2,
+        "context": 256,
+        "model_name": "dovetail",
+        "target": "tiny",
+    }
     async with connect(load_model, **served, drafter="none") as client:
         plain = await client.post("/v1/completions", json=request(model="dovetail"))
     async with connect(load_model, **served) as client:

