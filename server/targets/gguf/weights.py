@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
 from gguf.tensor_mapping import get_tensor_name_map
@@ -106,28 +106,25 @@ def read_codes(tensor: StoredTensor) -> QuantisedWeight:
     rows, columns = tensor.shape
     scale = torch.from_numpy(groups.scale).reshape(rows, -1)
     minimum = None if groups.minimum is None else torch.from_numpy(groups.minimum).reshape(rows, -1)
-    codes, bits = torch.from_numpy(groups.codes).reshape(rows, columns), groups.bits
-    if groups.table is not None:
-        # The table's values are whole numbers of eight bits.
-        codes, bits = torch.from_numpy(np.array(groups.table, np.int16) + 128).to(torch.uint8)[codes.long()], 8
-    return QuantisedWeight(codes, scale, minimum, bits, columns // scale.shape[1])
+    codes = torch.from_numpy(groups.codes).reshape(rows, columns)
+    return QuantisedWeight(codes, scale, minimum, groups.bits, columns // scale.shape[1], groups.table)
 
 
 def rows_of(weight: QuantisedWeight, order: Tensor) -> QuantisedWeight:
     """The same rows in another order."""
     minimum = None if weight.minimum is None else weight.minimum[order]
-    return QuantisedWeight(weight.codes[order], weight.scale[order], minimum, weight.bits, weight.group_size)
+    return dataclasses.replace(weight, codes=weight.codes[order], scale=weight.scale[order], minimum=minimum)
 
 
 def joined(parts: Sequence[Matrix]) -> PackedWeight:
     """One packed matrix of several that read the same input, each of its own type: all values stay exact."""
     kinds = {
-        (part.bits, part.group_size, part.minimum is None, part.scale.dtype)
+        (part.bits, part.group_size, part.minimum is None, part.scale.dtype, part.table)
         for part in parts
         if isinstance(part, QuantisedWeight)
     }
     quantised = [part for part in parts if isinstance(part, QuantisedWeight)]
-    if len(quantised) == len(parts) and len(kinds) == 1 and has_packed_form(quantised[0]):
+    if len(quantised) == len(parts) and len(kinds) == 1:
         first = quantised[0]
         minimum = (
             None
@@ -141,14 +138,10 @@ def joined(parts: Sequence[Matrix]) -> PackedWeight:
                 minimum,
                 first.bits,
                 first.group_size,
+                first.table,
             )
         )
     values = [part.dequantise() if isinstance(part, QuantisedWeight) else part for part in parts]
     if all(part.dtype == torch.bfloat16 for part in values):
         return pack(torch.cat(values), 16)
     return pack(torch.cat([part.float() for part in values]), 32)
-
-
-def has_packed_form(weight: QuantisedWeight) -> bool:
-    """Whether the kernels read these codes as they are."""
-    return weight.scale.dtype == torch.float16 and (weight.bits == 4 or weight.minimum is None)
