@@ -118,9 +118,9 @@ def pack_block(module: Any, bits: int) -> PackedDecoderLayer:
         return pack(projection.weight.detach(), bits, GROUP_SIZE)
 
     return PackedDecoderLayer(
-        qkv=packed(block.qkv_proj),
+        qkv=(packed(block.qkv_proj),),
         output=packed(block.output_proj),
-        gate_up=packed(block.gate_up_proj),
+        gate_up=(packed(block.gate_up_proj),),
         down=packed(block.down_proj),
         input_norm=None if norm is None else vector(norm),
         post_norm=vector(block.mlp_norm.weight),

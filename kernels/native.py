@@ -16,7 +16,7 @@ from kernels.threads import available_threads
 
 logger = logging.getLogger(__name__)
 
-ABI = 4  # what `dovetail_abi` of a library built from the same sources answers
+ABI = 5  # what `dovetail_abi` of a library built from the same sources answers
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 
 

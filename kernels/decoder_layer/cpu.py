@@ -64,7 +64,7 @@ class LayerStack:
     """Packed layers that run behind one another. All have the same heads; their matrices may differ in type."""
 
     def __init__(self, layers: Sequence[PackedDecoderLayer]) -> None:
-        shapes = {(layer.num_kv_heads, layer.head_dim, layer.qkv.in_features) for layer in layers}
+        shapes = {(layer.num_kv_heads, layer.head_dim, layer.qkv[0].in_features) for layer in layers}
         if len(shapes) != 1:
             raise ValueError(f"layers of one stack share (key heads, head size, hidden size), got {sorted(shapes)}")
         self.layers = tuple(layers)

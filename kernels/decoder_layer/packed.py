@@ -20,16 +20,30 @@ from kernels.native import PackedDescriptor
 SUPPORTED_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 
+_MOST_PARTS = 3  # of a joined matrix: q, k, v
+
+
 class UnsupportedLayer(ValueError):
     """The layer computes something that the native layer does not; run it with transformers' own code."""
 
 
+class JoinedDescriptor(ctypes.Structure):
+    """`struct Joined` of csrc/layer.h."""
+
+    _fields_ = [("parts", PackedDescriptor * _MOST_PARTS), ("count", ctypes.c_int64)]
+
+    @classmethod
+    def of(cls, parts: tuple[PackedWeight, ...]) -> JoinedDescriptor:
+        """Of matrices that share their input."""
+        return cls((PackedDescriptor * _MOST_PARTS)(*(part.descriptor for part in parts)), len(parts))
+
+
 class LayerDescriptor(ctypes.Structure):
-    """`struct Layer` of csrc/layer.cpp."""
+    """`struct Layer` of csrc/layer.h."""
 
     _fields_ = [
-        ("qkv", PackedDescriptor), ("output", PackedDescriptor),
-        ("gate_up", PackedDescriptor), ("down", PackedDescriptor),
+        ("qkv", JoinedDescriptor), ("gate_up", JoinedDescriptor),
+        ("output", PackedDescriptor), ("down", PackedDescriptor),
         ("input_norm", ctypes.c_void_p), ("post_norm", ctypes.c_void_p),
         ("query_norm", ctypes.c_void_p), ("key_norm", ctypes.c_void_p),
         ("qkv_bias", ctypes.c_void_p), ("output_bias", ctypes.c_void_p),
@@ -42,11 +56,12 @@ class LayerDescriptor(ctypes.Structure):
 
 @dataclass(frozen=True)
 class PackedDecoderLayer:
-    """One layer. q, k and v lie in one matrix, gate and up in another: their shared input is encoded once."""
+    """One layer. q, k and v are joined, and gate and up: one matrix, whose input is encoded once, or several in order
+    where their formats differ."""
 
-    qkv: PackedWeight  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
+    qkv: tuple[PackedWeight, ...]  # together [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
     output: PackedWeight  # [hidden, num_heads * head_dim]
-    gate_up: PackedWeight  # [2 * intermediate, hidden]
+    gate_up: tuple[PackedWeight, ...]  # together [2 * intermediate, hidden]
     down: PackedWeight  # [hidden, intermediate]
     input_norm: Tensor | None  # fp32, as all vectors here; None: attention reads the residual stream as it is
     post_norm: Tensor
@@ -62,10 +77,27 @@ class PackedDecoderLayer:
     epsilon: float
     scale: float
 
+    def __post_init__(self) -> None:
+        wanted = {
+            "qkv": (self.qkv, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim),
+            "gate_up": (self.gate_up, 2 * self.down.in_features),
+        }
+        for name, (parts, out_features) in wanted.items():
+            shapes = [[part.out_features, part.in_features] for part in parts]
+            if not 1 <= len(parts) <= _MOST_PARTS or len({width for _, width in shapes}) != 1:
+                raise ValueError(f"{name} must be 1 to {_MOST_PARTS} matrices of the same inputs, got {shapes}")
+            if (total := sum(part.out_features for part in parts)) != out_features:
+                raise ValueError(f"the matrices of {name} must have {out_features} outputs together, got {total}")
+
+    @property
+    def matrices(self) -> tuple[PackedWeight, ...]:
+        """All packed matrices in the order of their use."""
+        return (*self.qkv, self.output, *self.gate_up, self.down)
+
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the four packed matrices."""
-        return sum(weight.data.numel() for weight in (self.qkv, self.output, self.gate_up, self.down))
+        """Bytes of the packed matrices."""
+        return sum(weight.data.numel() for weight in self.matrices)
 
     @functools.cached_property
     def descriptor(self) -> LayerDescriptor:
@@ -75,7 +107,8 @@ class PackedDecoderLayer:
             self.qkv_bias, self.output_bias, self.gate_up_bias, self.down_bias,
         )  # fmt: skip
         return LayerDescriptor(
-            self.qkv.descriptor, self.output.descriptor, self.gate_up.descriptor, self.down.descriptor,
+            JoinedDescriptor.of(self.qkv), JoinedDescriptor.of(self.gate_up),
+            self.output.descriptor, self.down.descriptor,
             *(None if vector is None else vector.data_ptr() for vector in vectors),
             self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim, self.epsilon, self.scale,
         )  # fmt: skip
@@ -126,17 +159,20 @@ def pack_decoder_layer(layer: nn.Module, bits: int, group_size: int = 32) -> Pac
     for an architecture that the native layer does not compute, ValueError for weights that have no packed form.
     """
 
-    def packed(names: Sequence[str]) -> PackedWeight:
-        return pack(_joined_weight(*(layer.get_submodule(name) for name in names)), bits, group_size)
+    def packed(names: Sequence[str]) -> tuple[PackedWeight, ...]:
+        return (pack(_joined_weight(*(layer.get_submodule(name) for name in names)), bits, group_size),)
 
     return assemble_decoder_layer(layer, packed)
 
 
-def assemble_decoder_layer(layer: nn.Module, matrix: Callable[[Sequence[str]], PackedWeight]) -> PackedDecoderLayer:
+def assemble_decoder_layer(
+    layer: nn.Module, matrices: Callable[[Sequence[str]], tuple[PackedWeight, ...]]
+) -> PackedDecoderLayer:
     """A layer from packed matrices that lie elsewhere; only norms and biases are read from the module.
 
-    ``matrix`` gives one packed matrix for the names of the projections that read the same input, such as
-    ``("mlp.gate_proj", "mlp.up_proj")``. Raises UnsupportedLayer as ``pack_decoder_layer`` does.
+    ``matrices`` gives one packed matrix for the names of the projections that read the same input, such as
+    ``("mlp.gate_proj", "mlp.up_proj")``, or one for each where their formats differ.
+    Raises UnsupportedLayer as ``pack_decoder_layer`` does.
     """
     check_layer(layer)
     attention: Any = layer.self_attn
@@ -146,10 +182,10 @@ def assemble_decoder_layer(layer: nn.Module, matrix: Callable[[Sequence[str]], P
     input_norm, post_norm = (_vector(norm.weight) for norm in norms)
     assert input_norm is not None and post_norm is not None
     return PackedDecoderLayer(
-        qkv=matrix(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        output=matrix(("self_attn.o_proj",)),
-        gate_up=matrix(("mlp.gate_proj", "mlp.up_proj")),
-        down=matrix(("mlp.down_proj",)),
+        qkv=matrices(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        output=matrices(("self_attn.o_proj",))[0],
+        gate_up=matrices(("mlp.gate_proj", "mlp.up_proj")),
+        down=matrices(("mlp.down_proj",))[0],
         input_norm=input_norm,
         post_norm=post_norm,
         query_norm=None if query_norm is None else _vector(query_norm.weight),
@@ -163,25 +199,43 @@ def assemble_decoder_layer(layer: nn.Module, matrix: Callable[[Sequence[str]], P
 
 
 def packing_errors(layer: nn.Module, packed: PackedDecoderLayer) -> dict[str, PackingError]:
-    """Each packed matrix of the layer against the module's weights."""
+    """Each packed matrix of the layer against the module's weights; joined ones as one."""
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
-    return {
-        "qkv": packing_error(_joined_weight(attention.q_proj, attention.k_proj, attention.v_proj), packed.qkv),
-        "output": packing_error(attention.o_proj.weight, packed.output),
-        "gate_up": packing_error(_joined_weight(mlp.gate_proj, mlp.up_proj), packed.gate_up),
-        "down": packing_error(mlp.down_proj.weight, packed.down),
+    originals = {
+        "qkv": (_joined_weight(attention.q_proj, attention.k_proj, attention.v_proj), packed.qkv),
+        "output": (attention.o_proj.weight, (packed.output,)),
+        "gate_up": (_joined_weight(mlp.gate_proj, mlp.up_proj), packed.gate_up),
+        "down": (mlp.down_proj.weight, (packed.down,)),
     }
+    return {name: packing_error(original, *parts) for name, (original, parts) in originals.items()}
 
 
-_TENSOR_TYPES = (PackedWeight, Tensor)
-_EVERY_LAYER_HAS = ("qkv", "output", "gate_up", "down", "input_norm", "post_norm")  # of transformers' layers
+_JOINED = ("qkv", "gate_up")
+_EVERY_LAYER_HAS = (*_JOINED, "output", "down", "input_norm", "post_norm")  # of transformers' layers
 
 
 def layer_tensors(layer: PackedDecoderLayer, prefix: str) -> dict[str, PackedWeight | Tensor]:
-    """What `save_packed` stores of a layer, named `prefix.field`; its numbers come from the model's config again."""
-    values = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
-    return {f"{prefix}.{name}": value for name, value in values.items() if isinstance(value, _TENSOR_TYPES)}
+    """What `save_packed` stores of a layer; its numbers come from the model's config again.
+
+    Named `prefix.field`, the further parts of a joined matrix `prefix.field.1` and `.2`.
+    """
+    found: dict[str, PackedWeight | Tensor] = {}
+    for field in dataclasses.fields(layer):
+        value = getattr(layer, field.name)
+        if isinstance(value, PackedWeight | Tensor):
+            found[f"{prefix}.{field.name}"] = value
+        elif field.name in _JOINED:
+            found |= {f"{prefix}.{_part_name(field.name, i)}": part for i, part in enumerate(value)}
+    return found
+
+
+def _part_name(field: str, part: int) -> str:
+    return field if part == 0 else f"{field}.{part}"
+
+
+def _is_there(value: PackedWeight | Tensor | tuple[PackedWeight, ...] | None) -> bool:
+    return len(value) > 0 if isinstance(value, tuple) else value is not None
 
 
 def layer_from_tensors(
@@ -193,10 +247,13 @@ def layer_from_tensors(
     norm: Any = module.input_layernorm
     tensors: dict[str, Any] = {}
     for field in dataclasses.fields(PackedDecoderLayer):
-        if field.type in ("PackedWeight", "Tensor", "Tensor | None"):
+        if field.name in _JOINED:
+            names = [f"{prefix}.{_part_name(field.name, i)}" for i in range(_MOST_PARTS)]
+            tensors[field.name] = tuple(weights[name] for name in names if name in weights)
+        elif field.type in ("PackedWeight", "Tensor", "Tensor | None"):
             tensors[field.name] = weights.get(f"{prefix}.{field.name}")
-            if tensors[field.name] is None and field.name in _EVERY_LAYER_HAS:
-                raise ValueError(f"the packed checkpoint holds no {prefix}.{field.name}")
+        if field.name in _EVERY_LAYER_HAS and not _is_there(tensors[field.name]):
+            raise ValueError(f"the packed checkpoint holds no {prefix}.{field.name}")
     return PackedDecoderLayer(**tensors, **_numbers(attention, norm))
 
 
@@ -215,14 +272,15 @@ def unpack_decoder_layer(packed: PackedDecoderLayer, module: nn.Module, dtype: t
     attention: Any = module.self_attn
     mlp: Any = module.mlp
     norms: Any = (module.input_layernorm, module.post_attention_layernorm)
-    for projections, weight, bias in (
+    for projections, parts, bias in (
         ((attention.q_proj, attention.k_proj, attention.v_proj), packed.qkv, packed.qkv_bias),
-        ((attention.o_proj,), packed.output, packed.output_bias),
+        ((attention.o_proj,), (packed.output,), packed.output_bias),
         ((mlp.gate_proj, mlp.up_proj), packed.gate_up, packed.gate_up_bias),
-        ((mlp.down_proj,), packed.down, packed.down_bias),
+        ((mlp.down_proj,), (packed.down,), packed.down_bias),
     ):
+        whole = torch.cat([dequantise(part) for part in parts])
         sizes = [projection.out_features for projection in projections]
-        for projection, part in zip(projections, torch.split(dequantise(weight), sizes), strict=True):
+        for projection, part in zip(projections, torch.split(whole, sizes), strict=True):
             projection.weight = nn.Parameter(part.to(dtype), requires_grad=False)
         if bias is not None:
             for projection, vector in zip(projections, torch.split(bias, sizes), strict=True):

@@ -96,9 +96,9 @@ class PackingError:
     largest: float
 
 
-def packing_error(original: Tensor, packed: PackedWeight) -> PackingError:
-    """Compares original [out_features, in_features] with what the packed weight stands for."""
-    difference = dequantise(packed) - original.detach().float()
+def packing_error(original: Tensor, *parts: PackedWeight) -> PackingError:
+    """Compares original [out_features, in_features] with what the packed weights stand for, their outputs in order."""
+    difference = torch.cat([dequantise(part) for part in parts]) - original.detach().float()
     size = torch.linalg.vector_norm(original.detach().float())
     return PackingError(
         relative=float(torch.linalg.vector_norm(difference) / size) if size > 0 else 0.0,

@@ -37,8 +37,8 @@ def write_packed_gguf(packed: PackedModel, file: Path) -> Path:
     config = packed.model.config
     if config.architectures not in (None, ["LlamaForCausalLM"]):
         raise GGUFError(f"{', '.join(config.architectures)} cannot be written as GGUF; only LlamaForCausalLM can")
-    for weight in (packed.head, *(weight for layer in packed.layers for weight in (layer.qkv, layer.down))):
-        if weight.bits <= 8 and (weight.group_size != BLOCK or weight.zero_point):
+    for weight in (packed.head, *(weight for layer in packed.layers for weight in layer.matrices)):
+        if weight.bits <= 8 and (weight.group_size != BLOCK or weight.zero_point or weight.wide_scales or weight.table):
             raise GGUFError(f"GGUF's blocks are symmetric groups of {BLOCK}; these weights are packed otherwise")
     writer = gguf.GGUFWriter(file, "llama", use_temp_file=True)  # tensors wait on the disk, not in memory
     writer.add_file_type(FILE_TYPES[packed.weights])
@@ -63,18 +63,18 @@ def stored_tensors(packed: PackedModel) -> Iterator[Stored]:
         query = layer.num_heads * layer.head_dim
         key = layer.num_kv_heads * layer.head_dim
         inner = config.intermediate_size
-        joined = unpack_rows(layer.qkv)
+        joined = unpack_rows(*layer.qkv)
         q, k, v = (
             rows_of(joined, *span) for span in ((0, query), (query, query + key), (query + key, query + 2 * key))
         )
-        both = unpack_rows(layer.gate_up)
+        both = unpack_rows(*layer.gate_up)
         matrices = {
             "attn_q": reordered(q, layer.num_heads), "attn_k": reordered(k, layer.num_kv_heads), "attn_v": v,
             "attn_output": unpack_rows(layer.output), "ffn_down": unpack_rows(layer.down),
             "ffn_gate": rows_of(both, 0, inner), "ffn_up": rows_of(both, inner, 2 * inner),
         }  # fmt: skip
         for name, matrix in matrices.items():
-            yield f"blk.{index}.{name}.weight", TYPES[layer.qkv.bits], blocks(matrix, layer.qkv.bits)
+            yield f"blk.{index}.{name}.weight", TYPES[layer.down.bits], blocks(matrix, layer.down.bits)
         assert layer.input_norm is not None, "every layer of transformers has one"
         for name, norm in (("attn_norm", layer.input_norm), ("ffn_norm", layer.post_norm)):
             yield f"blk.{index}.{name}.weight", gguf.GGMLQuantizationType.F32, norm.numpy()
@@ -83,12 +83,13 @@ def stored_tensors(packed: PackedModel) -> Iterator[Stored]:
 Rows = tuple[Tensor, Tensor | None]  # codes uint8 [out, in] and scale fp16 [out, groups]; or bf16 [out, in] and None
 
 
-def unpack_rows(weight: PackedWeight) -> Rows:
-    """Codes and scales in reading order."""
-    kept = unpack(weight)
-    if not isinstance(kept, QuantisedWeight):
-        return kept.to(torch.bfloat16), None
-    return kept.codes, kept.scale
+def unpack_rows(*parts: PackedWeight) -> Rows:
+    """Codes and scales in reading order, of matrices of one format behind one another."""
+    kept = [unpack(part) for part in parts]
+    quantised = [part for part in kept if isinstance(part, QuantisedWeight)]
+    if not quantised:
+        return torch.cat([part.to(torch.bfloat16) for part in kept if isinstance(part, torch.Tensor)]), None
+    return torch.cat([part.codes for part in quantised]), torch.cat([part.scale for part in quantised])
 
 
 def rows_of(rows: Rows, begin: int, end: int) -> Rows:

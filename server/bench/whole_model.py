@@ -160,7 +160,7 @@ def time_products(packed: PackedModel, rows: int) -> float:
     """Milliseconds of the same products alone, called as cheaply as they can be."""
     native = library()
     assert native is not None
-    weights = [weight for layer in packed.layers for weight in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+    weights = [weight for layer in packed.layers for weight in layer.matrices]
     weights.append(packed.head)
     inputs = {weight.in_features: torch.randn(rows, weight.in_features) for weight in weights}
     out = torch.empty(rows, max(weight.out_features for weight in weights))

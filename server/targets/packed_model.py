@@ -162,19 +162,19 @@ def load_packed_model(folder: Path) -> PackedModel:
     if not isinstance(head, PackedWeight) or (head.out_features, head.in_features) != base.embed_tokens.weight.shape:
         raise PackedFormatError(f"{file} does not fit config.json: the head is missing or has another shape")
     names = {bits: name for name, bits in BITS.items()}
-    return PackedModel(model, layers, head, names[layers[0].qkv.bits])
+    return PackedModel(model, layers, head, names[layers[0].qkv[0].bits])
 
 
 Shapes = list[tuple[int, ...] | None]  # matrices [out, in], then vectors, None where there is none
 
 
 def _shapes(packed: PackedDecoderLayer) -> Shapes:
-    weights = (packed.qkv, packed.output, packed.gate_up, packed.down)
+    joined = (packed.qkv, (packed.output,), packed.gate_up, (packed.down,))
     vectors = (
         packed.qkv_bias, packed.output_bias, packed.gate_up_bias, packed.down_bias,
         packed.input_norm, packed.post_norm, packed.query_norm, packed.key_norm,
     )  # fmt: skip
-    matrices: Shapes = [(weight.out_features, weight.in_features) for weight in weights]
+    matrices: Shapes = [(sum(part.out_features for part in parts), parts[0].in_features) for parts in joined]
     return matrices + [None if vector is None else tuple(vector.shape) for vector in vectors]
 
 

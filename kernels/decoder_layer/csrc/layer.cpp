@@ -26,6 +26,15 @@ void add_with_bias(const float* x, const float* bias, int64_t width, float* to) 
   for (int64_t i = 0; i < width; ++i) to[i] += x[i] + bias[i];
 }
 
+// y = W x by the parts of W: the first makes the rows' input with x(row), the others find it there with again(row).
+template <typename Input, typename Again>
+void joined_of(Pool& pool, Workspace& workspace, const Joined& w, int64_t rows, int64_t grain, Input&& x, Again&& again, float* y) {
+  const int64_t stride = w.out();
+  linear_of(pool, workspace, w.parts[0], rows, grain, x, y, stride);
+  for (int64_t i = 1, at = w.parts[0].out; i < w.count; at += w.parts[i].out, ++i)
+    linear_of(pool, workspace, w.parts[i], rows, grain, again, y + at, stride);
+}
+
 uint8_t* row_at(uint8_t* rows, int64_t row, int width, CacheFormat format) { return rows + row * width * element_bytes(format); }
 
 float* scale_at(float* scales, int64_t row) { return scales == nullptr ? nullptr : scales + row; }
@@ -43,10 +52,10 @@ void Runner::place_rows(Pool& pool, const Layer& layer, const Pass& pass, const 
   const LayerMath& math = layer_math();
   const int width = layer.head_dim;
   const CacheFormat format = pass.format;
-  for_rows(pool, pass.num_rows, layer.qkv.out, [&](int64_t r) {
-    float* row = qkv_.data() + r * layer.qkv.out;
+  for_rows(pool, pass.num_rows, layer.qkv.out(), [&](int64_t r) {
+    float* row = qkv_.data() + r * layer.qkv.out();
     const int64_t angles = int64_t{pass.positions[r]} * layer.rotary_dim;
-    if (layer.qkv_bias != nullptr) add(layer.qkv_bias, layer.qkv.out, row);
+    if (layer.qkv_bias != nullptr) add(layer.qkv_bias, layer.qkv.out(), row);
     for (int head = 0; head < layer.num_heads + layer.num_kv_heads; ++head) {
       float* x = row + head * width;
       const float* norm = head < layer.num_heads ? layer.query_norm : layer.key_norm;
@@ -76,9 +85,9 @@ void Runner::attend_rows(Pool& pool, const Layer& layer, const Pass& pass, const
       float* queries = rows + head * group * width;
       tasks_.push_back({{row_at(slots.keys, at, width, format), scale_at(slots.key_scales, at)},
                         {row_at(slots.values, at, width, format), scale_at(slots.value_scales, at)},
-                        format, width, s->prefix, s->tail, s->num_rows, s->mask, group, layer.scale, queries, queries, layer.qkv.out});
+                        format, width, s->prefix, s->tail, s->num_rows, s->mask, group, layer.scale, queries, queries, layer.qkv.out()});
     }
-    rows += int64_t{s->num_rows} * layer.qkv.out;
+    rows += int64_t{s->num_rows} * layer.qkv.out();
   }
   attend(pool, partials_, tasks_);
 }
@@ -86,7 +95,7 @@ void Runner::attend_rows(Pool& pool, const Layer& layer, const Pass& pass, const
 void Runner::run_layer(Pool& pool, const Layer& layer, const Pass& pass, const Slots& slots, float* hidden) {
   const LayerMath& math = layer_math();
   const int64_t rows = pass.num_rows;
-  const int64_t width = layer.qkv.in;
+  const int64_t width = layer.qkv.in();
   const int64_t intermediate = layer.down.in;
   auto normal = [&](int64_t r, const float* norm) {
     float* out = normal_.data() + r * width;
@@ -94,16 +103,18 @@ void Runner::run_layer(Pool& pool, const Layer& layer, const Pass& pass, const S
     return out;
   };
   auto attention_input = [&](int64_t r) { return layer.input_norm == nullptr ? hidden + r * width : normal(r, layer.input_norm); };
-  linear_of(pool, workspace_, layer.qkv, rows, row_grain(2 * width), attention_input, qkv_.data(), layer.qkv.out);
+  auto normal_again = [&](int64_t r) { return normal_.data() + r * width; };
+  auto attention_again = [&](int64_t r) { return layer.input_norm == nullptr ? hidden + r * width : normal_again(r); };
+  joined_of(pool, workspace_, layer.qkv, rows, row_grain(2 * width), attention_input, attention_again, qkv_.data());
   place_rows(pool, layer, pass, slots);
   attend_rows(pool, layer, pass, slots);
-  auto attended = [&](int64_t r) { return qkv_.data() + r * layer.qkv.out; };
+  auto attended = [&](int64_t r) { return qkv_.data() + r * layer.qkv.out(); };
   linear_of(pool, workspace_, layer.output, rows, row_grain(layer.output.in), attended, projected_.data(), width);
   auto mlp_input = [&](int64_t r) {
     add_with_bias(projected_.data() + r * width, layer.output_bias, width, hidden + r * width);
     return normal(r, layer.post_norm);
   };
-  linear_of(pool, workspace_, layer.gate_up, rows, row_grain(2 * width), mlp_input, gate_up_.data(), 2 * intermediate);
+  joined_of(pool, workspace_, layer.gate_up, rows, row_grain(2 * width), mlp_input, normal_again, gate_up_.data());
   auto activated = [&](int64_t r) {
     float* gate = gate_up_.data() + r * 2 * intermediate;
     float* out = middle_.data() + r * intermediate;
@@ -121,10 +132,10 @@ void Runner::run(Pool& pool, const Layer* layers, int64_t num_layers, const Pass
   find_places(pass);
   for (int64_t i = 0; i < num_layers; ++i) {
     const Layer& layer = layers[i];
-    normal_.resize(rows * layer.qkv.in);
-    qkv_.resize(rows * layer.qkv.out);
+    normal_.resize(rows * layer.qkv.in());
+    qkv_.resize(rows * layer.qkv.out());
     projected_.resize(rows * layer.output.out);
-    gate_up_.resize(rows * layer.gate_up.out);
+    gate_up_.resize(rows * layer.gate_up.out());
     middle_.resize(rows * layer.down.in);
     run_layer(pool, layer, pass, slots.layer(i), hidden);
   }

@@ -9,10 +9,23 @@
 
 namespace dovetail {
 
+// Matrices that share their input, their outputs behind one another: one where all have the same format, else several.
+struct Joined {
+  Packed parts[3];
+  int64_t count;
+
+  int64_t in() const { return parts[0].in; }
+  int64_t out() const {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += parts[i].out;
+    return sum;
+  }
+};
+
 struct Layer {
-  Packed qkv;      // [heads * head_dim + 2 * kv_heads * head_dim, hidden]
+  Joined qkv;      // [heads * head_dim + 2 * kv_heads * head_dim, hidden]
+  Joined gate_up;  // [2 * intermediate, hidden]
   Packed output;   // [hidden, heads * head_dim]
-  Packed gate_up;  // [2 * intermediate, hidden]
   Packed down;     // [hidden, intermediate]
   const float* input_norm;  // null: attention reads the residual stream as it is
   const float* post_norm;

@@ -146,7 +146,7 @@ extern "C" {
 using namespace dovetail;
 
 // What dovetail_abi answers: raised with every change of a structure or signature below.
-int dovetail_abi() { return 4; }
+int dovetail_abi() { return 5; }
 
 const char* dovetail_instruction_set() { return instruction_set().name; }
 

@@ -101,14 +101,14 @@ def pack_layer(source: GGUFWeights, layer: nn.Module, prefix: str, weights: str 
     """One layer; the module holds nothing afterwards."""
     fill_vectors(source, layer, prefix)
 
-    def matrix(projections: Sequence[str]) -> PackedWeight:
+    def matrices(projections: Sequence[str]) -> tuple[PackedWeight, ...]:
         names = [f"{prefix}.{projection}.weight" for projection in projections]
         for name, projection in zip(names, projections, strict=True):
             source.check_shape(name, layer.get_parameter(f"{projection}.weight"))
-        return joined([source.matrix(name) for name in names])
+        return (joined([source.matrix(name) for name in names]),)
 
     if weights is None:
-        packed = assemble_decoder_layer(layer, matrix)
+        packed = assemble_decoder_layer(layer, matrices)
     else:
         source.fill(layer, prefix)
         packed = pack_decoder_layer(layer, BITS[weights], GROUP_SIZE)

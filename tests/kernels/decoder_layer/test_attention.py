@@ -36,8 +36,8 @@ class Attention:
         self.hidden, self.scale, self.heads = hidden, width**-0.5, heads
         zero, ones = torch.zeros(hidden, 32), torch.ones(hidden)
         self.layer = PackedDecoderLayer(
-            pack(eye(hidden, sum(self.sizes)), 32), pack(eye(heads * width, hidden), 32),
-            pack(torch.zeros(64, hidden), 32), pack(zero, 32), ones, ones, None, None, None, None, None, None,
+            (pack(eye(hidden, sum(self.sizes)), 32),), pack(eye(heads * width, hidden), 32),
+            (pack(torch.zeros(64, hidden), 32),), pack(zero, 32), ones, ones, None, None, None, None, None, None,
             heads, kv_heads, width, 0.0, self.scale,
         )  # fmt: skip
         self.slots = KVSlots(2, capacity, 1, kv_heads, width, kv, CPU)

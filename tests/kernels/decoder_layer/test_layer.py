@@ -23,7 +23,17 @@ from kernels.decoder_layer import (
     pack_decoder_layer,
     packing_errors,
 )
-from kernels.linear_lowbit import linear, load_packed, pack, save_packed
+from kernels.linear_lowbit import (
+    PackedWeight,
+    QuantisedWeight,
+    dequantise,
+    linear,
+    load_packed,
+    pack,
+    pack_quantised,
+    save_packed,
+    unpack,
+)
 from kernels.tree_attention import KVSlots, Segment, SlotError, causal_segment, tree_segment
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
@@ -207,7 +217,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="layers 1 to 2: the slots hold 2 layers"):
         decoder_layers(torch.zeros(2, 64), LayerStack([machine.layer] * 2), row_pass, first_slot_layer=1)
     with pytest.raises(ValueError, match="layers of one stack share"):
-        LayerStack([machine.layer, dataclasses.replace(machine.layer, head_dim=32)])
+        LayerStack([machine.layer, dataclasses.replace(machine.layer, num_heads=2, num_kv_heads=1, head_dim=32)])
 
 
 @pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16, torch.int8])
@@ -262,3 +272,35 @@ def test_packing_errors_name_every_matrix() -> None:
     errors = packing_errors(model.layers[0], pack_decoder_layer(model.layers[0], 4))
     assert list(errors) == ["qkv", "output", "gate_up", "down"]
     assert all(0.01 < error.relative < 0.1 for error in errors.values())
+
+
+def split(packed: PackedWeight, sizes: Sequence[int]) -> tuple[PackedWeight, ...]:
+    """The same codes as several packed matrices."""
+    whole = unpack(packed)
+    assert isinstance(whole, QuantisedWeight)
+    parts = zip(torch.split(whole.codes, list(sizes)), torch.split(whole.scale, list(sizes)), strict=True)
+    return tuple(pack_quantised(dataclasses.replace(whole, codes=codes, scale=scale)) for codes, scale in parts)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_joined_matrices_may_lie_in_parts_of_their_own_formats(normed: bool, tmp_path: Path) -> None:
+    machine = Machine(build("llama-biased"), 8)
+    if not normed:
+        machine.layer = dataclasses.replace(machine.layer, input_norm=None)
+    hidden = torch.randn(5, 64)
+    wanted = machine.prefill(0, hidden, 5)
+    (qkv,), (gate_up,) = machine.layer.qkv, machine.layer.gate_up
+    machine.layer = dataclasses.replace(machine.layer, qkv=split(qkv, (64, 32, 32)), gate_up=split(gate_up, (96, 96)))
+    assert torch.equal(machine.prefill(0, hidden, 5), wanted)
+    key = split(qkv, (64, 32, 32))[1]
+    wide = pack(dequantise(key), 32)
+    machine.layer = dataclasses.replace(machine.layer, qkv=(machine.layer.qkv[0], wide, machine.layer.qkv[2]))
+    mixed = machine.prefill(0, hidden, 5)
+    torch.testing.assert_close(mixed, wanted, rtol=0.05, atol=0.05)
+    if normed:
+        save_packed(tmp_path / "layer.safetensors", layer_tensors(machine.layer, "layers.0"))
+        stored = load_packed(tmp_path / "layer.safetensors")
+        machine.layer = layer_from_tensors(stored, "layers.0", machine.model.layers[0])
+        assert torch.equal(machine.prefill(0, hidden, 5), mixed)
+    with pytest.raises(ValueError, match="the matrices of qkv must have 128 outputs together, got 96"):
+        dataclasses.replace(machine.layer, qkv=machine.layer.qkv[:2])

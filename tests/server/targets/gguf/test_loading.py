@@ -52,7 +52,7 @@ def test_every_type_is_exact_and_computed_natively(kind: Kind, tiny_gguf: Any, t
     for layer, module in zip(packed.layers, model.model.layers, strict=True):
         attention = module.self_attn
         qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
-        torch.testing.assert_close(dequantise(layer.qkv), qkv, atol=1e-7, rtol=1e-6)
+        torch.testing.assert_close(torch.cat([dequantise(part) for part in layer.qkv]), qkv, atol=1e-7, rtol=1e-6)
         torch.testing.assert_close(dequantise(layer.down), module.mlp.down_proj.weight, atol=1e-7, rtol=1e-6)
     target = load_gguf_target(file, None, 1, 64)
     assert isinstance(target, NativeTarget)
