@@ -156,11 +156,14 @@ def pack_decoder_layer(layer: nn.Module, bits: int, group_size: int = 32) -> Pac
     """Packs one decoder layer of a transformers model to 4, 8, 16 (bf16) or 32 bits. The module is left as it is.
 
     Pack layer by layer and drop each module, and the peak is the packed weights and two layers. Raises UnsupportedLayer
-    for an architecture that the native layer does not compute, ValueError for weights that have no packed form.
+    for an architecture that the native layer does not compute, ValueError for weights that have no packed form. A
+    matrix whose inputs do not divide into groups stays in bf16.
     """
 
     def packed(names: Sequence[str]) -> tuple[PackedWeight, ...]:
-        return (pack(_joined_weight(*(layer.get_submodule(name) for name in names)), bits, group_size),)
+        joined = _joined_weight(*(layer.get_submodule(name) for name in names))
+        fits = bits > 8 or joined.shape[1] % group_size == 0
+        return (pack(joined, bits if fits else 16, group_size),)
 
     return assemble_decoder_layer(layer, packed)
 

@@ -1,7 +1,7 @@
 """Llama-like targets on the project's own CPU kernels: all decoder layers are one native call over packed weights.
 
 transformers still gives the model (config, embedding, rotary angles, final norm); its decoder layers are packed one by
-one to bf16, int8 or int4 and dropped. Rows come out bit-equal whatever their number and whatever stands beside them,
+one to fp32, bf16, int8 or int4 and dropped. Rows come out bit-equal whatever their number and whatever stands beside them,
 so drafted greedy text equals plain text exactly. transformers' own layers are the slow twin, in the tests.
 """
 
@@ -22,6 +22,7 @@ from kernels import native
 from kernels.decoder_layer import LayerPass, LayerStack, UnsupportedLayer, decoder_layers, head_argmax, rms_norm
 from kernels.linear_lowbit import PackedWeight, dequantise, linear
 from kernels.tree_attention import Segment
+from server.targets.checkpoint import check_files, stored_weights
 from server.targets.packed_model import (
     BITS,
     PackedModel,
@@ -33,12 +34,9 @@ from server.targets.packed_model import (
 )
 from server.targets.stock_target import stock_target, unpacked_model
 from server.targets.target import TargetError
-from server.targets.torch_target import LogitsHead, TorchTarget, load_transformers_model
+from server.targets.torch_target import WEIGHTS, LogitsHead, TorchTarget, load_transformers_model
 
 logger = logging.getLogger(__name__)
-
-LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")  # their frequencies change with the longest position of a pass
-DEFAULT_WEIGHTS = "fp32"
 
 
 class NativeHead(LogitsHead):
@@ -61,12 +59,12 @@ class NativeHead(LogitsHead):
 
 
 class RotaryAngles:
-    """Cosines and sines by position: read from a table, where the model's rotary embedding depends on nothing else."""
+    """Cosines and sines by position, from a table; angles that depend on more than that are computed when asked."""
 
     def __init__(self, rotary_embedding: Any, capacity: int) -> None:
         self.rotary_embedding = rotary_embedding
         self.table: tuple[Tensor, Tensor] | None = None
-        if rotary_embedding.rope_type not in LENGTH_DEPENDENT_ROPES:
+        if rotary_embedding.rope_type != "dynamic":  # its every length has frequencies of its own
             self.table = self.compute(torch.arange(capacity))
 
     def __call__(self, positions: list[int]) -> tuple[Tensor, Tensor, list[int]]:
@@ -92,6 +90,7 @@ class NativeTarget(TorchTarget):
         super().__init__(packed.model, name, packed.weights, num_slots, capacity, kv_cache)
         self.head = NativeHead(packed.model, packed.head)
         self.packed_head = packed.head
+        self.tied = packed.tied
         base = packed.model.base_model
         layers: nn.ModuleList = base.layers
         for index in range(len(layers)):
@@ -118,7 +117,7 @@ class NativeTarget(TorchTarget):
 
     def lm_head(self) -> Tensor:
         """[vocabulary, hidden]; where it is not the embedding, what the packed head stands for, made when asked."""
-        return self.embedding() if self.model.config.tie_word_embeddings else self._untied_head
+        return self.embedding() if self.tied else self._untied_head
 
     @torch.inference_mode()
     def _forward(self, segments: Sequence[Segment], token_ids: list[int], positions: list[int]) -> Tensor:
@@ -139,25 +138,29 @@ class NativeTarget(TorchTarget):
 def load_target(
     folder: Path, weights: str | None, num_slots: int, capacity: int, kv_cache: str | None = None
 ) -> TorchTarget:
-    """The fastest target that serves ``weights``: native where kernels and architecture allow, else torch's products.
+    """The one way from a folder to a target: slots, a backbone (native where the kernels compute it) and a head.
 
-    ``weights`` None: as a packed folder was made, else fp32, which always runs transformers' own layers: it is what
-    everything else is compared with. Errors: TargetError, PackedFormatError.
+    ``weights`` None: as stored. Where the native layers do not compute the architecture, or are not built,
+    transformers' own layers run, on torch's products; that is said once, with its cost. Errors: TargetError,
+    PackedFormatError.
     """
     if is_packed(folder):
         return load_packed_target(folder, weights, num_slots, capacity, kv_cache)
-    if weights is None or weights not in BITS:
-        return TorchTarget.load(folder, weights or DEFAULT_WEIGHTS, num_slots, capacity, kv_cache)
-    if native.library() is not None:
-        reason = why_not_native(folder)
-        if reason is None:
-            return NativeTarget.load(folder, weights, num_slots, capacity, kv_cache)
-        logger.warning("%s runs on transformers' own layers and torch's products: %s", folder.name, reason)
-    if weights == "bf16":
+    check_files(folder)
+    weights = weights or stored_weights(folder)
+    if weights not in BITS:
+        raise TargetError(f"weights {weights!r} are not available; allowed are {', '.join(BITS)}")
+    reason = why_not_native(folder)
+    if reason is None:
+        return NativeTarget.load(folder, weights, num_slots, capacity, kv_cache)
+    logger.warning(
+        "%s runs on transformers' own layers and torch's products, several times slower than the native layers at "
+        "several rows, and its rows are not bit-equal: %s", folder.name, reason,
+    )  # fmt: skip
+    if weights in WEIGHTS:
         return TorchTarget.load(folder, weights, num_slots, capacity, kv_cache)
-    return stock_target(
-        load_transformers_model(folder, torch.bfloat16), folder.name, weights, num_slots, capacity, kv_cache
-    )
+    model = load_transformers_model(folder, torch.bfloat16)
+    return stock_target(model, folder.name, weights, num_slots, capacity, kv_cache)
 
 
 def load_packed_target(
@@ -176,6 +179,8 @@ def load_packed_target(
 
 def why_not_native(folder: Path) -> str | None:
     """None where the native layers can run this model, else what stands in their way."""
+    if native.library() is None:
+        return "the native layers are not built"
     try:
         check_model(empty_model(folder))
     except UnsupportedLayer as error:

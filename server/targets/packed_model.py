@@ -26,11 +26,11 @@ from kernels.decoder_layer import (
 )
 from kernels.linear_lowbit import PackedFormatError, PackedWeight, load_packed, pack, save_packed
 from kernels.tree_attention.transformers_plugin import ATTENTION_NAME
-from server.targets.checkpoint import ModelFiles, check_plain, read_config
+from server.targets.checkpoint import HEAD, MALFORMED, ModelFiles, read_config
 from server.targets.target import TargetError
 
 PACKED_FILE = "packed.safetensors"
-BITS = {"bf16": 16, "int8": 8, "int4": 4}
+BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 HEAD_BITS = 8  # an int4 head costs more accuracy than the bytes it saves (ours); it is read once a pass
 GROUP_SIZE = 32
 # Models that are: embedding, decoder layers, norm, head, with nothing between. Names decide, as for the layers.
@@ -42,12 +42,16 @@ PackedStep = Callable[[int, nn.Module, PackedDecoderLayer], None]
 
 @dataclass(frozen=True)
 class PackedModel:
-    """``model``: transformers' model with embedding, rotary angles and final norm; its layers hold no weights."""
+    """``model``: transformers' model with embedding, rotary angles and final norm; its layers hold no weights.
+
+    tied: the head is the embedding; a folder that stores a head of its own has it untied, whatever its config says.
+    """
 
     model: Any
     layers: list[PackedDecoderLayer]
     head: PackedWeight
     weights: str
+    tied: bool
 
     @property
     def packed_bytes(self) -> int:
@@ -66,7 +70,6 @@ def empty_model(folder: Path) -> Any:
     Errors: TargetError for a config that is no causal language model or whose weights are quantised already.
     """
     config = read_config(folder)
-    check_plain(config, folder)
     return model_of(config, folder)
 
 
@@ -77,7 +80,7 @@ def model_of(config: Any, source: Path) -> Any:
             return AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16, attn_implementation=ATTENTION_NAME, trust_remote_code=False
             ).eval()
-    except (ValueError, KeyError) as error:
+    except MALFORMED as error:
         raise TargetError(f"{source} cannot be loaded as a causal language model: {error}") from error
 
 
@@ -96,7 +99,7 @@ def pack_model(
     prepare: LayerStep | None = None,
     inspect: PackedStep | None = None,
 ) -> PackedModel:
-    """Pack a folder of safetensors to ``bf16``, ``int8`` or ``int4``.
+    """Pack a folder of safetensors to ``fp32``, ``bf16``, ``int8`` or ``int4``.
 
     ``prepare`` may change each filled layer before it is packed (activation-aware scaling); ``inspect`` sees each with
     its packed form. Errors: TargetError naming file or weight, UnsupportedLayer, ValueError for shapes without groups.
@@ -106,7 +109,7 @@ def pack_model(
     files = ModelFiles(folder, model.base_model_prefix)
     base, prefix = model.base_model, model.base_model_prefix
     for name in ("embed_tokens", "norm"):
-        files.fill(getattr(base, name), f"{prefix}.{name}", torch.bfloat16)
+        files.fill(getattr(base, name), f"{prefix}.{name}", torch.float32 if weights == "fp32" else torch.bfloat16)
     layers = []
     for index, layer in enumerate(base.layers):
         files.fill(layer, f"{prefix}.layers.{index}")
@@ -116,9 +119,14 @@ def pack_model(
         if inspect is not None:
             inspect(index, layer, layers[-1])
         layer.to("meta")
-    tied = model.config.tie_word_embeddings
-    head = base.embed_tokens.weight if tied else files.read("lm_head.weight")
-    return PackedModel(model, layers, pack(head, max(BITS[weights], HEAD_BITS), group_size), weights)
+    tied = model.config.tie_word_embeddings and HEAD not in files
+    head = base.embed_tokens.weight if tied else files.read(HEAD, base.embed_tokens.weight.shape)
+    if tied:
+        model.lm_head.weight = base.embed_tokens.weight
+    files.tell_unused()
+    bits = max(BITS[weights], HEAD_BITS)
+    packed_head = pack(head, bits if bits > 8 or head.shape[1] % group_size == 0 else 16, group_size)
+    return PackedModel(model, layers, packed_head, weights, tied)
 
 
 def save_packed_model(packed: PackedModel, folder: Path) -> None:
@@ -161,8 +169,10 @@ def load_packed_model(folder: Path) -> PackedModel:
             raise PackedFormatError(f"{file} does not fit config.json: layer {index} has other shapes")
     if not isinstance(head, PackedWeight) or (head.out_features, head.in_features) != base.embed_tokens.weight.shape:
         raise PackedFormatError(f"{file} does not fit config.json: the head is missing or has another shape")
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = base.embed_tokens.weight
     names = {bits: name for name, bits in BITS.items()}
-    return PackedModel(model, layers, head, names[layers[0].qkv[0].bits])
+    return PackedModel(model, layers, head, names[layers[0].qkv[0].bits], model.config.tie_word_embeddings)
 
 
 Shapes = list[tuple[int, ...] | None]  # matrices [out, in], then vectors, None where there is none

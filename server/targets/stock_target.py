@@ -13,9 +13,7 @@ from torch import nn
 from kernels.decoder_layer import unpack_decoder_layer
 from kernels.linear_lowbit import dequantise
 from kernels.linear_lowbit.stock import replace_linears
-from kernels.tree_attention.transformers_plugin import UnsupportedArchitecture
 from server.targets.packed_model import BITS, PackedModel
-from server.targets.target import TargetError
 from server.targets.torch_target import TorchTarget
 
 
@@ -29,12 +27,7 @@ def stock_target(
     """
     if BITS[weights] <= 8:
         replace_linears(model.base_model, BITS[weights])
-    target = TorchTarget(model, name, weights, num_slots, capacity, kv_cache)
-    try:
-        target.self_check()
-    except UnsupportedArchitecture as error:
-        raise TargetError(f"{name} cannot be a target: {error}") from error
-    return target
+    return TorchTarget.checked(model, name, weights, num_slots, capacity, kv_cache)
 
 
 def unpacked_model(packed: PackedModel) -> Any:
@@ -43,7 +36,7 @@ def unpacked_model(packed: PackedModel) -> Any:
     for index, layer in enumerate(packed.layers):
         unpack_decoder_layer(layer, model.base_model.layers[index], torch.bfloat16)
     head = model.base_model.embed_tokens.weight
-    if not model.config.tie_word_embeddings:
+    if not packed.tied:
         head = nn.Parameter(dequantise(packed.head).to(torch.bfloat16), requires_grad=False)
     model.lm_head.weight = head
     return model

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 from kernels.tree_attention import Segment, causal_segment, tree_segment
 from kernels.tree_attention.transformers_plugin import ATTENTION_NAME, RowPass, UnsupportedArchitecture, create_slots
 from server.placement.devices import CPU
-from server.targets.checkpoint import check_files, read_config
+from server.targets.checkpoint import MALFORMED, check_files, read_config, tell_unused
 from server.targets.feature_tap import FeatureTap
+from server.targets.rope import by_position
 from server.targets.target import PrefillChunk, Prefilled, TargetError, TargetInfo, Verified, VerifyRows, share_out
 
 logger = logging.getLogger(__name__)
@@ -95,12 +96,13 @@ def load_transformers_model(folder: Path, dtype: torch.dtype) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except MALFORMED as error:
         raise TargetError(f"{folder} cannot be loaded as a causal language model: {error}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         if report[problem]:
             names = ", ".join(sorted(map(str, report[problem]))[:5])
             raise TargetError(f"the weights in {folder} do not fit its config.json: {problem} {names}")
+    tell_unused(folder, sorted(report["unexpected_keys"]))
     return model
 
 
@@ -128,6 +130,8 @@ class TorchTarget:
                     "attention in every layer and positions given by number can"
                 )
         self.model = model.eval().requires_grad_(False)
+        if (note := by_position(model.base_model)) is not None:
+            logger.warning("%s: %s", name, note)
         self.head = LogitsHead(model)
         self.slots = create_slots(model, num_slots, capacity, CPU, None if kv_cache is None else KV_CACHES[kv_cache])
         self.tap = FeatureTap(model.base_model, config.num_hidden_layers)
@@ -151,11 +155,23 @@ class TorchTarget:
         if weights not in WEIGHTS:
             raise TargetError(f"weights {weights!r} are not available; allowed are {', '.join(WEIGHTS)}")
         model = load_transformers_model(folder, WEIGHTS[weights])
-        target = cls(model, folder.name, weights, num_slots, capacity, kv_cache)
+        return cls.checked(model, folder.name, weights, num_slots, capacity, kv_cache)
+
+    @classmethod
+    def checked(
+        cls, model: Any, name: str, weights: str, num_slots: int, capacity: int, kv_cache: str | None = None
+    ) -> TorchTarget:
+        """A model as a target, tried once. Errors: TargetError, in one sentence, for whatever its layers trip over."""
         try:
+            target = cls(model, name, weights, num_slots, capacity, kv_cache)
             target.self_check()
-        except UnsupportedArchitecture as error:
-            raise TargetError(f"{folder} cannot be a target: {error}") from error
+        except TargetError:
+            raise
+        except (UnsupportedArchitecture, *MALFORMED) as error:
+            reason = str(error)
+            if isinstance(error, KeyError) and ATTENTION_NAME in reason:
+                reason = "its attention does not go through transformers' attention registry"
+            raise TargetError(f"{name} cannot be a target: {type(model).__name__}: {reason}") from error
         return target
 
     def prefill(self, chunk: PrefillChunk) -> Prefilled:
