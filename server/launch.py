@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import logging
 import os
 import platform
@@ -12,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from server.engine.request import SamplingParams
 from server.own_models import ASSETS, TINY, OwnModelError, default_target, own_drafter
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
-DEFAULT_CONTEXT = 4096
 GGUF_SUFFIX = ".gguf"
 BUNDLED_DRAFTER = "bundled"
 DETECTOR, FACE_QUALITY = "detector", "face_quality"
@@ -197,33 +195,15 @@ def load_drafter_folder(
     return load_dovetail(folder, embedding, lm_head, place.device, place.dtype, num_slots, capacity)
 
 
-def default_budget(folder: Path, weights: str | None) -> Budget:
-    """Trees where nobody asked for a size; measured on the bundled pair.
-
-    Weights of 16 bits and fewer run on the native kernels: up to 8 rows share every load of a weight, and a draft level
-    costs little, so trees are small, narrow and deep. With fp32 a pass in torch costs its calls, whatever the rows.
-    """
-    from drafters.proposal import Budget
-    from server.targets.native_target import DEFAULT_WEIGHTS
-    from server.targets.packed_model import is_packed
-
-    in_torch = (weights or DEFAULT_WEIGHTS) == "fp32" and not is_packed(folder) and not is_gguf(folder)
-    return Budget() if in_torch else Budget(rows=8, top_k=2, depth=6)
-
-
 def load_engine(settings: Settings) -> Engine:
     """Target, drafter and engine, as the settings say. Errors: TargetError, DrafterError, LaunchError."""
     from drafters.proposal import Budget
     from server.engine.engine import Engine, EngineOptions
 
     folder = resolve_target(settings.target)
-    context = context_length(folder, settings.context)
-    default = default_budget(folder, settings.weights)
-    budget = Budget(
-        settings.rows or default.rows,
-        settings.top_k or default.top_k,
-        default.depth if settings.depth is None else settings.depth,
-    )
+    context = context_length(folder, settings.context, settings.max_seqs, settings.kv_cache)
+    # Up to 8 rows share every load of a weight, and a draft level costs little: trees are small, narrow and deep.
+    budget = Budget(settings.rows or 8, settings.top_k or 2, 6 if settings.depth is None else settings.depth)
     capacity = slot_capacity(context, [budget])
     target = load_target(folder, settings.weights, settings.max_seqs, capacity, settings.threads, settings.kv_cache)
     drafter_name = settings.drafter
@@ -269,7 +249,7 @@ def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budge
     folder = resolve_target(settings.target)
     if not names and own_drafter(folder) is None:
         raise LaunchError(f"name the drafters to measure on {folder.name}; it has none of its own here")
-    context = context_length(folder, settings.context)
+    context = context_length(folder, settings.context, 1, settings.kv_cache)
     capacity = slot_capacity(context, grid)
     target = load_target(folder, settings.weights, 1, capacity, settings.threads, settings.kv_cache)
     drafters: dict[str, Drafter] = {}
@@ -285,27 +265,29 @@ def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budge
     return LoadedDrafters(target, drafters, load_codec(folder), context)
 
 
-def context_length(folder: Path, wanted: int | None) -> int:
-    """What the weights allow, or the shorter context asked for."""
-    allowed = longest_context(folder)
-    if wanted is not None and wanted > allowed:
-        raise LaunchError(f"--context {wanted} is asked for; the target's positions end at {allowed}")
-    return wanted or min(allowed, DEFAULT_CONTEXT)
+def context_length(path: Path, wanted: int | None, num_slots: int, kv_cache: str | None) -> int:
+    """What the model's positions allow and the memory holds, or the shorter context asked for. Errors: TargetError."""
+    from server.placement.machine import available_bytes
+    from server.targets.checkpoint import context_limit
+    from server.targets.context import cache_shape, served_context
+
+    config = model_config(path)
+    files = [path] if is_gguf(path) else list(path.glob("*.safetensors"))
+    free_bytes = available_bytes() - sum(file.stat().st_size for file in files)
+    shape = cache_shape(config.get_text_config(), num_slots, kv_cache)
+    return served_context(path.name, context_limit(config, path), wanted, shape, free_bytes)
 
 
-def longest_context(path: Path) -> int:
-    """Positions that the model's configuration allows."""
+def model_config(path: Path) -> Any:
+    """transformers' configuration of a folder or a GGUF file. Errors: TargetError."""
     if is_gguf(path):
         from server.targets.gguf.configuration import read_configuration
         from server.targets.gguf.header import open_gguf
 
-        positions: int = read_configuration(open_gguf(path)).max_position_embeddings
-        return positions
-    file = path / "config.json"
-    if not file.is_file():
-        raise LaunchError(f"{path} has no config.json; a target is a folder as transformers saves it")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    return config.get("text_config", config).get("max_position_embeddings") or DEFAULT_CONTEXT
+        return read_configuration(open_gguf(path))
+    from server.targets.checkpoint import read_config
+
+    return read_config(path)
 
 
 def resolve_detector(path: Path | None) -> Path:

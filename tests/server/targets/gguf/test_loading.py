@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from drafters.proposal import Proposal
 from kernels.linear_lowbit import dequantise
-from server.launch import load_codec, longest_context
+from server.launch import context_length, load_codec
 from server.targets.gguf.blocks import DECODERS, FLOATS
 from server.targets.gguf.configuration import read_configuration
 from server.targets.gguf.header import open_gguf
@@ -148,7 +148,7 @@ def test_heads_that_the_native_layers_do_not_compute_run_on_transformers(
 def test_codec_context_and_stop_ids_come_from_the_file(tiny_gguf: Any, tmp_path: Path) -> None:
     file = tiny_gguf.write(tmp_path / "tiny.gguf")
     codec = load_codec(file)
-    assert longest_context(file) == 256
+    assert context_length(file, None, 1, None) == 256
     assert codec.stop_ids == {0, 2}
     ids = codec.encode("the 12<|im_end|>")
     assert [tiny_gguf.tokens[i] for i in ids] == ["the", "Ġ", "1", "2", "<|im_end|>"]

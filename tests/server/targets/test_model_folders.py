@@ -1,0 +1,235 @@
+"""Model folders as they come, and as somebody might make them to hurt: loaded by one set of rules, or refused."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from server.targets.checkpoint import INDEX, check_files, context_limit, read_config, stored_weights
+from server.targets.context import CacheShape, cache_shape, served_context
+from server.targets.native_target import NativeTarget, load_target
+from server.targets.target import PrefillChunk, TargetError, VerifyRows
+from server.targets.torch_target import TorchTarget
+
+SIZES = dict(
+    vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=96, max_position_embeddings=64, bos_token_id=0, eos_token_id=None,
+)  # fmt: skip
+ROPES = {
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 16, "factor": 4.0,
+    },
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+}  # fmt: skip
+
+
+def save(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(SIZES | changes)))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def first_token(folder: Path, weights: str | None) -> int:
+    target = load_target(folder, weights, 1, 32)
+    return int(target.prefill(PrefillChunk(0, [3, 1, 4, 1, 5])).logits.argmax())
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_a_head_that_is_stored_wins_over_the_flag_that_ties_it(tmp_path: Path, weights: str) -> None:
+    folder = save(tmp_path, tie_word_embeddings=False)
+    wanted = first_token(folder, "fp32")
+    edit(folder / "config.json", lambda c: c.update(tie_word_embeddings=True))
+    target = load_target(folder, weights, 1, 32)
+    assert int(target.prefill(PrefillChunk(0, [3, 1, 4, 1, 5])).logits.argmax()) == wanted
+    assert not torch.equal(target.lm_head(), target.embedding())
+
+
+def test_files_beside_the_model_are_not_read(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    wanted = first_token(folder, None)
+    stray = {name: tensor + 1 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(stray, folder / "old_model.safetensors")
+    assert first_token(folder, None) == wanted
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(TargetError, match=r"old_model\.safetensors.* rename"):
+        check_files(folder)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_tensors_without_a_place_are_named(tmp_path: Path, weights: str, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.layers.0.extra.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    with caplog.at_level(logging.WARNING):
+        load_target(folder, weights, 1, 32)
+    assert "model.layers.0.extra.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "bf16")]
+)
+def test_unset_weights_are_as_stored_and_native(tmp_path: Path, dtype: torch.dtype, weights: str) -> None:
+    folder = save(tmp_path, dtype)
+    assert stored_weights(folder) == weights
+    target = load_target(folder, None, 1, 32)
+    assert isinstance(target, NativeTarget)
+    assert target.info.weights == weights
+    assert target.info.num_parameters == sum(p.numel() for p in LlamaForCausalLM(LlamaConfig(**SIZES)).parameters())
+
+
+def test_a_tied_embedding_is_one_parameter(tmp_path: Path) -> None:
+    tied = load_target(save(tmp_path / "tied", tie_word_embeddings=True), "int8", 1, 32).info.num_parameters
+    own = load_target(save(tmp_path / "own", tie_word_embeddings=False), "int8", 1, 32).info.num_parameters
+    assert own - tied == SIZES["vocab_size"] * SIZES["hidden_size"]
+
+
+def test_inputs_that_do_not_divide_into_groups_stay_in_bf16(tmp_path: Path) -> None:
+    folder = save(tmp_path, intermediate_size=80)
+    target = load_target(folder, "int8", 1, 32)
+    assert isinstance(target, NativeTarget)
+    assert [target.stack.layers[0].down.bits, target.stack.layers[0].output.bits] == [16, 8]
+
+
+def test_narrow_floats_without_a_word_about_them_are_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for weights in (None, "fp32", "int8"):
+        with pytest.raises(TargetError, match=f"{name}.*quantised already"):
+            load_target(folder, weights, 1, 32)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_a_checkpoint_quantised_elsewhere_is_refused_by_every_path(tmp_path: Path, weights: str) -> None:
+    folder = save(tmp_path)
+    edit(folder / "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4}))
+    with pytest.raises(TargetError, match="quantised already"):
+        load_target(folder, weights, 1, 32)
+
+
+@pytest.mark.parametrize("place", ["../../etc/passwd", "/etc/passwd", 7, None, ["a"]])
+def test_an_index_names_files_of_its_folder_only(tmp_path: Path, place: Any) -> None:
+    folder = save(tmp_path)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": place}}))
+    with pytest.raises(TargetError, match="weight_map"):
+        check_files(folder)
+
+
+def test_a_link_out_of_the_folder_is_refused_but_the_hub_cache_s_own(tmp_path: Path) -> None:
+    source = save(tmp_path / "models--a--b" / "blobs")
+    for snapshot, refused in ((tmp_path / "models--a--b" / "snapshots" / "0", False), (tmp_path / "folder", True)):
+        snapshot.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            os.symlink(source / name, snapshot / name)
+        if refused:
+            with pytest.raises(TargetError, match="outside"):
+                check_files(snapshot)
+        else:
+            check_files(snapshot)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"text"', "{", "null"])
+@pytest.mark.parametrize("file", ["config.json", INDEX])
+def test_json_that_is_no_object_is_refused_by_name(tmp_path: Path, file: str, content: str) -> None:
+    folder = save(tmp_path)
+    (folder / file).write_text(content)
+    with pytest.raises(TargetError, match=file):
+        load_target(folder, None, 1, 32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_position_embeddings": "many"}, {"max_position_embeddings": -5}, {"num_attention_heads": 0},
+        {"num_hidden_layers": [1]}, {"hidden_size": 64.5}, {"vocab_size": True}, {"vocab_size": 10**12},
+        {"model_type": "no_such"}, {"model_type": None}, {"head_dim": -4}, {"rope_parameters": 3},
+        {"num_key_value_heads": 3},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_sizes_that_make_no_sense_are_one_sentence(tmp_path: Path, change: dict[str, Any], weights: str) -> None:
+    folder = save(tmp_path)
+    edit(folder / "config.json", lambda c: c.update(change))
+    with pytest.raises(TargetError) as error:
+        load_target(folder, weights, 1, 32)
+    assert str(folder) in str(error.value)
+
+
+def test_limits_have_many_names(tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    GPT2Config(vocab_size=96, n_positions=48, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    assert context_limit(read_config(tmp_path), tmp_path) == 48
+
+
+def test_a_context_is_what_positions_allow_and_memory_holds() -> None:
+    shape = CacheShape(bytes_per_position=1000, num_slots=4)
+    assert served_context("m", 8192, None, shape, 1e9) == 8192
+    assert served_context("m", 8192, 4096, shape, 4096 * 4000) == 4096
+    assert served_context("m", 8192, None, shape, 16e6) == 768, "a quarter of the memory, in steps of 256"
+    with pytest.raises(TargetError, match="4000 positions would fit"):
+        served_context("m", 8192, 4096, shape, 16e6)
+    with pytest.raises(TargetError, match="end at 8192"):
+        served_context("m", 8192, 9000, shape, 1e12)
+    with pytest.raises(TargetError, match="does not fit"):
+        served_context("m", 8192, None, shape, -5)
+
+
+def test_a_cache_s_shape_counts_scales_of_int8() -> None:
+    config = LlamaConfig(**SIZES)
+    assert cache_shape(config, 2, "bf16").bytes_per_position == 2 * 2 * 2 * 16 * 2
+    assert cache_shape(config, 2, "int8").bytes_per_position == 2 * 2 * 2 * (16 + 4)
+
+
+@pytest.mark.parametrize("rope", list(ROPES))
+@pytest.mark.parametrize("native", [True, False])
+def test_rows_turn_by_their_own_position(tmp_path: Path, rope: str, native: bool) -> None:
+    """Alone, beside a long neighbour, and in chunks of another size: the same row, whatever the rope."""
+    positions = 64 if rope == "longrope" else 16
+    folder = save(tmp_path, rope_parameters=ROPES[rope], max_position_embeddings=positions)
+    load = load_target if native else TorchTarget.load
+    short, long = [7, 8, 9, 10], list(range(1, 41))
+
+    def after(first: list[list[int]], beside: bool) -> torch.Tensor:
+        from drafters.proposal import Proposal
+
+        target = load(folder, "fp32", 2, 64)
+        if beside:
+            target.prefill(PrefillChunk(1, long))
+        for chunk in first:
+            target.prefill(PrefillChunk(0, chunk))
+        rows = [VerifyRows(0, 11, Proposal())] + ([VerifyRows(1, 5, Proposal())] if beside else [])
+        return target.verify(rows)[0].logits(0)
+
+    for chunks, other in (([short], [short]), ([long], [long[:9], long[9:30], long[30:]])):
+        assert torch.allclose(after(chunks, False), after(other, True), atol=1e-4)
+
+
+def test_a_short_text_turns_as_transformers_turns_it(tmp_path: Path) -> None:
+    folder = save(tmp_path, rope_parameters=ROPES["longrope"])
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    ids = [7, 8, 9, 10]
+    with torch.inference_mode():
+        wanted = model(torch.tensor([ids])).logits[0, -1]
+    target = load_target(folder, "fp32", 1, 64)
+    assert torch.allclose(target.prefill(PrefillChunk(0, ids)).logits, wanted, atol=1e-4)
