@@ -145,7 +145,7 @@ def random_model(shape: ModelShape, weights: str, capacity: int) -> PackedModel:
         return layer_from_tensors(tensors, "layer", layer)
 
     head = random_packed(shape.vocab_size, shape.hidden_size, max(bits, HEAD_BITS), GROUP)
-    return PackedModel(model, [own(layer) for layer in base.layers], head, weights)
+    return PackedModel(model, [own(layer) for layer in base.layers], head, weights, tied=False)
 
 
 def time_verify(target: NativeTarget, rows: int) -> float:

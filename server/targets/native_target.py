@@ -1,7 +1,7 @@
 """Llama-like targets on the project's own CPU kernels: all decoder layers are one native call over packed weights.
 
 transformers still gives the model (config, embedding, rotary angles, final norm); its decoder layers are packed one by
-one to fp32, bf16, int8 or int4 and dropped. Rows come out bit-equal whatever their number and whatever stands beside them,
+one to fp32, bf16, int8 or int4 and dropped. Rows come out bit-equal whatever their number and neighbours,
 so drafted greedy text equals plain text exactly. transformers' own layers are the slow twin, in the tests.
 """
 

@@ -36,7 +36,7 @@ class PositionRope(nn.Module):
         if self.rope_type == "longrope":  # beyond the original length there is one set of frequencies
             lengths = lengths.clamp(max=self.original_length + 1)
         cosine = sine = torch.empty(0)
-        for length in lengths.unique().tolist():
+        for length in sorted(set(lengths.tolist())):
             rows = (lengths == length).nonzero()[:, 0]
             if self.rope_type == "dynamic" and length > self.original_length:
                 self.inner.max_seq_len_cached = self.original_length  # or shorter lengths than the last would keep its

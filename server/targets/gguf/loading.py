@@ -94,7 +94,7 @@ def pack_gguf(model: Any, source: GGUFWeights, weights: str | None) -> PackedMod
     )
     if (packed.out_features, packed.in_features) != tuple(base.embed_tokens.weight.shape):
         raise TargetError(f"{source.file.path}: the tensor {source.stored(head).name} does not fit the embedding")
-    return PackedModel(model, layers, packed, weights or file_weights(source.file))
+    return PackedModel(model, layers, packed, weights or file_weights(source.file), model.config.tie_word_embeddings)
 
 
 def pack_layer(source: GGUFWeights, layer: nn.Module, prefix: str, weights: str | None) -> PackedDecoderLayer:
