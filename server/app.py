@@ -14,7 +14,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from server.api import chat, completions, face_quality, health, models
+from server.api import anthropic, chat, completions, face_quality, health, models, responses
 from server.api import vision as vision_api
 from server.api.errors import install_error_handlers
 from server.api.gate import Gate
@@ -51,7 +51,7 @@ def create_app(
     app = App(title="Dovetail", version=own_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, api_key=settings.api_key.get_secret_value() if settings.api_key else None)
     install_error_handlers(app)
-    for routes in (completions, chat, vision_api, face_quality, models, health):
+    for routes in (completions, chat, responses, anthropic, vision_api, face_quality, models, health):
         app.include_router(routes.router)
     return app
 

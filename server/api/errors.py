@@ -136,7 +136,8 @@ VALUE_FAULTS = ("greater_", "less_", "finite_", "literal_", "value_", "too_", "s
 def from_validation(faults: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first fault of a request body, with the dotted path of the field."""
     fault = faults[0]
-    kind, path = fault["type"], [str(part) for part in fault["loc"][1:]]
+    # Where several types are allowed, the path also holds the type that was tried.
+    kind, path = fault["type"], [str(part) for part in fault["loc"][1:] if "[" not in str(part) and part != "str"]
     if kind == "json_invalid":
         message = f"The body is not JSON: {fault['ctx']['error']} at character {fault['loc'][-1]}."
         return ApiError(400, message, code="invalid_json")

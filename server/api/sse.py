@@ -38,3 +38,9 @@ def event(payload: Mapping[str, Any]) -> bytes:
     NaN and infinity are refused, since JSON has neither.
     """
     return format_sse_event(data_str=json.dumps(payload, allow_nan=False, separators=(",", ":")))
+
+
+def named_event(payload: Mapping[str, Any]) -> bytes:
+    """An event whose name is its payload's ``type``."""
+    data = json.dumps(payload, allow_nan=False, separators=(",", ":"))
+    return format_sse_event(event=payload["type"], data_str=data)
