@@ -117,7 +117,7 @@ async def test_a_message_calls_tools(connect, make_model):
         ("/v1/responses", {"input": "x", "previous_response_id": "r"}, "previous_response_id"),
         ("/v1/responses", {"input": [{"type": "image"}]}, "input.0"),
         ("/v1/responses", {"input": "x", "tools": [{"type": "web_search"}]}, "tools"),
-        ("/v1/responses", {"input": [5]}, "input.0"),
+        ("/v1/responses", {"input": [5]}, "input"),
         ("/v1/responses", {}, "input"),
         ("/v1/messages", {"messages": [{"role": "user", "content": "x"}]}, "max_tokens"),
         (
