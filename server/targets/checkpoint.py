@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from kernels.tree_attention.transformers_plugin import ATTENTION_NAME
 from server.targets.target import TargetError
 
 logger = logging.getLogger(__name__)
@@ -214,7 +215,7 @@ def read_config(folder: Path) -> Any:
     except TargetError:
         raise
     except MALFORMED as error:
-        raise TargetError(f"{file} does not describe a model: {type(error).__name__}: {error}") from error
+        raise TargetError(f"{file} does not describe a model: {type(error).__name__}: {reason_of(error)}") from error
     check_plain(config, folder)
     return config
 
@@ -235,6 +236,16 @@ def check_plain(config: Any, folder: Path) -> None:
         raise TargetError(
             f"{folder} is quantised already, says its config.json; give the original weights, or a GGUF file"
         )
+
+
+def reason_of(error: Exception) -> str:
+    """Why a model cannot be made or run, where transformers' own words would not tell a user."""
+    text = str(error)
+    if isinstance(error, KeyError) and ATTENTION_NAME in text:
+        return "its attention does not go through transformers' attention registry"
+    if isinstance(error, TypeError) and "row_pass" in text:
+        return "its layers do not hand the rows' places on to their attention"
+    return text
 
 
 def context_limit(config: Any, folder: Path) -> int:

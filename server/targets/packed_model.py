@@ -26,7 +26,7 @@ from kernels.decoder_layer import (
 )
 from kernels.linear_lowbit import PackedFormatError, PackedWeight, load_packed, pack, save_packed
 from kernels.tree_attention.transformers_plugin import ATTENTION_NAME
-from server.targets.checkpoint import HEAD, MALFORMED, ModelFiles, read_config
+from server.targets.checkpoint import HEAD, MALFORMED, ModelFiles, read_config, reason_of
 from server.targets.target import TargetError
 
 PACKED_FILE = "packed.safetensors"
@@ -81,7 +81,7 @@ def model_of(config: Any, source: Path) -> Any:
                 config, dtype=torch.bfloat16, attn_implementation=ATTENTION_NAME, trust_remote_code=False
             ).eval()
     except MALFORMED as error:
-        raise TargetError(f"{source} cannot be loaded as a causal language model: {error}") from error
+        raise TargetError(f"{source} cannot be loaded as a causal language model: {reason_of(error)}") from error
 
 
 def check_model(model: Any) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from kernels.tree_attention import Segment, causal_segment, tree_segment
 from kernels.tree_attention.transformers_plugin import ATTENTION_NAME, RowPass, UnsupportedArchitecture, create_slots
 from server.placement.devices import CPU
-from server.targets.checkpoint import MALFORMED, check_files, read_config, tell_unused
+from server.targets.checkpoint import MALFORMED, check_files, read_config, reason_of, tell_unused
 from server.targets.feature_tap import FeatureTap
 from server.targets.rope import by_position
 from server.targets.target import PrefillChunk, Prefilled, TargetError, TargetInfo, Verified, VerifyRows, share_out
@@ -97,7 +97,7 @@ def load_transformers_model(folder: Path, dtype: torch.dtype) -> Any:
             output_loading_info=True,
         )
     except MALFORMED as error:
-        raise TargetError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+        raise TargetError(f"{folder} cannot be loaded as a causal language model: {reason_of(error)}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         if report[problem]:
             names = ", ".join(sorted(map(str, report[problem]))[:5])
@@ -168,10 +168,9 @@ class TorchTarget:
         except TargetError:
             raise
         except (UnsupportedArchitecture, *MALFORMED) as error:
-            reason = str(error)
-            if isinstance(error, KeyError) and ATTENTION_NAME in reason:
-                reason = "its attention does not go through transformers' attention registry"
-            raise TargetError(f"{name} cannot be a target: {type(model).__name__}: {reason}") from error
+            raise TargetError(
+                f"{name} cannot be a target: {type(model).__name__} failed in a first short pass: {reason_of(error)}"
+            ) from error
         return target
 
     def prefill(self, chunk: PrefillChunk) -> Prefilled:

@@ -239,7 +239,9 @@ def test_layers_in_one_call_equal_one_call_for_each(kv: torch.dtype) -> None:
                 decoder_layers(outs[-1], stack, row_pass, layers_of_call)
     for out, store in zip(outs[1:], slots[1:], strict=True):
         assert torch.equal(out, outs[0])
-        assert all(torch.equal(got, want) for got, want in zip(store.stores, slots[0].stores, strict=True))
+        # Rows behind the segment were never written: they hold whatever the memory held.
+        pairs = zip(store.stores, slots[0].stores, strict=True)
+        assert all(torch.equal(got[:, :, :, :6], want[:, :, :, :6]) for got, want in pairs)
 
 
 def test_attention_without_a_norm_before_it_reads_the_rows_as_they_are() -> None:

@@ -10,8 +10,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPT2Config,
+    GPTJConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    NemotronConfig,
+    PreTrainedConfig,
+    StableLmConfig,
+)
 
+from drafters.proposal import Proposal
 from server.targets.checkpoint import INDEX, check_files, context_limit, read_config, stored_weights
 from server.targets.context import CacheShape, cache_shape, served_context
 from server.targets.native_target import NativeTarget, load_target
@@ -176,8 +188,6 @@ def test_sizes_that_make_no_sense_are_one_sentence(tmp_path: Path, change: dict[
 
 
 def test_limits_have_many_names(tmp_path: Path) -> None:
-    from transformers import GPT2Config
-
     GPT2Config(vocab_size=96, n_positions=48, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path)
     assert context_limit(read_config(tmp_path), tmp_path) == 48
 
@@ -211,8 +221,6 @@ def test_rows_turn_by_their_own_position(tmp_path: Path, rope: str, native: bool
     short, long = [7, 8, 9, 10], list(range(1, 41))
 
     def after(first: list[list[int]], beside: bool) -> torch.Tensor:
-        from drafters.proposal import Proposal
-
         target = load(folder, "fp32", 2, 64)
         if beside:
             target.prefill(PrefillChunk(1, long))
@@ -233,3 +241,23 @@ def test_a_short_text_turns_as_transformers_turns_it(tmp_path: Path) -> None:
         wanted = model(torch.tensor([ids])).logits[0, -1]
     target = load_target(folder, "fp32", 1, 64)
     assert torch.allclose(target.prefill(PrefillChunk(0, ids)).logits, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (FalconConfig(vocab_size=96, hidden_size=64, num_hidden_layers=1, num_attention_heads=4), "registry"),
+        (GPTJConfig(vocab_size=96, n_embd=64, n_layer=1, n_head=4, n_positions=64, rotary_dim=8), "registry"),
+        (StableLmConfig(**(SIZES | {"num_key_value_heads": 4})), "hand the rows' places on"),
+        (NemotronConfig(**(SIZES | {"num_key_value_heads": 4})), "hand the rows' places on"),
+        (BloomConfig(vocab_size=96, hidden_size=64, n_layer=1, n_head=4), "max_position_embeddings"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_architectures_that_cannot_be_run_row_by_row_are_one_sentence(
+    tmp_path: Path, config: PreTrainedConfig, reason: str, weights: str | None
+) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(TargetError, match=reason):
+        load_target(tmp_path, weights, 1, 32)
