@@ -26,7 +26,7 @@ async def test_low_bit_weights_and_int8_slots_serve_end_to_end(connect, read_eve
         "model_name": "dovetail",
         "target": "tiny",
     }
-    async with connect(load_model, **served, drafter="none") as client:
+    async with connect(load_model, **served, drafter="none", lookup=False) as client:
         plain = await client.post("/v1/completions", json=request(model="dovetail"))
     async with connect(load_model, **served) as client:
         name = (await client.get("/v1/models")).json()["data"][0]["id"]

@@ -50,7 +50,7 @@ def compiler(codec):
 
 
 def run(target: TorchTarget, drafter: Drafter | None, requests: list[Request]) -> list[Completion]:
-    options = EngineOptions(max_seqs=4, context_length=250, budget=Budget(8, 3, 3), guard=False)
+    options = EngineOptions(max_seqs=4, context_length=250, budget=Budget(8, 3, 3))
     engine = Engine(target, drafter, options)
     results = generate(engine, requests)
     engine.check_integrity()
