@@ -86,7 +86,8 @@ def test_a_recipe_ends_in_a_drafter_that_serves(folder: Path, features: str) -> 
     assert (folder / "features" / "held_out" / "shard-00000.safetensors").is_file()
     text = ["generate", "word3 word4 word5", str(folder / "target"), "--max-tokens", "24", "--json"]
     plain = last_line(*text, "--no-draft")
-    drafted = last_line(*text, "--drafter", report["checkpoint"])
+    # Trees of a fixed size: whether rows pay is a matter of this machine's load.
+    drafted = last_line(*text, "--drafter", report["checkpoint"], "--trees", "fixed")
     assert drafted["token_ids"] == plain["token_ids"]
     assert drafted["timings"]["draft_n"] > 0
 

@@ -28,7 +28,8 @@ async def test_low_bit_weights_and_int8_slots_serve_end_to_end(connect, read_eve
     }
     async with connect(load_model, **served, drafter="none", lookup=False) as client:
         plain = await client.post("/v1/completions", json=request(model="dovetail"))
-    async with connect(load_model, **served) as client:
+    # Trees of a fixed size: whether rows pay is a matter of this machine's load, and a test asserts no time.
+    async with connect(load_model, **served, trees="fixed") as client:
         name = (await client.get("/v1/models")).json()["data"][0]["id"]
         drafted = (await client.post("/v1/completions", json=request(model=name))).json()
         stream = await client.post("/v1/completions", json=request(model=name, stream=True))
