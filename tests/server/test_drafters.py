@@ -119,7 +119,7 @@ def test_names_lead_to_their_kind(load: Callable[[str], Drafter | None], folder:
     assert isinstance(dovetail, DovetailDrafter if native.library() is None else NativeDrafter)
     with pytest.raises(LaunchError, match="lookup joins the trees of every drafter"):
         load(f"hybrid:{dovetail_folder}")
-    with pytest.raises(LaunchError, match="neither a folder, nor a .gguf file, nor a hub id"):
+    with pytest.raises(LaunchError, match=r"neither a folder, nor a \.gguf file, nor a hub id"):
         load("./nowhere")
 
 
