@@ -69,7 +69,7 @@ class LoadedDrafters:
 def resolve_target(name: str | None) -> Path:
     """Where a target lies: None is the default model, ``tiny`` the pair for tests, else as ``resolve_model``."""
     if name == TINY:
-        return ASSETS / TINY / "target"
+        return ASSETS / "target"
     if name is not None:
         return resolve_model(name)
     try:

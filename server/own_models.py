@@ -46,7 +46,7 @@ def default_target() -> Path:
 
 def own_drafter(target: Path) -> Path | None:
     """The drafter that lies here for a target; None where there is none."""
-    if target == ASSETS / TINY / "target":
-        return ASSETS / TINY / "drafter"
+    if target == ASSETS / "target":
+        return ASSETS / "target_drafter"
     trained = ASSETS / "drafter"
     return trained if target.name == Path(FILE).name and trained.is_dir() else None

@@ -55,7 +55,7 @@ def examine() -> dict[str, Any]:
         "devices": ["cpu", *(f"cuda:{i}" for i in range(len(hardware.gpus)))],
         "versions": {name: installed_version(name) for name in DISTRIBUTIONS},
         "default_target": default_model(),
-        "bundled": {name: asset(ASSETS / name) for name in ("drafter", "detector", "tiny/target", "tiny/drafter")},
+        "bundled": {name: asset(ASSETS / name) for name in ("drafter", "detector", "target", "target_drafter")},
         "extras": {
             name: dataclasses.asdict(extra) | {"present": importlib.util.find_spec(extra.module) is not None}
             for name, extra in EXTRAS.items()

@@ -17,7 +17,7 @@ from server.launch import ASSETS, load_drafter
 from server.targets.torch_target import TorchTarget
 from server.text import TextCodec
 
-TARGET = ASSETS / "tiny" / "target"
+TARGET = ASSETS / "target"
 CAPACITY = 1100
 GREEDY = SamplingParams(temperature=0)
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, seed=11)
@@ -63,7 +63,7 @@ def test_files_are_small_licensed_and_no_pickles() -> None:
     assert sum(file.stat().st_size for file in files) <= 40 * 10**6
     assert max(file.stat().st_size for file in files) <= 12 * 2**20
     assert {file.suffix for file in files} <= {".safetensors", ".onnx", ".json", ".jinja", ".md"}
-    for folder in ("tiny/target", "tiny/drafter", "detector", "face_quality"):
+    for folder in ("target", "target_drafter", "detector", "face_quality"):
         card = (ASSETS / folder / "README.md").read_text(encoding="utf-8")
         for section in ("Data", "Recipe", "Figures", "Limits", "Licence"):
             assert f"## {section}" in card

@@ -51,7 +51,7 @@ def test_another_file_under_its_name_is_refused(package: Path) -> None:
 def test_the_tiny_pair_goes_by_its_name() -> None:
     target = resolve_target("tiny")
     assert (target / "config.json").is_file()
-    assert own_drafter(target) == ASSETS / "tiny" / "drafter"
+    assert own_drafter(target) == ASSETS / "target_drafter"
     assert own_drafter(Path("some/model")) is None
 
 

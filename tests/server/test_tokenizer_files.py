@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from server.text import ChatTemplateError, TextCodec, TextError
 
-ASSETS = Path(__file__).resolve().parents[2] / "server" / "assets" / "tiny" / "target"
+ASSETS = Path(__file__).resolve().parents[2] / "server" / "assets" / "target"
 TEXTS = [
     "Hello, world! It 's fine .", " two  spaces\n\tand a tab", "Grüße 🌍 日本語", "x<|mark|>y", "<s>a</s><extra>", "",
     "def f(x):\n    return x ** 2\n",
