@@ -7,12 +7,11 @@ ctypes, which releases the interpreter's lock while native code runs.
 import ctypes
 import functools
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-
-from kernels.threads import available_threads
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ def library() -> ctypes.CDLL | None:
     for name, (arguments, result) in _SIGNATURES.items():
         function = getattr(native, name)
         function.argtypes, function.restype = arguments, result
-    native.dovetail_set_threads(available_threads())
+    native.dovetail_set_threads(_processors())
     logger.info("native kernels: %s, %d threads", native.dovetail_instruction_set().decode(), native.dovetail_threads())
     return native
 
@@ -112,12 +111,14 @@ def num_threads() -> int:
 
 
 def set_num_threads(count: int) -> int:
-    """Resizes the pool and returns its size, capped: more threads than processors only wait for each other."""
+    """Resizes the pool and returns its size; how many are worth starting the caller knows, quotas are not read here."""
     if count < 1:
         raise ValueError(f"threads must be at least 1, got {count}")
-    native, limit = library(), available_threads()
-    if count > limit:
-        logger.warning("%d threads asked for, %d processors usable: using %d", count, limit, limit)
-    if native is not None:
-        native.dovetail_set_threads(min(count, limit))
+    if (native := library()) is not None:
+        native.dovetail_set_threads(count)
     return num_threads()
+
+
+def _processors() -> int:
+    """Processors this process is bound to."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -114,15 +114,12 @@ def load_target(
     """The target with ``capacity`` rows a slot; ``threads`` None takes every usable core."""
     import torch
 
-    from kernels.native import set_num_threads
-    from server.placement.machine import usable_cores
+    from server.placement.machine import compute_with
     from server.targets.gguf.loading import load_gguf_target
     from server.targets.native_target import NativeTarget
     from server.targets.native_target import load_target as load_folder
 
-    num_threads = threads or usable_cores()
-    torch.set_num_threads(num_threads)
-    set_num_threads(num_threads)
+    compute_with(threads)
     load = load_gguf_target if is_gguf(folder) else load_folder
     target = load(folder, weights, num_slots, capacity, kv_cache)
     if isinstance(target, NativeTarget):

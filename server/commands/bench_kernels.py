@@ -41,7 +41,9 @@ def kernels(
     """
     from kernels.linear_lowbit.bench import BenchOptions
     from server.bench import kernel_report
+    from server.placement.machine import compute_with
 
+    compute_with()
     options = BenchOptions(
         shapes=shapes.split(","),
         weights=weights.split(","),

@@ -43,12 +43,10 @@ def doctor() -> None:
 
 def examine() -> dict[str, Any]:
     """Look at everything; takes about a second."""
-    import torch
-
     from server.own_models import ASSETS
-    from server.placement.machine import measure_machine, usable_cores
+    from server.placement.machine import compute_with, measure_machine
 
-    torch.set_num_threads(usable_cores())
+    compute_with()
     hardware = measure_machine()
     return {
         "hardware": hardware.json(),

@@ -20,15 +20,22 @@ MARGIN_BYTES = 512 * 2**20  # of a card's free memory: the driver's own, and wha
 def plan(
     target: Annotated[
         str,
-        typer.Argument(help="Folder with config.json, hub id, or a bare shape such as llama2-7b.", show_default=False),
+        typer.Argument(
+            help="Folder with config.json, .gguf file, hub id, or a bare shape such as llama2-7b.", show_default=False
+        ),
     ],
     vram: Annotated[
         str | None,
         typer.Option(help="GPU memory, such as 3GiB; nothing: what is free less a margin.", show_default=False),
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="How the target's weights are held.", metavar="[fp32|bf16|int8|int4]")
-    ] = ("int4"),
+        str | None,
+        typer.Option(
+            help="How the target's weights are held; nothing: int4, or as a GGUF file stores them.",
+            metavar="[fp32|bf16|int8|int4]",
+            show_default=False,
+        ),
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(
@@ -46,7 +53,7 @@ def plan(
 ) -> None:
     """Say what would lie where, in bytes, with predicted speed and the runners-up. The last line printed is JSON."""
     from server.placement.plan import Request, make_plan
-    from server.placement.shape import read_shape
+    from server.placement.shape import STORED, read_shape
     from server.placement.what_if import parse_what_if
     from server.settings import parse_bytes
 
@@ -54,8 +61,9 @@ def plan(
     wanted = None if what_if is None else parse_what_if(what_if)
     asked = None if vram is None else parse_budget(parse_bytes, vram)
     if wanted is None:
-        from server.placement.machine import measure_machine
+        from server.placement.machine import compute_with, measure_machine
 
+        compute_with()
         wanted, assumed = this_machine(measure_machine(), asked)
     else:
         assumed = []
@@ -64,7 +72,7 @@ def plan(
         raise typer.BadParameter(f"{vram} is more than the card's {wanted.vram} bytes", param_hint="--vram")
     request = Request(
         shape,
-        weights,
+        weights or ("int4" if shape.stored_bytes is None else STORED),
         context or min(DEFAULT_CONTEXT, shape.max_context),
         budget,
         wanted.blocks,

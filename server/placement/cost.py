@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from server.placement.shape import FP16, KV_BYTES, WEIGHT_BYTES, TargetShape
+from server.placement.shape import FP16, STORED, WEIGHT_BYTES, TargetShape
 
 # Multiply-adds of one instruction relative to 8-bit dot products, and the share of the peak that kernels reach.
-DOT_SHARE = {"fp32": 0.25, "bf16": 0.5, "int8": 1.0, "int4": 1.0}
+DOT_SHARE = {"fp32": 0.25, "bf16": 0.5, "int8": 1.0, "int4": 1.0, STORED: 1.0}
 REACHED_SHARE = 0.7
 # torch's fp32 products with 2 to 16 rows took 2.42 times as long as with one (mean, measured on two cores).
 TORCH_ROWS_FACTOR = 2.42
@@ -81,8 +81,8 @@ def verify_ms(shape: TargetShape, weights: str, context: int, rates: Rates, choi
     cpu_layers = shape.num_layers - choice.gpu_layers
     head_on_gpu = choice.gpu_layers > 0
     parameters = cpu_layers * shape.layer_parameters + (0 if head_on_gpu else shape.head_parameters)
-    kv_bytes = context * shape.kv_elements(cpu_layers) * KV_BYTES[weights]
-    streaming = (parameters * WEIGHT_BYTES[weights] + kv_bytes) / rates.stream_gb_per_s / 1e6
+    kv_bytes = context * shape.kv_bytes(cpu_layers, weights)
+    streaming = (parameters * shape.weight_bytes(weights) + kv_bytes) / rates.stream_gb_per_s / 1e6
     if rates.native:
         peak = rates.dot_gmac_per_s * DOT_SHARE[weights] * REACHED_SHARE
         cpu = max(streaming, rows * parameters / peak / 1e6)

@@ -7,19 +7,21 @@ torch is imported when something is measured.
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kernels.threads import available_threads, group_folders
-
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 # What decides the speed of products on a CPU.
 INSTRUCTION_SETS = (
@@ -102,8 +104,63 @@ def measure_machine() -> Machine:
 
 
 def usable_cores(root: Path = ROOT) -> int:
-    """Cores this process may use: affinity, cut by every control group's quota."""
-    return available_threads(root)
+    """Cores this process may use, at least 1: affinity, cut by every control group's quota."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [quota for folder in group_folders(root, "cpu") if (quota := cpu_quota(folder)) is not None]
+    return max(1, min([processors, *map(math.ceil, quotas)]))
+
+
+def cpu_quota(folder: Path) -> float | None:
+    """Processors that a control group grants; None where it sets no limit."""
+    try:
+        if (file := folder / "cpu.max").exists():
+            quota, period = file.read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text()
+            period = (folder / "cpu.cfs_period_us").read_text()
+        return int(quota) / int(period) if int(quota) > 0 and int(period) > 0 else None
+    except (OSError, ValueError):  # "max", or no such controller here
+        return None
+
+
+def group_folders(root: Path, controller: str) -> Iterator[Path]:
+    """The process's control groups for ``controller``, v2 and v1, each from the innermost to the outermost.
+
+    A container may see its own group at the mount's top while ``proc`` names the path from outside; folders that are
+    not there are passed over, and the top is always among them.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    fields = [line.split(":", 2) for line in lines if line.count(":") >= 2]
+    for number, names, path in [*fields, ("0", "", "/"), ("1", controller, "/")]:
+        if number == "0" and not names:
+            base = root / "sys/fs/cgroup"
+        elif controller in names.split(","):
+            base = root / "sys/fs/cgroup" / controller
+        else:
+            continue
+        group = base / path.strip("/")
+        yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(base) and folder.is_dir())
+
+
+def compute_with(threads: int | None = None) -> int:
+    """Size torch's threads and the native pool: so many, or all usable cores. More than those only wait; that is said.
+
+    Returns the number.
+    """
+    import torch
+
+    from kernels.native import set_num_threads
+
+    limit = usable_cores()
+    if threads is not None and threads > limit:
+        logger.warning("%d threads asked for, %d cores usable: using %d", threads, limit, limit)
+    number = min(threads or limit, limit)
+    torch.set_num_threads(number)
+    set_num_threads(number)
+    return number
 
 
 def compute_threads() -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.placement.cost import Choice, Prediction, Rates, predict, verify_ms
-from server.placement.shape import FP16, KV_BYTES, WEIGHT_BYTES, PlanError, TargetShape
+from server.placement.shape import FP16, WEIGHT_BYTES, PlanError, TargetShape
 
 MAX_BLOCKS = 6
 ROWS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 60)
@@ -35,8 +35,7 @@ class Request:
     pinned_rows: int | None = None
 
     def __post_init__(self) -> None:
-        if self.weights not in WEIGHT_BYTES:
-            raise PlanError(f"weights {self.weights!r} are not known; allowed are {', '.join(WEIGHT_BYTES)}")
+        self.shape.weight_bytes(self.weights)
         if not 1 <= self.context <= self.shape.max_context:
             raise PlanError(
                 f"a context of {self.context} is asked for; {self.shape.name} allows 1 to {self.shape.max_context}"
@@ -184,9 +183,8 @@ def place(request: Request, choice: Choice) -> Placement:
     in_memory = (
         cpu_layers * shape.layer_parameters + shape.head_parameters * (1 if shape.tied else 2) + shape.hidden_size
     )
-    cpu = (
-        in_memory * WEIGHT_BYTES[request.weights] + context * shape.kv_elements(cpu_layers) * KV_BYTES[request.weights]
-    )
+    weights = request.weights
+    cpu = in_memory * shape.weight_bytes(weights) + context * shape.kv_bytes(cpu_layers, weights)
     if choice.on_gpu:
         return Placement(choice, drafter, layers, kv, round(cpu))
     return Placement(choice, drafter, 0, 0, round(cpu) + drafter + kv)

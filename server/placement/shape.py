@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0625, "int4": 0.5625}
 """Bytes of a weight of the products; 8 and 4 bits carry a 16-bit scale for every group of 32."""
-KV_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 2.0, "int4": 2.0}
+STORED = "stored"
+"""The weights of a GGUF file with the file's own codes, in the bytes they take there."""
 FP16 = 2
 
 
@@ -20,7 +23,10 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class TargetShape:
-    """A Llama-like model. Every size follows: products are counted, biases are not."""
+    """A Llama-like model. Every size follows: products are counted, biases are not.
+
+    stored_bytes: what a weight of the layers takes in the file, where the shape was read from one that has codes.
+    """
 
     name: str
     hidden_size: int
@@ -32,10 +38,13 @@ class TargetShape:
     vocab_size: int
     tied: bool = False
     max_context: int = 4096
+    stored_bytes: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name not in ("name", "tied") and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if name not in ("name", "tied", "stored_bytes") and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 1
+            ):
                 raise PlanError(f"{self.name}: {name} is {value!r}; it must be a whole number of at least 1")
 
     @property
@@ -59,6 +68,19 @@ class TargetShape:
         """Everything; a tied head counts once."""
         ends = self.head_parameters * (1 if self.tied else 2) + self.hidden_size
         return self.num_layers * self.layer_parameters + ends
+
+    def weight_bytes(self, weights: str) -> float:
+        """Bytes of a weight, its scales counted. Errors: PlanError for a format that is none, or not to be had here."""
+        if weights == STORED and self.stored_bytes is not None:
+            return self.stored_bytes
+        if weights not in WEIGHT_BYTES:
+            known = [*WEIGHT_BYTES, *([] if self.stored_bytes is None else [STORED])]
+            raise PlanError(f"weights {weights!r} are not known; allowed are {', '.join(known)}")
+        return WEIGHT_BYTES[weights]
+
+    def kv_bytes(self, num_layers: int, weights: str) -> int:
+        """Bytes that ``num_layers`` layers on the CPU keep for one position: fp32 beside fp32 weights, else bf16."""
+        return self.kv_elements(num_layers) * (4 if weights == "fp32" else 2)
 
     def kv_elements(self, num_layers: int) -> int:
         """Numbers that ``num_layers`` layers keep for one position."""
@@ -115,21 +137,23 @@ def shape_from_config(config: Mapping[str, Any], name: str) -> TargetShape:
 
 
 def read_shape(target: str) -> TargetShape:
-    """The shape of a bare name, a folder with config.json, or a hub id (of which config.json alone is fetched).
+    """The shape of a bare name, a folder with config.json, a GGUF file (its header), or a hub id (its config.json).
 
     Errors: PlanError.
     """
     if target in SHAPES:
         return SHAPES[target]
     folder = Path(target).expanduser()
-    if target.endswith(".gguf"):
-        raise PlanError(f"{target}: plans are made from config.json; name the folder or hub id the file was made from")
+    if folder.suffix == ".gguf":
+        return shape_from_gguf(folder)
     if folder.is_dir():
         file = folder / "config.json"
     elif target.count("/") == 1 and not target.startswith((".", "/", "~")):
         file = fetch_config(target)
     else:
-        raise PlanError(f"{target!r} is no folder, no hub id (owner/name), and none of {', '.join(SHAPES)}")
+        raise PlanError(
+            f"{target!r} is no folder, no .gguf file, no hub id (owner/name), and none of {', '.join(SHAPES)}"
+        )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -137,6 +161,22 @@ def read_shape(target: str) -> TargetShape:
     if not isinstance(config, dict):
         raise PlanError(f"{file} holds no object")
     return shape_from_config(config, folder.name or target)
+
+
+def shape_from_gguf(file: Path) -> TargetShape:
+    """The shape in a GGUF file's header, with what a weight of its layers takes. Errors: PlanError."""
+    from server.targets.gguf.configuration import read_configuration
+    from server.targets.gguf.header import open_gguf
+    from server.targets.target import TargetError
+
+    try:
+        opened = open_gguf(file)
+        shape = shape_from_config(read_configuration(opened).to_dict(), file.stem)
+    except TargetError as error:
+        raise PlanError(str(error)) from error
+    matrices = [tensor for name, tensor in opened.tensors.items() if name.startswith("blk.") and len(tensor.shape) > 1]
+    num_bytes = sum(len(tensor.data) for tensor in matrices)
+    return dataclasses.replace(shape, stored_bytes=num_bytes / sum(math.prod(tensor.shape) for tensor in matrices))
 
 
 def fetch_config(name: str) -> Path:

@@ -1,12 +1,14 @@
 """What a process may use, read from made /proc and /sys trees, control groups of both versions, nested or not."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from kernels import native
 from server.placement import machine
 from server.placement.machine import Gpu, available_bytes, memory_bytes, usable_cores
 
@@ -27,11 +29,13 @@ def write(root: Path, files: dict[str, str]) -> Path:
         ({}, PROCESSORS),
         ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "90000 100000\n",
           "sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, 1),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, PROCESSORS),
         ({"proc/self/cgroup": "0::/seen/from/outside\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
         ({"proc/self/cgroup": V1, "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "70000",
           "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000", "sys/fs/cgroup/cpu/a/b/cpu.cfs_quota_us": "-1",
           "sys/fs/cgroup/cpu/a/b/cpu.cfs_period_us": "100000"}, 1),
         ({"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, PROCESSORS),
         ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "nonsense\n"}, PROCESSORS),
     ],
 )  # fmt: skip
@@ -59,6 +63,22 @@ def test_memory_is_cut_likewise_and_file_cache_counts_as_free(tmp_path: Path, fi
     assert available_bytes(root) == 700_000
     (root / "proc/meminfo").write_text("MemAvailable: 500 kB\n")
     assert available_bytes(root) == 512_000
+
+
+def test_more_threads_than_cores_are_capped_and_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, pool = torch.get_num_threads(), native.num_threads()
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert machine.compute_with(1) == machine.compute_threads() == 1
+            assert not caplog.text
+            assert machine.compute_with() == machine.compute_with(7) == 2
+        assert "7 threads asked for, 2 cores usable" in caplog.text
+    finally:
+        torch.set_num_threads(before)
+        native.set_num_threads(pool)
 
 
 def test_without_limits_all_memory_counts(tmp_path: Path) -> None:

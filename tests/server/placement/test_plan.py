@@ -9,6 +9,7 @@ from command_line import refusal, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.own_models import default_target
 from server.placement.cost import Choice, Rates, predict
 from server.placement.plan import MAX_BLOCKS, Request, choices, make_plan, place
 from server.placement.shape import SHAPES, WEIGHT_BYTES, PlanError, TargetShape, read_shape
@@ -123,6 +124,15 @@ def test_shapes_come_from_configurations(tmp_path: Path) -> None:
     assert (shape.head_dim, shape.num_kv_heads, shape.tied, shape.name) == (16, 2, True, tmp_path.name)
 
 
+def test_a_gguf_files_header_is_enough_and_its_own_bytes_are_planned_with() -> None:
+    file = default_target()
+    shape = read_shape(str(file))
+    assert dataclasses.replace(shape, name="smollm2-135m", stored_bytes=None) == SHAPES["smollm2-135m"]
+    assert shape.stored_bytes == pytest.approx(20 / 32, rel=0.1), "Q4_1: 20 bytes for 32 weights"
+    report = json.loads(run("plan", file, "--what-if", "cores=4").stdout.splitlines()[-1])
+    assert report["weights"] == "stored" and report["placement"]["cpu_bytes"] < 2 * file.stat().st_size
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -151,7 +161,8 @@ def test_bad_configurations_are_refused(tmp_path: Path, content: str, message: s
         (["llama2-7b", "--context", "5000"], "llama2-7b allows 1 to 4096"),
         (["llama2-7b", "--weights", "int3"], "allowed are fp32, bf16, int8, int4"),
         (["llama9"], "none of llama2-7b"),
-        (["x.gguf"], "plans are made from config.json"),
+        (["x.gguf"], "x.gguf cannot be read: No such file"),
+        (["llama2-7b", "--weights", "stored"], "allowed are fp32, bf16, int8, int4"),
         (["llama2-7b", "--vram", "8GiB", "--what-if", "vram=4GiB"], "more than the card's"),
         (["llama2-7b", "--what-if", "core=4"], "did you mean cores?"),
         (["llama2-7b", "--what-if", "cores=x"], "cores is 'x'"),
