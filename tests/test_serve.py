@@ -29,7 +29,7 @@ def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = free_port()
     log = (tmp_path_factory.mktemp("serve") / "log").open("wb")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DOVETAIL_")}
-    environment["DOVETAIL_TARGET"] = "tiny"
+    environment |= {"DOVETAIL_TARGET": "tiny", "DOVETAIL_TREES": "fixed"}
     server = subprocess.Popen(
         [sys.executable, "-c", "from server.cli import main; main()", "serve", "--port", str(port)],
         cwd=ROOT, stdout=log, stderr=log, env=environment,
