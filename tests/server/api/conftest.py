@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from lasting_worker import Lasting
 from tiny_detector import write_tiny_detector
 
 from server.app import DrainingServer, create_app
@@ -100,20 +101,6 @@ def read_events() -> Callable[[str], list[Any]]:
         return [payload if payload == "[DONE]" else json.loads(payload) for payload in payloads]
 
     return read
-
-
-class Lasting(VisionWorker):
-    """A worker that several apps use after each other: started once, not stopped with each."""
-
-    def start(self, on_loaded: Any = None) -> None:
-        if not self.thread.is_alive():
-            super().start()
-        while not self.models:
-            assert self.thread.is_alive(), self.failure
-        on_loaded(None)
-
-    def stop(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 from drawn_faces import LANDMARKS, drawn_face
+from lasting_worker import Lasting
 from PIL import Image
 from tiny_detector import encoded, write_tiny_detector
 from tiny_scorer import write_tiny_scorer
@@ -26,20 +27,6 @@ pytestmark = [
 ROUTE = "/v1/vision/face-quality"
 POINTS = LANDMARKS.tolist()
 FACE_KEYS = {"box", "landmarks", "quality", "raw", "status", "inter_eye_px", "warnings", "largest", "index"}
-
-
-class Lasting(VisionWorker):
-    """A worker that several apps use after each other."""
-
-    def start(self, on_loaded=None):
-        if not self.thread.is_alive():
-            super().start()
-        while not self.models:
-            assert self.thread.is_alive(), self.failure
-        on_loaded(None)
-
-    def stop(self):
-        pass
 
 
 @pytest.fixture(scope="module")
