@@ -14,10 +14,11 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from server.api import anthropic, chat, completions, face_quality, health, models, responses
+from server.api import face_quality, health, models
 from server.api import vision as vision_api
 from server.api.errors import install_error_handlers
 from server.api.gate import Gate
+from server.api.language import anthropic, chat, completions, responses
 from server.api.openapi import App
 from server.api.serving import Load, Serving
 from server.installation import own_version

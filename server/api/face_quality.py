@@ -15,10 +15,10 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 from pydantic import BeforeValidator, model_validator
 
-from server.api.answer import CLIENT_CLOSED_REQUEST
 from server.api.errors import InvalidValue
 from server.api.fields import check_fields
 from server.api.gate import MAX_VISION_BODY_BYTES
+from server.api.leaving import CLIENT_CLOSED_REQUEST
 from server.api.openapi import ASKING
 from server.api.serving import CurrentServing, Serving
 from server.api.vision import (

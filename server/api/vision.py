@@ -15,11 +15,11 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
-from server.api.answer import CLIENT_CLOSED_REQUEST, client_left
 from server.api.detection_formats import OBJECT_FORMATS, WRITERS
 from server.api.errors import ApiError, from_vision
 from server.api.fields import check_fields
 from server.api.gate import MAX_VISION_BODY_BYTES
+from server.api.leaving import CLIENT_CLOSED_REQUEST, client_left
 from server.api.openapi import ASKING
 from server.api.remote_images import fetch_image
 from server.api.serving import CurrentServing, Serving

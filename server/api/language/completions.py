@@ -10,18 +10,18 @@ from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
-from server.api.answer import Reply
-from server.api.choices import ChoicesWire
 from server.api.errors import InvalidValue, UnsupportedParameter
 from server.api.fields import check_fields
 from server.api.gate import require_json
-from server.api.generation import Generation
+from server.api.language.answer import Reply
+from server.api.language.choices import ChoicesWire
+from server.api.language.generation import Generation
+from server.api.language.pieces import Answer, Piece, TextPiece
+from server.api.language.prompts import answer_limit, plan_requests
+from server.api.language.schemas import CompletionBody
+from server.api.language.structured import grammar_for
 from server.api.openapi import ASKING
-from server.api.pieces import Answer, Piece, TextPiece
-from server.api.prompts import answer_limit, plan_requests
-from server.api.schemas import CompletionBody
 from server.api.serving import CurrentServing
-from server.api.structured import grammar_for
 from server.engine.report import timings_json
 from server.engine.stop import TextOutput
 from server.text import TextCodec

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from server.api.pieces import Answer, CallPiece, ReasoningPiece
-from server.api.tool_calls import FORMATS, GENERIC, HERMES, AnswerParser, call_format
+from server.api.language.pieces import Answer, CallPiece, ReasoningPiece
+from server.api.language.tool_calls import FORMATS, GENERIC, HERMES, AnswerParser, call_format
 from server.text import TextCodec
 
 CALL = {"name": "look", "arguments": {"where": "Zürich", "deep": [1, {"a": "}"}]}}

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from server.api.errors import ApiError, InvalidValue, shown
-from server.api.schemas import GenerationBody
+from server.api.language.schemas import GenerationBody
+from server.api.language.tools import Tool
 from server.api.serving import ServedModel, Serving
-from server.api.tools import Tool
 from server.engine.grammar import Grammar, GrammarError, Kind
 
 MAX_SOURCE = 200_000  # characters

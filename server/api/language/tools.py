@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from server.api.body import Body, Text
 from server.api.errors import InvalidValue, UnsupportedParameter, shown
-from server.api.tool_calls import HERMES
+from server.api.language.tool_calls import HERMES
 
 Turn = dict[str, Any]
 

@@ -12,20 +12,20 @@ from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
-from server.api.answer import Reply, Wire
-from server.api.choices import ChoicesWire
 from server.api.fields import check_fields
 from server.api.gate import require_json
-from server.api.generation import Generation
-from server.api.messages import ChatBody
+from server.api.language.answer import Reply, Wire
+from server.api.language.choices import ChoicesWire
+from server.api.language.generation import Generation
+from server.api.language.messages import ChatBody
+from server.api.language.pieces import Answer, CallPiece, Piece, ReasoningPiece
+from server.api.language.prompts import plan_requests
+from server.api.language.schemas import AS_MUCH_AS_FITS
+from server.api.language.structured import grammar_for
+from server.api.language.tool_calls import GENERIC, HERMES, THINK, AnswerParser, CallFormat, call_format
+from server.api.language.tools import Tool, chosen_tools, told_in_text
 from server.api.openapi import ASKING
-from server.api.pieces import Answer, CallPiece, Piece, ReasoningPiece
-from server.api.prompts import plan_requests
-from server.api.schemas import AS_MUCH_AS_FITS
 from server.api.serving import CurrentServing, ServedModel, Serving
-from server.api.structured import grammar_for
-from server.api.tool_calls import GENERIC, HERMES, THINK, AnswerParser, CallFormat, call_format
-from server.api.tools import Tool, chosen_tools, told_in_text
 from server.engine.stop import TextOutput
 from server.text import TextCodec
 

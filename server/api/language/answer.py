@@ -13,14 +13,13 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from server.api.errors import ApiError, from_engine, internal_error
-from server.api.generation import Generation
-from server.api.pieces import Answer, Parser, Piece, PlainText
+from server.api.language.generation import Generation
+from server.api.language.pieces import Answer, Parser, Piece, PlainText
+from server.api.leaving import CLIENT_CLOSED_REQUEST, client_left
 from server.api.sse import KEEPALIVE, EventStream
 from server.engine.request import EngineError
 
 logger = logging.getLogger(__name__)
-
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log does
 
 
 class Wire(Protocol):
@@ -130,9 +129,3 @@ class Reply:
                 if delta.finish_reason is not None:
                     answer.finish(delta.finish_reason)
                 yield delta.index, pieces
-
-
-async def client_left(request: HttpRequest) -> None:
-    """Return when the client has closed the connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from server.api.errors import ApiError
-from server.api.generation import Generation
-from server.api.pieces import Answer, Piece
-from server.api.schemas import GenerationBody
+from server.api.language.generation import Generation
+from server.api.language.pieces import Answer, Piece
+from server.api.language.schemas import GenerationBody
 from server.api.sse import DONE, event
 
 

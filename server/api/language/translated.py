@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from server.api.errors import InvalidValue, UnsupportedParameter, shown
-from server.api.messages import ChatBody
+from server.api.language.messages import ChatBody
 
 Part = Mapping[str, Any]
 

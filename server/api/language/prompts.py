@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from server.api.errors import InvalidValue
-from server.api.schemas import AS_MUCH_AS_FITS, GenerationBody
+from server.api.language.schemas import AS_MUCH_AS_FITS, GenerationBody
 from server.api.serving import ServedModel
 from server.engine.grammar import Grammar
 from server.engine.request import ContextTooLong, Request

@@ -14,20 +14,20 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from server.api.answer import Wire
 from server.api.body import NeutralValues, RequestBody, Text, WholeNumber
-from server.api.chat import answer_chat, chat_prompt
 from server.api.errors import ApiError, InvalidValue
 from server.api.fields import check_fields
 from server.api.gate import require_json
-from server.api.generation import Generation
-from server.api.messages import ChatBody
+from server.api.language.answer import Wire
+from server.api.language.chat import answer_chat, chat_prompt
+from server.api.language.generation import Generation
+from server.api.language.messages import ChatBody
+from server.api.language.pieces import Answer, CallPiece, Piece, TextPiece
+from server.api.language.tools import chosen_tools
+from server.api.language.translated import Part, as_chat, objects, unsupported
 from server.api.openapi import ASKING
-from server.api.pieces import Answer, CallPiece, Piece, TextPiece
 from server.api.serving import CurrentServing
 from server.api.sse import named_event
-from server.api.tools import chosen_tools
-from server.api.translated import Part, as_chat, objects, unsupported
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from server.api.pieces import CallPiece, Piece, ReasoningPiece, TextPiece
+from server.api.language.pieces import CallPiece, Piece, ReasoningPiece, TextPiece
 from server.engine.stop import num_held
 
 THINK, THINK_END = "<think>", "</think>"

@@ -8,8 +8,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from server.api.body import Body, NeutralValues, Text, WholeNumber
 from server.api.errors import InvalidValue, UnsupportedParameter, shown
-from server.api.schemas import AS_MUCH_AS_FITS, GenerationBody
-from server.api.tools import Tool, ToolCall, Turn
+from server.api.language.schemas import AS_MUCH_AS_FITS, GenerationBody
+from server.api.language.tools import Tool, ToolCall, Turn
 from server.text import InvalidText, check_text
 
 MAX_TOOLS = 256
