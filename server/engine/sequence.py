@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import enum
 import secrets
-from collections import Counter
 from dataclasses import dataclass, field
 
 from server.engine.calibration import RequestRecord
+from server.engine.penalties import Penalties
 from server.engine.request import DraftStats, FinishReason, Request, Timings
 
 
@@ -26,26 +26,27 @@ class RunningSequence:
 
     token_ids: every committed token, prompt first; num_rows: tokens whose rows the target holds; seed: of
     its sampling, drawn when the request names none; held_slot: None while it waits and once it has ended; drafts:
-    whether it is drafted for, as it asked and until its rows in the drafter are spoilt; record: how its drafts fared.
+    whether it is drafted for, as it asked and until its rows in the drafter are spoilt; penalties: what its tokens take
+    from the logits; record: how its drafts fared.
     """
 
     request: Request
     token_ids: list[int]
     seed: int
     drafts: bool
+    penalties: Penalties
     status: Status = Status.WAITING
     held_slot: int | None = None
     num_rows: int = 0
     stats: DraftStats = field(default_factory=DraftStats)
     timings: Timings = field(default_factory=Timings)
     record: RequestRecord = field(default_factory=RequestRecord)
-    output_counts: Counter[int] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, request: Request) -> RunningSequence:
         """A request that has just come in."""
-        seed = request.sampling.seed
-        return cls(request, list(request.prompt_ids), secrets.randbits(63) if seed is None else seed, request.draft)
+        seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
+        return cls(request, list(request.prompt_ids), seed, request.draft, Penalties(request))
 
     @property
     def request_id(self) -> str:
@@ -88,7 +89,6 @@ class RunningSequence:
         """Append tokens up to the first stop id or the token limit; (what was appended, why it ends or None)."""
         for count, token_id in enumerate(token_ids, 1):
             self.token_ids.append(token_id)
-            self.output_counts[token_id] += 1
             if token_id in self.request.stop_ids:
                 return token_ids[:count], FinishReason.STOP
             if self.num_left == 0:

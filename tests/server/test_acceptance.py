@@ -10,9 +10,8 @@ from scipy import stats
 
 from drafters.proposal import Proposal, chain
 from server.engine.acceptance import Accepted, accept, greedy
-from server.engine.request import Request, SamplingParams
-from server.engine.sampling import draw, penalise, probabilities, row_chooser, uniform
-from server.engine.sequence import RunningSequence
+from server.engine.request import SamplingParams
+from server.engine.sampling import draw, probabilities, uniform
 
 VOCAB = 12
 DRAWS = 100_000
@@ -237,24 +236,3 @@ def test_uniform_numbers_depend_on_seed_choice_and_position_only() -> None:
     assert len({uniform(s, c, p) for s in range(5) for c in range(5) for p in range(5)}) == 125
     numbers = [uniform(0, 0, p) for p in range(20_000)]
     assert stats.kstest(numbers, "uniform").pvalue > 1e-4
-
-
-def test_penalties_count_the_rows_own_ancestors() -> None:
-    params = SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=1.0)
-    request = Request("r", [1, 2], 10, params)
-    sequence = RunningSequence(request, [1, 2, 4], seed=0, drafts=True)
-    sequence.output_counts.update([4])
-    logits = torch.zeros(VOCAB)
-    logits[4], logits[5], logits[6] = 2.0, 1.2, 1.0
-    choose = row_chooser(sequence, lambda row: logits)
-    assert choose(0, []) == 5  # 4 was generated once: 2.0 - 1.5
-    assert choose(1, [5]) == 6  # 5 is an ancestor now: 1.2 - 1.5
-    assert choose(2, [5, 6]) == 4  # 4: 0.5, 6: -0.5, 5: -0.3
-    assert sequence.output_counts == Counter({4: 1})
-
-
-def test_bias_and_repetition_penalty() -> None:
-    logits = torch.tensor([1.0, -1.0, 0.5])
-    params = SamplingParams(repetition_penalty=2.0, logit_bias={2: 3.0})
-    assert penalise(logits, params, {}, [0, 1]).tolist() == [0.5, -2.0, 3.5]
-    assert logits.tolist() == [1.0, -1.0, 0.5]
