@@ -29,7 +29,8 @@ from kernels.training.heartbeat import Heartbeat
 from kernels.training.processes import is_first_process, wait_until
 from server.answers import AnswersFile, Writing, questions_of, write_answers
 from server.engine.engine import Engine, EngineOptions
-from server.launch import load_codec, load_target, resolve_target
+from server.launch import load_codec, resolve_target
+from server.targets.loading import load_target
 from server.targets.target import PrefillChunk, Target
 
 logger = logging.getLogger(__name__)

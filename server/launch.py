@@ -11,10 +11,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from server.engine.request import SamplingParams
-from server.own_models import ASSETS, TINY, OwnModelError, default_target, own_drafter
+from server.own_models import ASSETS, GGUF_SUFFIX, TINY, OwnModelError, default_target, is_gguf, own_drafter
 from server.sampling_defaults import read_sampling_defaults
 from server.settings import NO_VISION
 from server.text import TextCodec
@@ -27,13 +27,11 @@ if TYPE_CHECKING:
     from server.engine.thread import EngineThread
     from server.settings import Settings
     from server.targets.target import Target, TargetInfo
-    from server.targets.torch_target import TorchTarget
     from server.vision_worker import VisionWorker
 
 logger = logging.getLogger(__name__)
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
-GGUF_SUFFIX = ".gguf"
 BUNDLED_DRAFTER = "bundled"
 DETECTOR, FACE_QUALITY = "detector", "face_quality"
 
@@ -94,11 +92,6 @@ def resolve_model(name: str) -> Path:
         raise LaunchError(f"{name!r} is no local folder, and the hub did not give it: {error}") from error
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether this is a GGUF file, by its name; what is in it is another question."""
-    return path.suffix == GGUF_SUFFIX and path.is_file()
-
-
 def load_codec(path: Path) -> TextCodec:
     """The codec of a model's folder or GGUF file. Errors: TextError, TargetError."""
     if not is_gguf(path):
@@ -108,34 +101,8 @@ def load_codec(path: Path) -> TextCodec:
     return read_codec(path)
 
 
-def load_target(
-    folder: Path, weights: str | None, num_slots: int, capacity: int, threads: int | None, kv_cache: str | None = None
-) -> TorchTarget:
-    """The target with ``capacity`` rows a slot; ``threads`` None takes every usable core."""
-    import torch
-
-    from server.placement.machine import compute_with
-    from server.targets.gguf.loading import load_gguf_target
-    from server.targets.native_target import NativeTarget
-    from server.targets.native_target import load_target as load_folder
-
-    compute_with(threads)
-    load = load_gguf_target if is_gguf(folder) else load_folder
-    target = load(folder, weights, num_slots, capacity, kv_cache)
-    if isinstance(target, NativeTarget):
-        # The heavy work has a pool of its own; torch's threads would only fight it for the cores.
-        torch.set_num_threads(1)
-    slots = target.slots
-    logger.info(
-        "KV cache: %s, %d bytes a position, %.1f MiB for %d slots of %d positions",
-        str(slots.keys.dtype).removeprefix("torch."), slots.bytes_per_position,
-        slots.bytes_per_position * capacity * num_slots / 2**20, num_slots, capacity,
-    )  # fmt: skip
-    return target
-
-
 def load_drafter(
-    target: TorchTarget, target_folder: Path, name: str | None, device: str, num_slots: int, capacity: int
+    target: Target, target_folder: Path, name: str | None, device: str, num_slots: int, capacity: int
 ) -> Drafter | None:
     """A drafter by name, checked against the target.
 
@@ -169,7 +136,7 @@ def load_drafter(
 
 
 def load_drafter_folder(
-    target: TorchTarget, target_folder: Path, folder: Path, device: str, num_slots: int, capacity: int
+    target: Target, target_folder: Path, folder: Path, device: str, num_slots: int, capacity: int
 ) -> Drafter:
     """A folder of a trained drafter or of a causal language model; its config.json says which."""
     from drafters.checkpoint import NETWORKS, read_fields
@@ -196,13 +163,18 @@ def load_engine(settings: Settings) -> Engine:
     """Target, drafter and engine, as the settings say. Errors: TargetError, DrafterError, LaunchError."""
     from drafters.proposal import Budget
     from server.engine.engine import Engine, EngineOptions
+    from server.targets.loading import choose_engine, context_length, load_target
 
     folder = resolve_target(settings.target)
-    context = context_length(folder, settings.context, settings.max_seqs, settings.kv_cache)
+    engine = choose_engine(folder, settings.engine, settings.weights)
+    context = context_length(folder, settings.context, settings.max_seqs, settings.kv_cache, engine)
     # Up to 8 rows share every load of a weight, and a draft level costs little: trees are small, narrow and deep.
     budget = Budget(settings.rows or 8, settings.top_k or 2, 6 if settings.depth is None else settings.depth)
     capacity = slot_capacity(context, [budget])
-    target = load_target(folder, settings.weights, settings.max_seqs, capacity, settings.threads, settings.kv_cache)
+    target = load_target(
+        folder, settings.weights, settings.max_seqs, capacity, settings.threads, settings.kv_cache, engine,
+        settings.gpu_layers,
+    )  # fmt: skip
     drafter_name = settings.drafter
     if drafter_name is None and own_drafter(folder) is None:
         if settings.target is not None:
@@ -243,12 +215,17 @@ def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budge
     Each name is what ``--drafter`` takes; no names: the target's own drafter, where one lies here. Errors:
     TargetError, DrafterError, LaunchError.
     """
+    from server.targets.loading import choose_engine, context_length, load_target
+
     folder = resolve_target(settings.target)
     if not names and own_drafter(folder) is None:
         raise LaunchError(f"name the drafters to measure on {folder.name}; it has none of its own here")
-    context = context_length(folder, settings.context, 1, settings.kv_cache)
+    engine = choose_engine(folder, settings.engine, settings.weights)
+    context = context_length(folder, settings.context, 1, settings.kv_cache, engine)
     capacity = slot_capacity(context, grid)
-    target = load_target(folder, settings.weights, 1, capacity, settings.threads, settings.kv_cache)
+    target = load_target(
+        folder, settings.weights, 1, capacity, settings.threads, settings.kv_cache, engine, settings.gpu_layers
+    )
     drafters: dict[str, Drafter] = {}
     wanted: Sequence[str | None] = names or [None]
     for name in wanted:
@@ -260,31 +237,6 @@ def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budge
     gc.collect()
     gc.freeze()
     return LoadedDrafters(target, drafters, load_codec(folder), context)
-
-
-def context_length(path: Path, wanted: int | None, num_slots: int, kv_cache: str | None) -> int:
-    """What the model's positions allow and the memory holds, or the shorter context asked for. Errors: TargetError."""
-    from server.placement.machine import available_bytes
-    from server.targets.checkpoint import context_limit
-    from server.targets.context import cache_shape, served_context
-
-    config = model_config(path)
-    files = [path] if is_gguf(path) else list(path.glob("*.safetensors"))
-    free_bytes = available_bytes() - sum(file.stat().st_size for file in files)
-    shape = cache_shape(config.get_text_config(), num_slots, kv_cache)
-    return served_context(path.name, context_limit(config, path), wanted, shape, free_bytes)
-
-
-def model_config(path: Path) -> Any:
-    """transformers' configuration of a folder or a GGUF file. Errors: TargetError."""
-    if is_gguf(path):
-        from server.targets.gguf.configuration import read_configuration
-        from server.targets.gguf.header import open_gguf
-
-        return read_configuration(open_gguf(path))
-    from server.targets.checkpoint import read_config
-
-    return read_config(path)
 
 
 def resolve_detector(path: Path | None) -> Path:

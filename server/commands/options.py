@@ -32,6 +32,8 @@ Target = Annotated[str | None, typer.Argument(help=Settings.model_fields["target
 Drafter = Annotated[str | None, flag("drafter")]
 DrafterDevice = Annotated[str | None, flag("drafter_device")]
 Weights = Annotated[str | None, flag("weights")]
+Engine = Annotated[str | None, flag("engine")]
+GPULayers = Annotated[int | None, flag("gpu_layers")]
 KVCache = Annotated[str | None, flag("kv_cache")]
 Vram = Annotated[str | None, flag("vram")]
 Threads = Annotated[int | None, flag("threads")]

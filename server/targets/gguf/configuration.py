@@ -22,6 +22,10 @@ from server.targets.target import TargetError
 NUMBER = (int, float)
 
 
+class BeyondNative(TargetError):
+    """A file that is whole, of a model that only llama.cpp computes; the message says what is not read here."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One ``general.architecture``.
@@ -84,7 +88,7 @@ def architecture(file: GGUFFile) -> Architecture:
     if not file.tensors:
         raise TargetError(f"{file.path} holds a vocabulary only, no weights; give the whole model's file")
     if name not in ARCHITECTURES:
-        raise TargetError(
+        raise BeyondNative(
             f"{file.path} holds a model of architecture {name!r}; known are {', '.join(sorted(ARCHITECTURES))}"
         )
     return ARCHITECTURES[name]
@@ -94,7 +98,7 @@ def read_configuration(file: GGUFFile) -> Any:
     """transformers' configuration of the model in the file. Errors: TargetError naming the key that is wrong."""
     known, name = architecture(file), file.get("general.architecture", str)
     if file.get(f"{name}.expert_count", int, 0):
-        raise TargetError(f"{file.path} is a mixture of experts, which is not read from GGUF files")
+        raise BeyondNative(f"{file.path} is a mixture of experts, which is not read from GGUF files")
     settings = shared_settings(file, name)
     settings |= known.extra(file, name)
     try:
@@ -163,7 +167,7 @@ def rope_parameters(file: GGUFFile, name: str, head_size: int) -> dict[str, Any]
     if parameters["rope_type"] in ("none", "") or factor is None:
         return parameters | {"rope_type": "default"}
     if parameters["rope_type"] not in ("linear", "yarn"):
-        raise TargetError(f"{file.path}: rope scaling {parameters['rope_type']!r} is not read; linear and yarn are")
+        raise BeyondNative(f"{file.path}: rope scaling {parameters['rope_type']!r} is not read; linear and yarn are")
     parameters["factor"] = float(factor)
     original = file.get(f"{name}.rope.scaling.original_context_length", int)
     if original is not None and parameters["rope_type"] == "yarn":
@@ -176,7 +180,7 @@ def number(file: GGUFFile, key: str, default: int | None = None) -> int:
     value = file.get(key, (int, list), default)
     if isinstance(value, list):
         if len(set(value)) != 1:
-            raise TargetError(f"{file.path}: {key} differs from layer to layer, which is not read from GGUF files")
+            raise BeyondNative(f"{file.path}: {key} differs from layer to layer, which is not read from GGUF files")
         value = value[0]
     if not isinstance(value, int) or value < 1:
         raise TargetError(f"{file.path}: the metadata key {key} must be a positive number, not {value!r}")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf.constants import LlamaFileType
 from torch import nn
 
 from kernels import native
@@ -16,8 +15,8 @@ from kernels.decoder_layer import PackedDecoderLayer, UnsupportedLayer, assemble
 from kernels.linear_lowbit import PackedWeight, pack
 from kernels.tree_attention.transformers_plugin import UnsupportedArchitecture
 from server.targets.gguf.configuration import read_configuration
-from server.targets.gguf.header import GGUFFile, open_gguf
-from server.targets.gguf.weights import GGUFWeights, joined
+from server.targets.gguf.header import open_gguf
+from server.targets.gguf.weights import GGUFWeights, file_weights, joined
 from server.targets.native_target import NativeTarget
 from server.targets.packed_model import BITS, GROUP_SIZE, HEAD_BITS, PackedModel, check_model, model_of
 from server.targets.target import TargetError
@@ -70,13 +69,6 @@ def why_not_native(model: Any, weights: str | None) -> str | None:
     except UnsupportedLayer as error:
         return str(error)
     return None
-
-
-def file_weights(file: GGUFFile) -> str:
-    """What most matrices of the file are held in, as llama.cpp calls it: ``Q4_K_M``."""
-    names = {kind.value: kind.name for kind in LlamaFileType}
-    name: str = names.get(file.get("general.file_type", int, -1), "GGUF")
-    return name.removeprefix("MOSTLY_")
 
 
 def pack_gguf(model: Any, source: GGUFWeights, weights: str | None) -> PackedModel:

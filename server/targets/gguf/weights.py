@@ -6,14 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from gguf.constants import GGMLQuantizationType
+from gguf import quants
+from gguf.constants import GGMLQuantizationType, LlamaFileType
 from gguf.tensor_mapping import get_tensor_name_map
 from torch import Tensor, nn
 
 from kernels.linear_lowbit import PackedWeight, QuantisedWeight, pack, pack_quantised
 from server.targets.gguf.blocks import DECODERS, FLOATS, decode
-from server.targets.gguf.configuration import architecture
+from server.targets.gguf.configuration import BeyondNative, architecture
 from server.targets.gguf.header import GGUFFile, StoredTensor
 from server.targets.target import TargetError
 
@@ -34,7 +36,7 @@ class GGUFWeights:
         for tensor in file.tensors.values():
             if tensor.kind not in DECODERS and tensor.kind not in FLOATS:
                 known = ", ".join(kind.name for kind in (*FLOATS, *DECODERS))
-                raise TargetError(
+                raise BeyondNative(
                     f"{file.path}: the tensor {tensor.name} is of type {tensor.kind.name}; known are {known}"
                 )
 
@@ -96,6 +98,25 @@ def read_floats(tensor: StoredTensor) -> Tensor:
     """A tensor of a float type, in that type."""
     values = torch.from_numpy(tensor.data.view(FLOAT_LAYOUTS[tensor.kind]).copy())
     return (values.view(torch.bfloat16) if tensor.kind is GGMLQuantizationType.BF16 else values).reshape(tensor.shape)
+
+
+def read_any(file: GGUFFile, name: str) -> Tensor:
+    """A matrix in fp32, of whatever type gguf-py can turn into numbers. Errors: TargetError."""
+    tensor = file.tensors.get(name)
+    if tensor is None:
+        raise TargetError(f"{file.path} lacks the tensor {name}")
+    try:
+        values = quants.dequantize(tensor.data, tensor.kind)
+    except NotImplementedError as error:
+        raise TargetError(f"{file.path}: the tensor {name} is of type {tensor.kind.name}, which is not read") from error
+    return torch.from_numpy(values.astype(np.float32).reshape(tensor.shape))
+
+
+def file_weights(file: GGUFFile) -> str:
+    """What most matrices of the file are held in, as llama.cpp calls it: ``Q4_K_M``."""
+    names = {kind.value: kind.name for kind in LlamaFileType}
+    name: str = names.get(file.get("general.file_type", int, -1), "GGUF")
+    return name.removeprefix("MOSTLY_")
 
 
 def read_codes(tensor: StoredTensor) -> QuantisedWeight:

@@ -9,12 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from drafters.proposal import Proposal
 from kernels.linear_lowbit import dequantise
-from server.launch import context_length, load_codec
+from server.launch import load_codec
 from server.targets.gguf.blocks import DECODERS, FLOATS
 from server.targets.gguf.configuration import read_configuration
 from server.targets.gguf.header import open_gguf
 from server.targets.gguf.loading import load_gguf_target, pack_gguf
 from server.targets.gguf.weights import GGUFWeights
+from server.targets.loading import context_length
 from server.targets.native_target import NativeTarget
 from server.targets.packed_model import model_of
 from server.targets.target import PrefillChunk, VerifyRows

@@ -1,0 +1,1 @@
+"""llama.cpp as the other verifier, through llama-cpp-python (extra ``gguf``): GGUF files beyond the native layers."""
