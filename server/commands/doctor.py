@@ -28,7 +28,9 @@ class Extra:
 
 
 EXTRAS = {
-    "llama-cpp-python": Extra("llama_cpp", "GGUF files beyond the native layers, and the llama.cpp peer of the benchmark", "make gguf"),
+    "llama-cpp-python": Extra(
+        "llama_cpp", "GGUF files beyond the native layers, and the llama.cpp peer of the benchmark", "make gguf"
+    ),
     "gguf": Extra("gguf", "writing targets as GGUF", "make gguf"),
     "matplotlib": Extra("matplotlib", "plots of a training run", "pip install 'dovetail-server[train]'"),
 }
