@@ -23,6 +23,7 @@ from server.api.language.structured import grammar_for
 from server.api.openapi import ASKING
 from server.api.serving import CurrentServing
 from server.engine.report import timings_json
+from server.engine.request import ContextTooLong
 from server.engine.stop import TextOutput
 from server.text import TextCodec
 
@@ -68,6 +69,7 @@ async def create_completion(body: CompletionBody, request: HttpRequest, serving:
     model = serving.model_named(body.model)
     body.check_token_ids(model.codec.vocab_size)
     prompts = await asyncio.to_thread(encode_prompts, model.codec, body)
+    check_room(prompts, body.max_tokens, model.context_length)
     echoes = await asyncio.to_thread(echo_texts, model.codec, body)
     wire = ChoicesWire.to(body, model.name, CompletionChoices(echoes))
     if body.max_tokens == 0:
@@ -100,6 +102,19 @@ def encode_prompts(codec: TextCodec, body: CompletionBody) -> list[list[int]]:
     if not all(prompts):
         raise InvalidValue("prompt", "A prompt has no tokens; send more text.")
     return prompts
+
+
+def check_room(prompts: list[list[int]], max_tokens: int | None, context_length: int) -> None:
+    """Refuse a count of tokens that is smaller than the context and does not fit behind a prompt.
+
+    OpenAI's completions refuse it too: who names such a count means it. The whole context or more (clients send 4096
+    always) is read as "as much as fits", and so is every count of a chat. Errors: ContextTooLong.
+    """
+    if max_tokens is None or max_tokens >= context_length:
+        return
+    longest = max(map(len, prompts))
+    if longest + max_tokens > context_length:
+        raise ContextTooLong(longest, max_tokens, context_length)
 
 
 def echo_texts(codec: TextCodec, body: CompletionBody) -> tuple[str, ...]:

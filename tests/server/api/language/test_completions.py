@@ -203,6 +203,17 @@ async def test_a_limit_beyond_the_context_is_cut(connect, make_model, max_tokens
     assert body["choices"][0]["finish_reason"] == "length"
 
 
+async def test_a_count_that_does_not_fit_behind_its_prompt_is_refused(connect, make_model):
+    """Smaller than the context of 200 and yet too many; what just fits is taken."""
+    async with connect(make_model(text="x" * 300)) as client:
+        refused = await client.post("/v1/completions", json=ask(prompt=[[5], [5] * 150], max_tokens=51))
+        fits = await complete(client, prompt=[5] * 150, max_tokens=50)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert "200 tokens" in error["message"] and "150 tokens" in error["message"] and "51 were" in error["message"]
+    assert fits["usage"]["total_tokens"] == 200
+
+
 async def test_usage_on_every_chunk_needs_usage(connect, make_model):
     options = {"include_usage": False, "continuous_usage_stats": True}
     async with connect(make_model()) as client:
