@@ -38,8 +38,11 @@ class PositionRope(nn.Module):
         cosine = sine = torch.empty(0)
         for length in sorted(set(lengths.tolist())):
             rows = (lengths == length).nonzero()[:, 0]
-            if self.rope_type == "dynamic" and length > self.original_length:
-                self.inner.max_seq_len_cached = self.original_length  # or shorter lengths than the last would keep its
+            if (
+                self.rope_type == "dynamic"
+            ):  # it keeps the last pass's frequencies where it sees no reason to change them
+                self.inner.inv_freq = self.inner.original_inv_freq.to(self.inner.inv_freq.device)
+                self.inner.max_seq_len_cached = self.original_length
             parts = self.inner(like, position_ids[:, rows], **given)
             if cosine.numel() == 0:
                 cosine, sine = (part.new_empty(1, len(lengths), part.shape[-1]) for part in parts)

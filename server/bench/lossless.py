@@ -1,0 +1,194 @@
+"""A search for a text that serving changes: every prompt plainly, then as it is served, greedy and with a seed.
+
+Served means everything at once: rows by cost, the drafter and lookup, positions the drafter has not seen yet, cached
+prompts, several requests in a pass. The plain twin is one request at a time without any of it, on the same target. A
+search may be ended at any time and taken up again from its report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from server.bench.contestants import GREEDY, Case, EngineContestant
+from server.bench.prompts import Prompt, load_prompts
+from server.bench.texts import Advance, BenchError
+from server.engine.completion import generate
+from server.engine.engine import Engine
+from server.engine.measure import replaced
+from server.engine.request import Request, SamplingParams
+from server.targets.target import PrefillChunk, Target
+from server.text import TextCodec
+
+GROUP = 4  # prompts between two savings of the report
+TIE = 1e-4  # of logits in fp32, for targets whose rows may differ in their last bits
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """suites: prompts are taken from all of them in turn, ``limit`` in all; streams: requests at once, one pass over
+    the texts for each; temperature, top_p: of the seeded texts."""
+
+    suites: tuple[str, ...] = ("humaneval", "mt-bench", "gsm8k")
+    limit: int = 500
+    max_tokens: int = 64
+    streams: tuple[int, ...] = (1, 4)
+    temperature: float = 0.8
+    top_p: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.limit < 1 or self.max_tokens < 2 or not self.streams or min(self.streams) < 1:
+            raise BenchError("a search needs a prompt, two tokens a text and one stream at least")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One text to compare: the case, how it is sampled, and what the target alone writes."""
+
+    case: Case
+    mode: str
+    sampling: SamplingParams
+    plain: tuple[int, ...]
+
+
+class Report:
+    """What was compared so far, in a JSON file: for each format of the weights the prompts done and the counts."""
+
+    def __init__(self, file: Path, target: str, drafter: str, options: SearchOptions) -> None:
+        """Takes up the search in ``file`` where there is one. Errors: BenchError for another search's file."""
+        self.file = file
+        head = {"target": target, "drafter": drafter, "conditions": json.loads(json.dumps(dataclasses.asdict(options)))}
+        self.content: dict[str, Any] = head | {"weights": {}, "counter_examples": []}
+        if file.exists():
+            self.content = read_report(file)
+            if {name: self.content.get(name) for name in head} != head:
+                raise BenchError(f"{file} holds another search; give its options, or name another file")
+
+    def counts(self, weights: str) -> dict[str, Any]:
+        """Of one format: ``prompts`` done, ``too_long``, and for each mode and number of streams the texts."""
+        empty = {"prompts": 0, "too_long": 0, "texts": {}}
+        counts: dict[str, Any] = self.content["weights"].setdefault(weights, empty)
+        return counts
+
+    def add(self, weights: str, name: str, figures: dict[str, int]) -> None:
+        """Count a text under the name of its mode and streams."""
+        texts = self.counts(weights)["texts"].setdefault(name, dict.fromkeys(figures, 0))
+        for key, value in figures.items():
+            texts[key] += value
+
+    @property
+    def counter_examples(self) -> list[dict[str, Any]]:
+        """The texts that differ."""
+        found: list[dict[str, Any]] = self.content["counter_examples"]
+        return found
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        with replaced(self.file) as partial:
+            partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """Errors: BenchError for a file that holds no search."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{file} cannot be read as a search's report: {error}") from error
+    if not isinstance(content, dict):
+        raise BenchError(f"{file} holds no search's report")
+    return content
+
+
+def search_prompts(options: SearchOptions) -> list[Prompt]:
+    """The suites' prompts in turn, so that a search cut short has seen all suites. Errors: SuiteError."""
+    suites = [load_prompts(suite) for suite in options.suites]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*suites))
+    return [prompt for prompt in in_turn if prompt is not None][: options.limit]
+
+
+class Search:
+    """A search with one loaded engine; ``engine`` is the one that serves."""
+
+    def __init__(self, engine: Engine, codec: TextCodec, options: SearchOptions, report: Report) -> None:
+        self.engine = engine
+        self.codec = codec
+        self.options = options
+        self.report = report
+        self.weights = engine.target.info.weights
+        self.alone = Engine(engine.target, None, dataclasses.replace(engine.options, lookup=False, cache_bytes=0))
+        self.numbers = itertools.count()
+
+    def run(self, prompts: Sequence[Prompt], advance: Advance) -> None:
+        """Every prompt that the report has not seen yet. Errors: EngineError where plain decoding fails."""
+        counts = self.report.counts(self.weights)
+        while counts["prompts"] < len(prompts):
+            start = counts["prompts"]
+            group = prompts[start : start + GROUP]
+            jobs = [job for number, prompt in enumerate(group, start) for job in self.jobs(number, prompt)]
+            for streams in self.options.streams:
+                for first in range(0, len(jobs), streams):
+                    self.compare(jobs[first : first + streams], streams)
+            counts["prompts"] += len(group)
+            self.report.save()
+            advance(self.weights, counts["prompts"], len(prompts))
+
+    def jobs(self, number: int, prompt: Prompt) -> Iterator[Job]:
+        """A prompt's texts as the target alone writes them; a chat's later turns follow its own earlier answers."""
+        seeded = SamplingParams(self.options.temperature, self.options.top_p, seed=number)
+        for mode, sampling in (("greedy", GREEDY), ("seeded", seeded)):
+            plain = EngineContestant(f"plain {mode}", self.alone, sampling)
+            messages: list[dict[str, str]] = []
+            for turn in prompt.turns or (None,):
+                if turn is None:
+                    prompt_ids = self.codec.encode(prompt.text or "")
+                else:
+                    messages.append({"role": "user", "content": turn})
+                    prompt_ids = self.codec.chat(messages)
+                if len(prompt_ids) + self.options.max_tokens > self.engine.options.context_length:
+                    self.report.counts(self.weights)["too_long"] += 1
+                    break
+                case = Case(prompt.name, tuple(prompt_ids), self.options.max_tokens, self.codec.stop_ids)
+                text = plain.run(case).token_ids
+                yield Job(case, mode, sampling, text)
+                messages.append({"role": "assistant", "content": self.codec.decode(text)})
+
+    def compare(self, jobs: Sequence[Job], streams: int) -> None:
+        """Serve these texts at once and note what they cost and where they differ."""
+        names = [f"search-{next(self.numbers)}" for _ in jobs]
+        requests = [
+            Request(name, job.case.prompt_ids, job.case.max_tokens, job.sampling, job.case.stop_ids)
+            for name, job in zip(names, jobs, strict=True)
+        ]
+        results = generate(self.engine, requests)
+        for name, job in zip(names, jobs, strict=True):
+            served, stats = tuple(results[name].token_ids), results[name].finished.stats
+            figures = {"texts": 1, "tokens": len(served), "drafted": stats.drafted, "accepted": stats.accepted}
+            self.report.add(self.weights, f"{job.mode}, {streams}", figures | {"cached": stats.cached})
+            if served != job.plain:
+                found = {"weights": self.weights, "mode": job.mode, "streams": streams, "prompt": job.case.name}
+                found |= {"error": results[name].finished.error} | difference(self.engine.target, job, served)
+                self.report.counter_examples.append(found)
+
+
+def difference(target: Target, job: Job, served: Sequence[int]) -> dict[str, Any]:
+    """Where two texts part, and by how much the target alone prefers its own token there, in logits.
+
+    tie: a greedy choice between logits so close that rows which depend on their neighbours may turn it.
+    """
+    position = next(
+        (i for i, (own, other) in enumerate(zip(job.plain, served, strict=False)) if own != other),
+        min(len(job.plain), len(served)),
+    )
+    found: dict[str, Any] = {"position": position, "plain": job.plain[position:], "served": tuple(served[position:])}
+    if position == min(len(job.plain), len(served)):
+        return found | {"gap": None, "tie": False}
+    logits = target.prefill(PrefillChunk(0, [*job.case.prompt_ids, *job.plain[:position]])).logits
+    target.release(0)
+    gap = float(logits[job.plain[position]] - logits[served[position]])
+    is_tie = not target.info.exact_rows and job.mode == "greedy" and abs(gap) < TIE
+    return found | {"gap": gap, "tie": is_tie}
