@@ -71,18 +71,21 @@ class Segment:
             return None
         key = (group, window, dtype)
         if key not in self.biases:
-            hidden = torch.zeros(self.num_rows, self.num_keys, dtype=dtype)
-            hidden.masked_fill_(~self.seen(window), float("-inf"))
-            self.biases[key] = hidden.repeat(group, 1).to(device)
+            hidden = torch.zeros(self.num_rows, self.num_keys, dtype=dtype, device=device)
+            hidden.masked_fill_(~self.seen(window, device), float("-inf"))
+            self.biases[key] = hidden.repeat(group, 1)
         return self.biases[key]
 
-    def seen(self, window: int | None) -> Tensor:
-        """bool [n, keys], True where a row looks: prefix, its own path, and of those the last ``window`` positions."""
-        seen = torch.ones(self.num_rows, self.num_keys, dtype=torch.bool)
+    def seen(self, window: int | None, device: torch.device) -> Tensor:
+        """bool [n, keys], True where a row looks: prefix, its own path, and of those the last ``window`` positions.
+
+        It is made on ``device``: of all that it holds, only the tail may have to be moved there.
+        """
+        seen = torch.ones(self.num_rows, self.num_keys, dtype=torch.bool, device=device)
         if self.tail_mask is None:
             seen.tril_(self.prefix)
         else:
-            seen[:, self.prefix :] = self.tail_mask.cpu()
+            seen[:, self.prefix :] = self.tail_mask.to(device)
         if window is None:
             return seen
         # 1 for the row itself, 2 for its parent, ...: in a tree, positions are counted along the path.

@@ -26,6 +26,7 @@ from server.engine.calibration import DRAFTER, Calibration
 from server.engine.candidates import NOTHING, Candidates, choose_rows, learn_unused, merge, sorted_gains
 from server.engine.cost import Costs, best_count
 from server.engine.sequence import RunningSequence
+from server.placement.recovery import Recovery
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,6 @@ Result = TypeVar("Result")
 
 PLAIN = Proposal()
 ROUNDS_TO_CATCH_UP = 4  # over which the cost of showing the drafter what it has missed is spread
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0
 
 
 class DraftingState(enum.StrEnum):
@@ -51,25 +51,6 @@ class DraftingStatus:
 
     state: DraftingState
     reason: str = ""
-
-
-@dataclass
-class Recovery:
-    """When a drafter that failed is tried again."""
-
-    reason: str = ""
-    pause_s: float = 0.0
-    until: float = 0.0
-
-    def failed(self, reason: str, now: float) -> None:
-        """Pause, twice as long as the last time in a row."""
-        self.reason = reason
-        self.pause_s = min(max(2 * self.pause_s, FIRST_PAUSE_S), LONGEST_PAUSE_S)
-        self.until = now + self.pause_s
-
-    def succeeded(self) -> None:
-        """The drafter works."""
-        self.reason, self.pause_s = "", 0.0
 
 
 @dataclass(frozen=True)

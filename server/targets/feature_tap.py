@@ -64,7 +64,8 @@ class FeatureTap:
         """The selected layers of the pass that gave ``last`` [rows, hidden], side by side."""
         if self.selected == (LAST,):
             return last
-        return torch.cat([last if name == LAST else self.captured[name] for name in self.selected], dim=-1)
+        found = [last if name == LAST else self.captured[name] for name in self.selected]
+        return torch.cat([part.to(last.device, last.dtype) for part in found], dim=-1)  # a split target has two devices
 
     def _catcher(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def catch(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:

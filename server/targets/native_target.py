@@ -122,17 +122,27 @@ class NativeTarget(TorchTarget):
     @torch.inference_mode()
     def _forward(self, segments: Sequence[Segment], token_ids: list[int], positions: list[int]) -> Tensor:
         """Features [rows, hidden] after the final norm, fp32."""
+        hidden, row_pass = self._begin(segments, token_ids, positions)
+        self._run(hidden, row_pass, range(len(self.stack)))
+        return rms_norm(hidden, self.norm_weight, self.norm_epsilon)
+
+    def _begin(
+        self, segments: Sequence[Segment], token_ids: list[int], positions: list[int]
+    ) -> tuple[Tensor, LayerPass]:
+        """The rows' embeddings [rows, hidden] fp32, and the pass that they go on."""
         for segment in segments:
             self.slots.check(segment)
         hidden = functional.embedding(torch.tensor(token_ids), self.embedding()).float()
-        row_pass = LayerPass(self.slots, segments, *self.angles(positions))
-        done = 0
-        for index in sorted(self.tap.wanted):
+        return hidden, LayerPass(self.slots, segments, *self.angles(positions))
+
+    def _run(self, hidden: Tensor, row_pass: LayerPass, layers: range) -> None:
+        """Rows through these layers, in place; wanted inputs of layers are kept."""
+        done = layers.start
+        for index in sorted(self.tap.wanted.keys() & set(layers)):
             decoder_layers(hidden, self.stack, row_pass, range(done, index))
             self.tap.record(index, hidden)
             done = index
-        decoder_layers(hidden, self.stack, row_pass, range(done, len(self.stack)))
-        return rms_norm(hidden, self.norm_weight, self.norm_epsilon)
+        decoder_layers(hidden, self.stack, row_pass, range(done, layers.stop))
 
 
 def load_target(

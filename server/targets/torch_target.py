@@ -184,14 +184,18 @@ class TorchTarget:
 
     def verify(self, rows: Sequence[VerifyRows]) -> list[Verified]:
         """One pass over the rows of all requests; they stay behind the committed rows until ``keep``."""
+        last = self._forward(*self._rows_of(rows))
+        return share_out(TorchOutputs(self.tap.features(last), last, self.head), rows)
+
+    def _rows_of(self, rows: Sequence[VerifyRows]) -> tuple[list[Segment], list[int], list[int]]:
+        """Segments, tokens and positions of a verify pass."""
         segments, token_ids, positions = [], list[int](), list[int]()
         for part in rows:
             length = self.slots.lengths[part.slot]
             segments.append(tree_segment(part.slot, length, part.proposal.row_parents, CPU))
             token_ids += [part.root_id, *part.proposal.token_ids]
             positions += [length, *(length + depth for depth in part.proposal.depths)]
-        last = self._forward(segments, token_ids, positions)
-        return share_out(TorchOutputs(self.tap.features(last), last, self.head), rows)
+        return segments, token_ids, positions
 
     def select_features(self, layers: Sequence[str]) -> None:
         """Capture these layers from now on."""
