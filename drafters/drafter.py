@@ -56,10 +56,6 @@ class Drafter(Protocol):
         """Take in committed positions: after each prefill chunk and after each round, all requests in one call."""
         ...
 
-    def fork(self, source: int, slot: int, length: int) -> None:
-        """Let ``slot`` start from the first ``length`` observed positions of ``source``."""
-        ...
-
     def release(self, slot: int) -> None:
         """Forget a request; its slot may be used again."""
         ...

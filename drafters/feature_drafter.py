@@ -64,18 +64,6 @@ class FeatureDrafter(ABC):
     def grow(self, slots: Sequence[int], budget: Budget) -> list[Proposal]:
         """One tree for each of these slots, which have all observed something."""
 
-    def fork(self, source: int, slot: int, length: int) -> None:
-        """Copy the first ``length`` pairs of ``source``.
-
-        Pair ``length - 1`` holds the token AFTER that position, so both requests must agree on ``length + 1`` tokens.
-        Unless the whole slot is copied, the fork proposes nothing until it has observed a position of its own.
-        """
-        self.slots.fork(source, slot, length)
-        self.ready.discard(slot)
-        if source in self.ready and length == self.slots.lengths[source]:
-            self.last_outputs[slot] = self.last_outputs[source]
-            self.ready.add(slot)
-
     def release(self, slot: int) -> None:
         """Empty the slot."""
         self.slots.release(slot)

@@ -77,11 +77,6 @@ class NGramDrafter:
     def observe(self, batch: Sequence[Observation]) -> None:
         """Nothing to take in: the committed tokens come with ``propose``."""
 
-    def fork(self, source: int, slot: int, length: int) -> None:
-        """The new request's tokens come with its first ``propose``, so it begins with an empty index."""
-        del source, length
-        self.release(slot)
-
     def release(self, slot: int) -> None:
         """Forget the request's runs."""
         self.indices.pop(slot, None)

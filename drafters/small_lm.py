@@ -112,10 +112,6 @@ class SmallLMDrafter:
     def observe(self, batch: Sequence[Observation]) -> None:
         """Nothing to take in: the committed tokens come with ``propose``."""
 
-    def fork(self, source: int, slot: int, length: int) -> None:
-        """Copy what is there of the first ``length`` positions; the rest is caught up with."""
-        self.slots.fork(source, slot, min(length, self.slots.lengths[source]))
-
     def release(self, slot: int) -> None:
         """Empty the slot."""
         self.slots.release(slot)

@@ -53,9 +53,6 @@ class OracleDrafter:
     def observe(self, batch: Sequence[Observation]) -> None:
         pass
 
-    def fork(self, source: int, slot: int, length: int) -> None:
-        pass
-
     def release(self, slot: int) -> None:
         pass
 

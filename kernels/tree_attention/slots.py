@@ -218,14 +218,6 @@ class KVSlots:
                 store.narrow(2, length + moved[0][0], len(moved)).copy_(store.index_select(2, source))
         self.lengths[slot] = length + len(rows)
 
-    def fork(self, source: int, slot: int, length: int) -> None:
-        """Copy the first ``length`` committed rows of ``source`` into ``slot``."""
-        if length > self.lengths[source]:
-            raise SlotError(f"slot {source} has {self.lengths[source]} committed rows; {length} are asked for")
-        for store in self.stores:
-            store[:, slot, :, :length] = store[:, source, :, :length]
-        self.lengths[slot] = length
-
     def read_rows(self, slot: int, start: int, stop: int) -> tuple[Tensor, ...]:
         """Copies of committed rows start .. stop-1, one tensor for each of ``stores``."""
         if not 0 <= start < stop <= self.lengths[slot]:

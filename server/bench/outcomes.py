@@ -87,10 +87,6 @@ class RecordingDrafter:
         """The drafter's affair."""
         self.drafter.observe(batch)
 
-    def fork(self, source: int, slot: int, length: int) -> None:
-        """The drafter's affair."""
-        self.drafter.fork(source, slot, length)
-
     def release(self, slot: int) -> None:
         """The drafter's affair."""
         self.drafter.release(slot)

@@ -85,11 +85,6 @@ class SimulatedDrafter:
     def observe(self, batch: Sequence[Observation]) -> None:
         """Nothing to learn: it knows."""
 
-    def fork(self, source: int, slot: int, length: int) -> None:
-        """The text is found by the tokens that come with ``propose``."""
-        del source, length
-        self.release(slot)
-
     def release(self, slot: int) -> None:
         """Forget which text the slot was on."""
         self.by_slot.pop(slot, None)

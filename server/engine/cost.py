@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 DRIFT_RATE, SHAPE_RATE = 0.1, 0.03
 WILDEST_RATIO = 2.0  # one pass that took longer than this times what was expected says that much and no more
+PACE_RATE = 0.5
+UNKNOWN_ROW_S, FEWEST_ROWS = 0.002, 16  # of a prompt's token before any was read; of a chunk that tells
 UNKNOWN_SLOPE = 0.1  # of T(1) for each further row, where nothing but T(1) is known
 
 
@@ -66,6 +68,27 @@ class VerifyCost:
         return max(self.points[first] + slope * (rows - first), self.points[known[0]] * min(1.0, rows / known[0]))
 
 
+class PrefillPace:
+    """Seconds that a token of a prompt takes, everything included, as the chunks read so far show."""
+
+    def __init__(self, row_s: float = UNKNOWN_ROW_S) -> None:
+        self.row_s = row_s
+
+    def seconds(self, rows: int) -> float:
+        """To read so many tokens."""
+        return rows * self.row_s
+
+    def rows_in(self, seconds: float) -> int:
+        """Tokens that are read in so long a time."""
+        return int(seconds / self.row_s)
+
+    def record(self, rows: int, seconds: float) -> None:
+        """A chunk took so long; of a small one the fixed part of every pass would be taken for its rows'."""
+        if rows >= FEWEST_ROWS:
+            ratio = min(max(seconds / rows / self.row_s, 1 / WILDEST_RATIO), WILDEST_RATIO)
+            self.row_s *= ratio**PACE_RATE
+
+
 @dataclass
 class DraftCost:
     """Seconds of drafting for a batch: a part that every round pays, one for each level of the trees, and one for each
@@ -103,6 +126,11 @@ class Costs:
     verify: VerifyCost
     draft: DraftCost
     overhead_s: float = 0.0
+
+    def prefill_pace(self) -> PrefillPace:
+        """What a prompt's token will take, before one was read: its share of the largest pass measured."""
+        rows = max(self.verify.points)
+        return PrefillPace(self.verify.seconds(rows) / rows)
 
     def rate(self, num_requests: int, gain: float, nodes: int, draft_s: float = 0.0) -> float:
         """Tokens per second of a round: one token for each request and ``gain`` more, with so many drafted nodes."""

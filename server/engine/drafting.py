@@ -11,7 +11,7 @@ import enum
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -150,6 +150,12 @@ class Drafting:
         if self.drafter is not None and self.backlog is not None:
             self.backlog.release(slot)
             self.drafter.release(slot)
+
+    def check_integrity(self, held: Collection[int]) -> None:
+        """Raises DrafterError where something waits for a slot that nobody holds."""
+        stray = set(self.backlog.waiting if self.backlog is not None else ()) - set(held)
+        if stray:
+            raise DrafterError(f"positions wait for the slots {sorted(stray)}, which nobody holds")
 
     def failed(self, error: Exception) -> None:
         """The drafter, or the tree it proposed, broke a round."""

@@ -1,14 +1,14 @@
 """The loop: requests in, events out. Everything else in this folder is a part of one of these lines.
 
-1. Admit: waiting requests get free slots, in the scheduler's order.
-2. Prefill: the target runs one chunk of one prompt; behind the last chunk its own choice is the first token.
+1. Admit: waiting requests get free slots and rows, the most urgent first; where rows run out the least urgent waits.
+2. Prefill: the target reads one chunk of one text; behind a prompt's last chunk its own choice is the first token.
 3. Propose: ``Drafting`` gives each decoding request a tree of tokens, or an empty one, which is plain decoding.
 4. Verify: the target runs all rows of all requests in one forward pass; each request gets its share of it.
 5. Accept: the path of the tree along the target's own choices, and the choice behind it, become the request's text.
 6. Keep: the target commits the path's rows; all others are dropped. A request that has ended frees its slot.
 7. Observe: what was committed waits, with the target's true features, until the drafter is next asked for a tree.
 8. An error ends the one request it belongs to; an error in drafting ends none: the round goes on without drafts.
-9. The text of a request is the same whatever is drafted, and whoever runs beside it: rows 3 and 7 change speed only.
+9. The text of a request is the same whatever is drafted, whoever runs beside it, and however often it had to wait.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from drafters.drafter import Drafter
 from drafters.proposal import Budget
 from server.engine.acceptance import Accepted, accept
 from server.engine.candidates import NOTHING, Candidates
-from server.engine.cost import Costs
+from server.engine.cost import Costs, PrefillPace
 from server.engine.drafting import Drafting, DraftingOptions
 from server.engine.prefix_cache import PrefixCache
 from server.engine.request import (
@@ -36,25 +36,34 @@ from server.engine.request import (
     TokensEvent,
 )
 from server.engine.sampling import chooser, prompt_chooser
-from server.engine.scheduler import Scheduler
+from server.engine.scheduler import Limits, Scheduler
 from server.engine.sequence import RunningSequence, Status
 from server.targets.target import PrefillChunk, Target, Verified, VerifyRows
 
 logger = logging.getLogger(__name__)
 
+OBSERVED_ROWS = 256  # positions of one request that the drafter is shown in a call
+
 
 @dataclass(frozen=True)
 class EngineOptions:
     """max_seqs: requests that run at once; context_length: prompt and output together; budget: the largest tree of a
-    request; prefill_chunk: prompt tokens between two rounds of the others; lookup: whether chains copied from a
-    request's own text are drafted; cache_bytes: the most that cached prompts may take, 0 keeps none."""
+    request; prefill_chunk: tokens of a prompt's chunk on targets without exact rows, on others time decides; lookup:
+    whether chains copied from a request's own text are drafted; cache_bytes: the most that cached prompts may take, 0
+    keeps none; pool_rows: rows that all slots together may hold, None: every slot may be full."""
 
     max_seqs: int = 4
     context_length: int = 2048
     budget: Budget = field(default_factory=Budget)
-    prefill_chunk: int = 256
+    prefill_chunk: int = 64
     lookup: bool = False
     cache_bytes: int = 0
+    pool_rows: int | None = None
+
+    @property
+    def longest(self) -> int:
+        """Rows that one request may need."""
+        return self.context_length + self.budget.rows
 
 
 @dataclass
@@ -85,10 +94,15 @@ class Engine:
         self, target: Target, drafter: Drafter | None, options: EngineOptions, costs: Costs | None = None
     ) -> None:
         """``costs`` of target and drafter: rows are chosen by them; None: trees are as large as the budget allows."""
+        num_rows = options.max_seqs * options.longest if options.pool_rows is None else options.pool_rows
+        if num_rows < options.longest:
+            raise EngineError(f"a pool of {num_rows} rows holds no request of {options.longest}")
         self.target = target
         self.options = options
-        self.scheduler = Scheduler(options.max_seqs)
-        drafting = DraftingOptions(options.budget, options.lookup, options.prefill_chunk, target.info.vocab_size)
+        fixed_chunk = None if target.info.exact_rows else options.prefill_chunk
+        limits = Limits(options.max_seqs, num_rows, options.budget.rows, fixed_chunk)
+        self.scheduler = Scheduler(limits, PrefillPace() if costs is None else costs.prefill_pace())
+        drafting = DraftingOptions(options.budget, options.lookup, OBSERVED_ROWS, target.info.vocab_size)
         self.drafting = Drafting(drafter, drafting, costs)
         cached = options.cache_bytes > 0
         self.prefixes = PrefixCache(target, options.prefill_chunk, options.cache_bytes) if cached else None
@@ -115,45 +129,53 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One turn: a chunk of a prompt, then a round of everything that decodes."""
+        while (sequence := self.scheduler.in_the_way()) is not None:
+            self._preempt(sequence)
         self.scheduler.admit()
         events: list[Event] = []
         waiting = self.scheduler.next_prefill()
         if waiting is not None:
             events += self._alone(waiting, functools.partial(self._prefill, waiting))
+        while (sequence := self.scheduler.crowded_out()) is not None:
+            self._preempt(sequence)
         decoding = self.scheduler.decoding()
         if decoding:
             events += self._round(decoding)
         return events
 
     def check_integrity(self) -> None:
-        """Raises EngineError where a slot has leaked; for idle moments and tests."""
+        """Raises EngineError where a slot, a row or a page has leaked; for idle moments and tests."""
         self.scheduler.check_integrity()
+        held = {sequence.slot for sequence in self.scheduler.running.values()}
+        self.drafting.check_integrity(held)
         if self.prefixes is not None:
-            self.prefixes.pages.check_integrity()
+            self.prefixes.check_integrity(held)
 
     def _prefill(self, sequence: RunningSequence) -> list[Event]:
-        """One chunk of one prompt; behind the last chunk, the first token."""
+        """One chunk of one text; behind the last chunk of a prompt, the first token."""
+        started = time.perf_counter()
         if sequence.num_rows == 0:
             self._restore(sequence)
         start = sequence.num_rows
-        chunk = sequence.request.prompt_ids[start : start + self.options.prefill_chunk]
+        chunk = sequence.token_ids[start : start + self.scheduler.chunk_rows(sequence)]
         result = self.target.prefill(PrefillChunk(sequence.slot, chunk))
-        sequence.prefilled(len(chunk))
+        sequence.read(len(chunk))
         if self.prefixes is not None:
             self.prefixes.extend(sequence, result.features)
             if sequence.status is Status.DECODING:
                 self.prefixes.keep(sequence)
         events: list[Event] = []
-        if sequence.status is Status.DECODING:
+        if sequence.status is Status.DECODING and sequence.num_output == 0:
             events = self._commit(sequence, Accepted((), (prompt_chooser(sequence, result.logits)(0, ()),)))
         if sequence.is_running:
             next_ids = sequence.token_ids[start + 1 : start + 1 + len(chunk)]
             self.drafting.observe(sequence, result.features, next_ids)
             self.drafting.catch_up()
+        self.scheduler.pace.record(len(chunk), time.perf_counter() - started)
         return events
 
     def _restore(self, sequence: RunningSequence) -> None:
-        """Take over what is known of a prompt; the drafter learns of it as of anything else."""
+        """Take over what is known of a text; the drafter learns of it as of anything else."""
         features = None if self.prefixes is None else self.prefixes.restore(sequence)
         if self.prefixes is not None and features is not None:
             self.prefixes.extend(sequence, features)
@@ -243,16 +265,33 @@ class Engine:
 
     def _end(self, sequence: RunningSequence, reason: FinishReason, error: str | None = None) -> FinishedEvent:
         """Take a request out, wherever it is, and free what it held."""
-        if self.prefixes is not None and sequence.is_running:
-            if error is None:
+        self._keep_pages(sequence, error is None)
+        self._free(self.scheduler.remove(sequence))
+        sequence.timings.finished = time.monotonic()
+        return FinishedEvent(sequence.request_id, reason, sequence.stats, sequence.timings, error)
+
+    def _preempt(self, sequence: RunningSequence) -> None:
+        """Back into the queue; its tokens stay, its rows are read again, from the cache as far as that has them."""
+        logger.info("request %s gives its rows back and waits for room", sequence.request_id)
+        self._keep_pages(sequence)
+        self._free(self.scheduler.preempt(sequence))
+
+    def _keep_pages(self, sequence: RunningSequence, are_good: bool = True) -> None:
+        """What a request that leaves its slot has read stays in the cache."""
+        if self.prefixes is None or not sequence.is_running:
+            return
+        try:
+            if are_good:
                 self.prefixes.keep(sequence)
-            self.prefixes.release(sequence.slot)
-        slot = self.scheduler.remove(sequence)
+        except Exception:  # without memory, say: then it is read again
+            logger.warning("the pages of request %s could not be kept", sequence.request_id, exc_info=True)
+        self.prefixes.release(sequence.slot)
+
+    def _free(self, slot: int | None) -> None:
+        """Nobody holds this slot any more."""
         if slot is not None:
             self.target.release(slot)
             self.drafting.release(slot)
-        sequence.timings.finished = time.monotonic()
-        return FinishedEvent(sequence.request_id, reason, sequence.stats, sequence.timings, error)
 
     def _account(self, turns: Sequence[Turn], num_tokens: int, moments: Sequence[float]) -> None:
         """Share the round's time out, and tell drafting what it gave."""

@@ -9,6 +9,7 @@ are kept.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -39,14 +40,16 @@ class PrefixCache:
         self.features: dict[int, list[Tensor]] = {}
 
     def restore(self, sequence: RunningSequence) -> Tensor | None:
-        """Fill an empty slot with what is known of its prompt, all but the last token at most; its features."""
-        prompt = sequence.request.prompt_ids[: sequence.num_prompt - 1]
-        found = self.pages.find(prompt, sequence.request.cache_salt)
+        """Fill an empty slot with what is known of its text, all but the last token at most; its features."""
+        text = sequence.token_ids[: sequence.num_readable - 1]
+        found = self.pages.find(text, sequence.request.cache_salt)
         if not found:
             return None
         for page in found:
             self.target.write_rows(sequence.slot, page.content.rows)
-        sequence.num_rows = sequence.stats.cached = len(found) * self.pages.page_size
+        sequence.num_rows = len(found) * self.pages.page_size
+        if not sequence.num_output:
+            sequence.stats.cached = sequence.num_rows
         return torch.cat([page.content.features for page in found])
 
     def extend(self, sequence: RunningSequence, features: Tensor) -> None:
@@ -70,3 +73,9 @@ class PrefixCache:
     def release(self, slot: int) -> None:
         """A request has left its slot."""
         self.features.pop(slot, None)
+
+    def check_integrity(self, held: Collection[int]) -> None:
+        """Raises ValueError where bytes are miscounted, or features are kept for a slot that nobody holds."""
+        self.pages.check_integrity()
+        if stray := set(self.features) - set(held):
+            raise ValueError(f"features are kept for the slots {sorted(stray)}, which nobody holds")

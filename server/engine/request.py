@@ -92,7 +92,9 @@ class Request:
 
     stop_ids end the text when the target emits one of them; the stop id itself is the last token reported.
     ``draft`` False asks for plain decoding. grammar: what the answer follows; min_tokens: before a stop id may come.
-    Cached prompts are shared only among requests of one ``cache_salt``.
+    Cached prompts are shared only among requests of one ``cache_salt``. priority: requests of a smaller number go first
+    and may take the place of those of a larger one, which wait; deadline_s: seconds within which the first token is
+    wanted, None: the longer the prompt, the later.
     """
 
     request_id: str
@@ -105,6 +107,8 @@ class Request:
     grammar: TokenFilter | None = None
     min_tokens: int = 0
     cache_salt: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
 
     @property
     def takes_argmax(self) -> bool:

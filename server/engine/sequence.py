@@ -24,10 +24,11 @@ class Status(enum.Enum):
 class RunningSequence:
     """Everything the engine knows of one request, from submission to its end.
 
-    token_ids: every committed token, prompt first; num_rows: tokens whose rows the target holds; seed: of
-    its sampling, drawn when the request names none; held_slot: None while it waits and once it has ended; drafts:
-    whether it is drafted for, as it asked and until its rows in the drafter are spoilt; penalties: what its tokens take
-    from the logits; record: how its drafts fared.
+    token_ids: every committed token, prompt first; num_rows: tokens whose rows the target holds; reserved: rows of the
+    pool that are kept for it; seed: of its sampling, drawn when the request names none; held_slot: None while it waits
+    and once it has ended; drafts: whether it is drafted for, as it asked and until its rows in the drafter are spoilt;
+    urgency: the scheduler's order, the smallest first; penalties: what its tokens take from the logits; record: how its
+    drafts fared.
     """
 
     request: Request
@@ -38,6 +39,8 @@ class RunningSequence:
     status: Status = Status.WAITING
     held_slot: int | None = None
     num_rows: int = 0
+    reserved: int = 0
+    urgency: tuple[int, float, int] = (0, 0.0, 0)
     stats: DraftStats = field(default_factory=DraftStats)
     timings: Timings = field(default_factory=Timings)
     record: RequestRecord = field(default_factory=RequestRecord)
@@ -79,10 +82,15 @@ class RunningSequence:
         """Tokens the request may still get."""
         return self.request.max_tokens - self.num_output
 
-    def prefilled(self, num_tokens: int) -> None:
-        """The target holds so many more of the prompt's rows; behind the last one the request decodes."""
+    @property
+    def num_readable(self) -> int:
+        """Tokens to read before it decodes: its prompt, or all but the newest token where it has begun to answer."""
+        return len(self.token_ids) - 1 if self.num_output else self.num_prompt
+
+    def read(self, num_tokens: int) -> None:
+        """The target holds so many more rows of its text; behind the last one to read it decodes."""
         self.num_rows += num_tokens
-        if self.num_rows == self.num_prompt:
+        if self.num_rows == self.num_readable:
             self.status = Status.DECODING
 
     def commit(self, token_ids: tuple[int, ...]) -> tuple[tuple[int, ...], FinishReason | None]:

@@ -71,11 +71,11 @@ class EngineThread:
     def status(self) -> EngineStatus:
         """Numbers for health checks; a moment old."""
         scheduler = self.engine.scheduler
-        free = len(scheduler.free_slots)
+        slots, free = scheduler.limits.num_slots, len(scheduler.free_slots)
         with self.lock:
-            running = scheduler.num_slots - free
+            running = slots - free
             waiting = max(0, len(self.unfinished) - running)
-        return EngineStatus(running, waiting, scheduler.num_slots, free, self.engine.drafting.status)
+        return EngineStatus(running, waiting, slots, free, self.engine.drafting.status)
 
     def submit(self, request: Request) -> None:
         """Hand a request in. Errors: EngineStopped, QueueFull, what ``Engine.check`` refuses."""

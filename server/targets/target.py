@@ -1,4 +1,4 @@
-"""What the engine asks of a target: prefill, verify, keep, fork, release."""
+"""What the engine asks of a target: prefill, verify, keep, release, and rows out and in again."""
 
 from __future__ import annotations
 
@@ -137,10 +137,6 @@ class Target(Protocol):
 
     def write_rows(self, slot: int, rows: Sequence[Tensor]) -> None:
         """Commit rows that ``read_rows`` gave behind those a slot has; they must be of the same positions."""
-        ...
-
-    def fork(self, source: int, slot: int, length: int) -> None:
-        """Let ``slot`` start from the first ``length`` committed rows of ``source``."""
         ...
 
     def release(self, slot: int) -> None:

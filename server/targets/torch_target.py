@@ -213,10 +213,6 @@ class TorchTarget:
         """Commit rows read earlier."""
         self.slots.write_rows(slot, rows)
 
-    def fork(self, source: int, slot: int, length: int) -> None:
-        """Copy committed rows."""
-        self.slots.fork(source, slot, length)
-
     def release(self, slot: int) -> None:
         """Empty a slot."""
         self.slots.release(slot)

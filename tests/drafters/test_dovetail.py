@@ -145,25 +145,6 @@ def test_dropped_rows_are_never_read() -> None:
     assert drafter.propose([DraftState(0, [])], Budget()) == want
 
 
-def test_fork_of_a_whole_slot_goes_on_like_its_source() -> None:
-    drafter = create()
-    observe(drafter, 0, 6, 0)
-    drafter.fork(0, 1, 6)
-    first, second = drafter.propose([DraftState(0, []), DraftState(1, [])], Budget())
-    assert_same_tree(first, second)
-    assert len(first) == 15
-
-
-def test_fork_of_a_prefix_waits_for_its_own_position() -> None:
-    drafter = create()
-    features, token_ids = pairs(8, 0)
-    drafter.observe([Observation(0, features, token_ids)])
-    drafter.fork(0, 1, 5)
-    assert drafter.propose([DraftState(1, [])], Budget()) == [Proposal()]
-    drafter.observe([Observation(1, features[5:], token_ids[5:])])
-    torch.testing.assert_close(drafter.last_outputs[1], drafter.last_outputs[0])
-
-
 def test_a_released_slot_starts_anew() -> None:
     drafter = create()
     observe(drafter, 0, 6, 0)

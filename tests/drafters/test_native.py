@@ -204,10 +204,10 @@ def test_a_slot_nearly_full_drafts_shallower_and_a_full_one_still_one_level() ->
     assert max(drafter.propose(states([0]), Budget(20, 2, 5))[0].depths) == 1
 
 
-def test_forked_and_released_slots() -> None:
+def test_slots_that_saw_the_same_draft_the_same_until_they_are_released() -> None:
     _, drafter = create_pair()
-    drafter.observe([observation(0, 6)])
-    drafter.fork(0, 1, 6)
+    seen = observation(0, 6)
+    drafter.observe([seen, Observation(1, seen.features, seen.next_ids)])
     first, second = drafter.propose(states([0, 1]), Budget())
     assert first == second
     drafter.release(0)

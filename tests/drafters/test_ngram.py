@@ -49,9 +49,6 @@ def test_a_slot_used_again_knows_nothing_of_its_past() -> None:
     drafter.propose([DraftState(0, [1, 2, 1, 2, 1])], Budget())
     drafter.release(0)
     assert drafter.propose([DraftState(0, [5, 6, 1])], Budget()) == [Proposal()]
-    drafter.propose([DraftState(1, [1, 2, 1, 2, 1])], Budget())
-    drafter.fork(0, 1, 2)
-    assert drafter.propose([DraftState(1, [5, 6, 2])], Budget()) == [Proposal()]
 
 
 @pytest.mark.parametrize(("longest", "shortest"), [(3, 0), (1, 2)])

@@ -73,14 +73,14 @@ def test_capped_scores_equal_the_formula() -> None:
         torch.testing.assert_close(got[1, row], want)
 
 
-def test_keep_moves_the_path_and_fork_copies_it() -> None:
+def test_keep_moves_the_path_and_rows_are_put_back() -> None:
     slots = filled_slots()
     before = slots.keys.clone()
     slots.lengths[1] = 4
     slots.keep(1, [0, 2, 5])
     assert slots.lengths[1] == 7
     assert torch.equal(slots.keys[:, 1, :, 4:7], before[:, 1, :, [4, 6, 9]])
-    slots.fork(1, 2, 6)
+    slots.write_rows(2, slots.read_rows(1, 0, 6))
     assert slots.lengths[2] == 6
     assert torch.equal(slots.keys[:, 2, :, :6], slots.keys[:, 1, :, :6])
     slots.release(1)
@@ -96,7 +96,7 @@ def test_misuse_is_refused_by_name() -> None:
     with pytest.raises(SlotError, match="rising order"):
         slots.keep(0, [0, 2, 1])
     with pytest.raises(SlotError, match="0 committed rows"):
-        slots.fork(0, 1, 1)
+        slots.read_rows(0, 0, 1)
     with pytest.raises(SlotError, match="parent"):
         tree_segment(0, 0, [-1, 2, 0], CPU)
 
@@ -115,7 +115,7 @@ def test_int8_rows_are_near_what_they_hold() -> None:
     assert (error[usual] <= 0.5001 * scale[usual]).all()
 
 
-def test_int8_slots_store_attend_keep_and_fork() -> None:
+def test_int8_slots_store_attend_keep_and_copy() -> None:
     torch.manual_seed(0)
     slots = KVSlots(2, 40, 2, 2, 8, torch.int8, CPU)
     plain = KVSlots(2, 40, 2, 2, 8, torch.float32, CPU)
@@ -128,7 +128,7 @@ def test_int8_slots_store_attend_keep_and_fork() -> None:
     want = tree_attention_reference(query, plain, 1, [segment], 0.3)
     assert 0 < (got - want).norm() < 0.02 * want.norm()
     slots.keep(1, [0, 4, 7])
-    slots.fork(1, 0, 3)
+    slots.write_rows(0, slots.read_rows(1, 0, 3))
     for store in slots.stores:
         assert torch.equal(store[1, 0, :, :3], store[1, 1, :, :3])
     assert torch.equal(slots.key_scales[1, 0, :, 1], quantise_rows(keys)[1][:, 4])  # type: ignore[index]

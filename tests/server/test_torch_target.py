@@ -59,15 +59,15 @@ def test_keep_commits_the_path_and_nothing_else(pair: tuple[torch.nn.Module, Tor
     torch.testing.assert_close(got, plain(model, [1, 2, 3, 9, 11, 13, 20])[1][-1], atol=1e-5, rtol=1e-4)
 
 
-def test_chunked_prefill_and_fork_equal_one_pass(pair: tuple[torch.nn.Module, TorchTarget]) -> None:
+def test_chunked_prefill_and_rows_put_back_equal_one_pass(pair: tuple[torch.nn.Module, TorchTarget]) -> None:
     model, target = pair
     prompt = list(range(1, 14))
     for start in range(0, len(prompt), 5):
         last = target.prefill(PrefillChunk(0, prompt[start : start + 5]))
     torch.testing.assert_close(last.logits, plain(model, prompt)[1][-1], atol=1e-5, rtol=1e-4)
-    target.fork(0, 1, 7)
-    forked = target.prefill(PrefillChunk(1, [60, 61]))
-    torch.testing.assert_close(forked.logits, plain(model, [*prompt[:7], 60, 61])[1][-1], atol=1e-5, rtol=1e-4)
+    target.write_rows(1, target.read_rows(0, 0, 7))
+    restored = target.prefill(PrefillChunk(1, [60, 61]))
+    torch.testing.assert_close(restored.logits, plain(model, [*prompt[:7], 60, 61])[1][-1], atol=1e-5, rtol=1e-4)
     target.release(0)
     assert target.slots.lengths[:2] == [0, 9]
 

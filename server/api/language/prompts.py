@@ -46,6 +46,8 @@ def plan_requests(
             draft=body.speculative.enabled,
             grammar=None if grammar is None else grammar(),
             min_tokens=min(body.min_tokens, limit),
+            priority=body.priority,
+            deadline_s=None if body.deadline_ms is None else body.deadline_ms / 1000,
         )
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         for choice in range(body.num_choices)

@@ -19,6 +19,7 @@ MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_CHOICES = 128
+MAX_DEADLINE_MS = 24 * 3600 * 1000
 AS_MUCH_AS_FITS = -1
 
 TokenIds = list[int]
@@ -101,7 +102,6 @@ class GenerationBody(RequestBody):
         "return_token_ids": (False,),
         "return_tokens_as_token_ids": (False,),
         "truncate_prompt_tokens": (),
-        "priority": (0,),
         "store": (False,),
     }
 
@@ -128,6 +128,12 @@ class GenerationBody(RequestBody):
     stop_token_ids: list[WholeNumber] = Field([], max_length=MAX_STOP_TOKEN_IDS)
     ignore_eos: bool = False
     min_tokens: WholeNumber = Field(0, ge=0, description="Tokens before the model may end the text.")
+    priority: WholeNumber = Field(
+        0, ge=-(2**31), le=2**31 - 1, description="Smaller numbers go first, and take the place of larger ones."
+    )
+    deadline_ms: WholeNumber | None = Field(
+        None, ge=1, le=MAX_DEADLINE_MS, description="When the first token is wanted; orders the queue, cancels nothing."
+    )
     response_format: dict[str, Any] | None = Field(None, description="type text, json_object or json_schema")
     structured_outputs: dict[str, Any] | None = Field(None, description="json, regex, choice, grammar or json_object")
     guided_json: dict[str, Any] | str | None = None

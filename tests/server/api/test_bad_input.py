@@ -58,6 +58,8 @@ BOTH = [
     bad("grammar", "invalid_json_schema", grammar="root = = ="),
     bad("structured_outputs", "invalid_value", structured_outputs={"sql": "x"}),
     bad("min_tokens", "invalid_value", min_tokens=-1),
+    bad("priority", "invalid_value", priority=2**40),
+    bad("deadline_ms", "invalid_value", deadline_ms=0),
 ]
 COMPLETIONS = [
     bad("prompt", "invalid_value", prompt=""),
