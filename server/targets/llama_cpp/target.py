@@ -206,12 +206,6 @@ class LlamaCppTarget:
         self.api.llama_memory_seq_rm(self.opened.memory, sequence_id, -1, -1)
         self.ids.take_back([sequence_id])
 
-    def fork(self, source: int, slot: int, length: int) -> None:
-        """The first rows of ``source`` become the slot's too; nothing is copied."""
-        self.release(slot)
-        self.api.llama_memory_seq_cp(self.opened.memory, source, slot, 0, length)
-        self.lengths[slot] = length
-
     def release(self, slot: int) -> None:
         """Empty a slot."""
         self._drop_tree(slot)

@@ -85,7 +85,8 @@ def test_rows_of_a_tree_see_their_ancestors_alone(target: LlamaCppTarget) -> Non
         target.prefill(PrefillChunk(slot, IDS))
     tree, other = target.verify([VerifyRows(0, 6, TREE), VerifyRows(2, 20, TREE)])
     for rows, path in PATHS.items():
-        target.fork(1, 3, len(IDS))
+        target.release(3)
+        target.prefill(PrefillChunk(3, IDS))
         for row, token_id in zip(rows, (6, *path), strict=True):
             assert near(tree.logits(row), plain_row(target, 3, token_id))
     assert not near(other.logits(0), tree.logits(0))
