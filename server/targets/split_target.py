@@ -192,7 +192,7 @@ class SplitTarget(NativeTarget):
     def _fill(self, slot: int, start: int, stop: int) -> None:
         """Keys and values of the upper layers at committed positions, from what crossed there."""
         segment, positions = causal_segment(slot, start, stop - start), list(range(start, stop))
-        hidden = self.crossed[slot, start:stop].float()
+        hidden = self.crossed[slot, start:stop].to(torch.float32, copy=True)  # layers work in place
         upper = self.upper
         if upper is not None and self._attempt(lambda: upper(hidden, [segment], positions, self.tap)) is not None:
             return
