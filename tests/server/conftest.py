@@ -84,6 +84,7 @@ class ScriptedEngine:
         self.max_waiting = options.get("max_waiting", 8)
         self.context = options.get("context", 200)
         self.round_s = options.get("round_s", 0.0)
+        self.num_cached = 0
         self.turn = threading.Event()
         self.turn.set()
         self.lock = threading.Condition()
@@ -171,6 +172,7 @@ class ScriptedEngine:
         entry.num_tokens += len(taken)
         entry.timings.first_token = entry.timings.first_token or entry.timings.submitted + 0.01
         entry.stats.rounds += 1
+        entry.stats.cached = self.num_cached
         entry.stats.drafted += 4
         entry.stats.accepted += max(len(taken) - 1, 0)
         entry.stats.committed += len(taken)

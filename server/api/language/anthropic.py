@@ -23,6 +23,7 @@ from server.api.language.chat import answer_chat, chat_prompt
 from server.api.language.generation import Generation
 from server.api.language.messages import ChatBody
 from server.api.language.pieces import Answer, CallPiece, Piece, TextPiece
+from server.api.language.schemas import CacheSalt
 from server.api.language.tools import chosen_tools
 from server.api.language.translated import Part, as_chat, objects, unsupported
 from server.api.openapi import ASKING
@@ -70,11 +71,24 @@ class MessagesBody(CountBody):
     top_k: WholeNumber | None = None
     stop_sequences: list[Text] = Field([])
     stream: bool = False
+    cache_salt: CacheSalt = ""
 
     def chat_fields(self) -> dict[str, Any]:
         """The chat's fields, those of sampling included."""
-        names = ("max_tokens", "temperature", "top_p", "top_k", "stream")
+        names = ("max_tokens", "temperature", "top_p", "top_k", "stream", "cache_salt")
         return super().chat_fields() | {name: getattr(self, name) for name in names} | {"stop": self.stop_sequences}
+
+
+def usage_of(generation: Generation) -> dict[str, int]:
+    """Anthropic's counts so far: a prompt's tokens that were known stand apart from those that were read."""
+    usage = generation.usage()
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": usage["prompt_tokens"] - cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
+        "output_tokens": usage["completion_tokens"],
+    }
 
 
 def text_of(content: Any, param: str) -> str:
@@ -145,11 +159,9 @@ class MessagesWire:
 
     def message(self, generation: Generation) -> dict[str, Any]:
         """The message without content."""
-        usage = generation.usage()
         return {
             "id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": [],
-            "stop_reason": None, "stop_sequence": None,
-            "usage": {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]},
+            "stop_reason": None, "stop_sequence": None, "usage": usage_of(generation),
         }  # fmt: skip
 
     def whole(self, answers: Sequence[Answer], generation: Generation) -> dict[str, Any]:
@@ -204,8 +216,8 @@ class MessagesWire:
     def finish(self, index: int, answer: Answer, generation: Generation) -> list[bytes]:  # noqa: ARG002
         """The last block's end, and why."""
         delta = {"stop_reason": STOP_REASONS[str(answer.finish_reason)], "stop_sequence": None}
-        usage = {"output_tokens": generation.usage()["completion_tokens"]}
-        return [*self._closed(), named_event({"type": "message_delta", "delta": delta, "usage": usage})]
+        ended = {"type": "message_delta", "delta": delta, "usage": usage_of(generation)}
+        return [*self._closed(), named_event(ended)]
 
     def end(self, generation: Generation) -> list[bytes]:
         """The stop."""

@@ -48,6 +48,7 @@ def plan_requests(
             min_tokens=min(body.min_tokens, limit),
             priority=body.priority,
             deadline_s=None if body.deadline_ms is None else body.deadline_ms / 1000,
+            cache_salt=body.cache_salt,
         )
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         for choice in range(body.num_choices)

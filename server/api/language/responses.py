@@ -21,6 +21,7 @@ from server.api.language.answer import Wire
 from server.api.language.chat import answer_chat
 from server.api.language.generation import Generation
 from server.api.language.pieces import Answer, CallPiece, Piece, TextPiece
+from server.api.language.schemas import CacheSalt
 from server.api.language.translated import Part, as_chat, objects, unsupported
 from server.api.openapi import ASKING
 from server.api.serving import CurrentServing
@@ -52,6 +53,7 @@ class ResponsesBody(RequestBody):
     parallel_tool_calls: bool = True
     text: dict[str, Any] = Field({}, description="format: text, json_object or json_schema")
     reasoning: dict[str, Any] = Field({}, description="effort: given to the chat template")
+    cache_salt: CacheSalt = ""
 
     def chat_fields(self) -> dict[str, Any]:
         """The fields of the chat it stands for. Errors: InvalidValue, UnsupportedParameter."""
@@ -68,7 +70,7 @@ class ResponsesBody(RequestBody):
             "response_format": self.text.get("format"),
             "reasoning_effort": self.reasoning.get("effort"),
         }
-        names = ("temperature", "top_p", "stream", "parallel_tool_calls")
+        names = ("temperature", "top_p", "stream", "parallel_tool_calls", "cache_salt")
         return fields | {name: getattr(self, name) for name in names}
 
 
@@ -124,7 +126,7 @@ class ResponsesWire:
             "text": self.body.text or {"format": {"type": "text"}}, "tool_choice": self.body.tool_choice,
             "tools": self.body.tools, "top_p": self.body.top_p, "truncation": "disabled",
             "usage": {
-                "input_tokens": usage["prompt_tokens"], "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens": usage["prompt_tokens"], "input_tokens_details": usage["prompt_tokens_details"],
                 "output_tokens": usage["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": usage["total_tokens"],
             },

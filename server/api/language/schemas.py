@@ -20,9 +20,14 @@ MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 64
 MAX_CHOICES = 128
 MAX_DEADLINE_MS = 24 * 3600 * 1000
+MAX_SALT_CHARS = 256
 AS_MUCH_AS_FITS = -1
 
 TokenIds = list[int]
+CacheSalt = Annotated[
+    Text,
+    Field(max_length=MAX_SALT_CHARS, description="Prompts already read are shared only among requests with this one."),
+]
 
 
 def parse_prompts(value: Any) -> list[str] | list[TokenIds]:
@@ -92,7 +97,7 @@ class GenerationBody(RequestBody):
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {
             "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-            "parallel_tool_calls", "cache_salt", "cache_prompt",
+            "parallel_tool_calls", "cache_prompt",
         }
     )  # fmt: skip
     neutral: ClassVar[NeutralValues] = {
@@ -143,6 +148,7 @@ class GenerationBody(RequestBody):
     json_schema: dict[str, Any] | None = None
     grammar: str | None = Field(None, description="GBNF or Lark")
     speculative: Speculative = Speculative()
+    cache_salt: CacheSalt = ""
 
     @property
     def num_choices(self) -> int:

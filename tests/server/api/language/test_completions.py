@@ -164,6 +164,38 @@ async def test_sampling_fields_reach_the_engine(connect, make_model):
     assert (second.sampling.top_k, second.sampling.temperature) == (0, 1.0)
 
 
+async def test_a_salt_keeps_prompts_apart_on_every_route(connect, make_model):
+    """It reaches the engine as a part of what a cached prompt is known by; a longer one is refused, not cut."""
+    model = make_model()
+    chat = [{"role": "user", "content": "one"}]
+    async with connect(model) as client:
+        await complete(client, cache_salt="mine", n=2)
+        for path, fields in (
+            ("/v1/chat/completions", {"messages": chat}),
+            ("/v1/responses", {"input": "one"}),
+            ("/v1/messages", {"messages": chat, "max_tokens": 5}),
+        ):
+            answer = await client.post(path, json=fields | {"cache_salt": "mine"})
+            assert (answer.status_code, answer.headers.get("X-Dovetail-Ignored")) == (200, None), answer.text
+        await complete(client)
+        refused = await client.post("/v1/completions", json={"prompt": "one", "cache_salt": "x" * 257})
+    assert [request.cache_salt for request in model.engine.submitted] == ["mine"] * 5 + [""]
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "cache_salt")
+
+
+async def test_tokens_that_were_known_are_counted_on_every_route(connect, make_model):
+    model = make_model()
+    model.engine.num_cached = 3
+    chat = [{"role": "user", "content": "one"}]
+    async with connect(model) as client:
+        completion = (await complete(client))["usage"]
+        response = (await client.post("/v1/responses", json={"input": "one"})).json()["usage"]
+        message = (await client.post("/v1/messages", json={"messages": chat, "max_tokens": 5})).json()["usage"]
+    assert completion["prompt_tokens_details"] == response["input_tokens_details"] == {"cached_tokens": 3}
+    assert message["cache_read_input_tokens"] == 3
+    assert message["input_tokens"] + 3 == response["input_tokens"]
+
+
 async def test_what_a_request_leaves_out_is_the_models(connect, make_model):
     defaults = SamplingParams(temperature=0.2, top_p=0.9, top_k=7, repetition_penalty=1.2)
     model = dataclasses.replace(make_model(), sampling=defaults)
