@@ -76,7 +76,7 @@ def layers_reason(path: Path) -> str | None:
     file = open_gguf(path)
     model = model_of(read_configuration(file), path)
     GGUFWeights(file, model.config)
-    return why_not_native(model, None)
+    return why_not_native(model)
 
 
 def load_target(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -38,6 +38,26 @@ SUPPORTED_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"
 
 LayerStep = Callable[[int, nn.Module], None]
 PackedStep = Callable[[int, nn.Module, PackedDecoderLayer], None]
+
+
+class WeightFiles(Protocol):
+    """Weights by transformers' names, read when asked. Errors: TargetError for what is missing or does not fit."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether this tensor is stored."""
+        ...
+
+    def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype | None = None) -> None:
+        """Give ``module``, which the whole model knows as ``prefix``, its weights: in ``dtype``, or as they are."""
+        ...
+
+    def read(self, name: str, shape: torch.Size | None = None) -> Tensor:
+        """One tensor, which must have this shape."""
+        ...
+
+    def tell_unused(self) -> None:
+        """Name in the log what nothing read."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -106,7 +126,18 @@ def pack_model(
     """
     model = empty_model(folder)
     check_model(model)
-    files = ModelFiles(folder, model.base_model_prefix)
+    return pack_from(model, ModelFiles(folder, model.base_model_prefix), weights, group_size, prepare, inspect)
+
+
+def pack_from(
+    model: Any,
+    files: WeightFiles,
+    weights: str,
+    group_size: int = GROUP_SIZE,
+    prepare: LayerStep | None = None,
+    inspect: PackedStep | None = None,
+) -> PackedModel:
+    """Fill a model without weights from its files, whatever they are, and pack it; see ``pack_model``."""
     base, prefix = model.base_model, model.base_model_prefix
     for name in ("embed_tokens", "norm"):
         files.fill(getattr(base, name), f"{prefix}.{name}", torch.float32 if weights == "fp32" else torch.bfloat16)

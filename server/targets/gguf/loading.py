@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from kernels import native
-from kernels.decoder_layer import PackedDecoderLayer, UnsupportedLayer, assemble_decoder_layer, pack_decoder_layer
-from kernels.linear_lowbit import PackedWeight, pack
-from kernels.tree_attention.transformers_plugin import UnsupportedArchitecture
+from kernels.decoder_layer import PackedDecoderLayer, UnsupportedLayer, assemble_decoder_layer
+from kernels.linear_lowbit import PackedWeight
+from server.targets.checkpoint import HEAD
 from server.targets.gguf.configuration import read_configuration
 from server.targets.gguf.header import open_gguf
-from server.targets.gguf.weights import GGUFWeights, file_weights, joined
+from server.targets.gguf.weights import GGUFWeights, file_weights, joined, set_parameter
 from server.targets.native_target import NativeTarget
-from server.targets.packed_model import BITS, GROUP_SIZE, HEAD_BITS, PackedModel, check_model, model_of
+from server.targets.packed_model import PackedModel, check_model, model_of, pack_from
 from server.targets.target import TargetError
 from server.targets.torch_target import WEIGHTS, TorchTarget
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def load_gguf_target(
     path: Path, weights: str | None, num_slots: int, capacity: int, kv_cache: str | None = None
 ) -> TorchTarget:
-    """``weights`` None: the file's own; bf16, int8 and int4 repack them, fp32 runs transformers' layers.
+    """``weights`` None: the file's own codes; fp32 and bf16 dequantise them, int8 and int4 repack.
 
     Errors: TargetError naming the file and what in it is wrong or not read.
     """
@@ -36,32 +36,23 @@ def load_gguf_target(
     name = path.name.removesuffix(".gguf")
     model = model_of(read_configuration(file), path)
     source = GGUFWeights(file, model.config)
-    reason = why_not_native(model, weights)
+    scale_frequencies(model.base_model.rotary_emb, source)
+    reason = why_not_native(model)
     if reason is None:
-        return NativeTarget(pack_gguf(model, source, weights), name, num_slots, capacity, kv_cache or "bf16")
+        packed = pack_stored(model, source) if weights is None else pack_from(model, source, weights)
+        # The embedding of a file as stored is held in fp32; keys and values need not be for that.
+        return NativeTarget(packed, name, num_slots, capacity, kv_cache or ("bf16" if weights is None else None))
     if weights not in (None, *WEIGHTS):
         raise TargetError(f"{path} cannot be run with --weights {weights}: {reason}")
     if weights is None:
         logger.warning("%s is dequantised to fp32 and runs on transformers' own layers: %s", path.name, reason)
-    target = TorchTarget(
-        dequantised_model(model, source, WEIGHTS[weights or "fp32"]),
-        name,
-        weights or "fp32",
-        num_slots,
-        capacity,
-        kv_cache,
-    )
-    try:
-        target.self_check()
-    except UnsupportedArchitecture as error:
-        raise TargetError(f"{path} cannot be a target: {error}") from error
-    return target
+    weights = weights or "fp32"
+    model = dequantised_model(model, source, WEIGHTS[weights])
+    return TorchTarget.checked(model, name, weights, num_slots, capacity, kv_cache)
 
 
-def why_not_native(model: Any, weights: str | None) -> str | None:
+def why_not_native(model: Any) -> str | None:
     """None where the native layers can run this model, else what stands in their way."""
-    if weights == "fp32":
-        return "fp32 is asked for"
     if native.library() is None:
         return "the native layers are not built"
     try:
@@ -71,63 +62,39 @@ def why_not_native(model: Any, weights: str | None) -> str | None:
     return None
 
 
-def pack_gguf(model: Any, source: GGUFWeights, weights: str | None) -> PackedModel:
-    """Fill a model without weights, layer by layer; its matrices as stored, or repacked to ``weights``."""
+def pack_stored(model: Any, source: GGUFWeights) -> PackedModel:
+    """Fill a model without weights, layer by layer, with the file's own codes."""
     base, prefix = model.base_model, model.base_model_prefix
     for name in ("embed_tokens", "norm"):
         source.fill(getattr(base, name), f"{prefix}.{name}", torch.float32)
-    if model.config.tie_word_embeddings:
+    tied = HEAD not in source
+    if tied:
         model.lm_head.weight = base.embed_tokens.weight
-    scale_frequencies(base.rotary_emb, source)
-    layers = [pack_layer(source, layer, f"{prefix}.layers.{index}", weights) for index, layer in enumerate(base.layers)]
-    head = f"{prefix}.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
-    packed = (
-        joined([source.matrix(head)]) if weights is None else repacked(source, [head], max(BITS[weights], HEAD_BITS))
-    )
-    if (packed.out_features, packed.in_features) != tuple(base.embed_tokens.weight.shape):
-        raise TargetError(f"{source.file.path}: the tensor {source.stored(head).name} does not fit the embedding")
-    return PackedModel(model, layers, packed, weights or file_weights(source.file), model.config.tie_word_embeddings)
+    layers = [pack_layer(source, layer, f"{prefix}.layers.{index}") for index, layer in enumerate(base.layers)]
+    head = source.matrix(f"{prefix}.embed_tokens.weight" if tied else HEAD, base.embed_tokens.weight.shape)
+    source.tell_unused()
+    return PackedModel(model, layers, joined([head]), file_weights(source.file), tied)
 
 
-def pack_layer(source: GGUFWeights, layer: nn.Module, prefix: str, weights: str | None) -> PackedDecoderLayer:
+def pack_layer(source: GGUFWeights, layer: nn.Module, prefix: str) -> PackedDecoderLayer:
     """One layer; the module holds nothing afterwards."""
-    fill_vectors(source, layer, prefix)
+    for name, parameter in list(layer.named_parameters()):
+        if parameter.ndim == 1:  # norms and biases
+            set_parameter(layer, name, source.read(f"{prefix}.{name}", parameter.shape).float())
 
     def matrices(projections: Sequence[str]) -> tuple[PackedWeight, ...]:
-        names = [f"{prefix}.{projection}.weight" for projection in projections]
-        for name, projection in zip(names, projections, strict=True):
-            source.check_shape(name, layer.get_parameter(f"{projection}.weight"))
-        return (joined([source.matrix(name) for name in names]),)
+        names = [f"{projection}.weight" for projection in projections]
+        return (joined([source.matrix(f"{prefix}.{name}", layer.get_parameter(name).shape) for name in names]),)
 
-    if weights is None:
-        packed = assemble_decoder_layer(layer, matrices)
-    else:
-        source.fill(layer, prefix)
-        packed = pack_decoder_layer(layer, BITS[weights], GROUP_SIZE)
+    packed = assemble_decoder_layer(layer, matrices)
     layer.to("meta")
     return packed
-
-
-def fill_vectors(source: GGUFWeights, layer: nn.Module, prefix: str) -> None:
-    """Norms and biases, fp32."""
-    for name, parameter in list(layer.named_parameters()):
-        if parameter.ndim == 1:
-            owner, _, last = name.rpartition(".")
-            source.check_shape(f"{prefix}.{name}", parameter)
-            values = source.read(f"{prefix}.{name}").float()
-            setattr(layer.get_submodule(owner), last, nn.Parameter(values, requires_grad=False))
-
-
-def repacked(source: GGUFWeights, names: Sequence[str], bits: int) -> PackedWeight:
-    """Matrices in another precision than the file's."""
-    return pack(torch.cat([source.read(name) for name in names]), bits, GROUP_SIZE)
 
 
 def dequantised_model(model: Any, source: GGUFWeights, dtype: torch.dtype) -> Any:
     """transformers' model with every weight of the file in ``dtype``."""
     base, prefix = model.base_model, model.base_model_prefix
     source.fill(base, prefix, dtype)
-    scale_frequencies(base.rotary_emb, source)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = base.embed_tokens.weight
     else:

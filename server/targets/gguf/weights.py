@@ -14,6 +14,7 @@ from gguf.tensor_mapping import get_tensor_name_map
 from torch import Tensor, nn
 
 from kernels.linear_lowbit import PackedWeight, QuantisedWeight, pack, pack_quantised
+from server.targets.checkpoint import tell_unused
 from server.targets.gguf.blocks import DECODERS, FLOATS, decode
 from server.targets.gguf.configuration import BeyondNative, architecture
 from server.targets.gguf.header import GGUFFile, StoredTensor
@@ -33,6 +34,7 @@ class GGUFWeights:
         self.architecture = architecture(file)
         self.names = get_tensor_name_map(self.architecture.model, config.num_hidden_layers)
         self.num_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        self.unused = set(file.tensors) - {FACTORS}
         for tensor in file.tensors.values():
             if tensor.kind not in DECODERS and tensor.kind not in FLOATS:
                 known = ", ".join(kind.name for kind in (*FLOATS, *DECODERS))
@@ -40,16 +42,26 @@ class GGUFWeights:
                     f"{file.path}: the tensor {tensor.name} is of type {tensor.kind.name}; known are {known}"
                 )
 
-    def stored(self, name: str) -> StoredTensor:
-        """The file's tensor for a parameter of transformers' model."""
+    def __contains__(self, name: str) -> bool:
+        """Whether the file stores this parameter of transformers' model."""
+        return self.names.get_name(name, try_suffixes=(".weight", ".bias")) in self.file.tensors
+
+    def stored(self, name: str, shape: Sequence[int] | None = None) -> StoredTensor:
+        """The file's tensor for a parameter of transformers' model, which must have this shape."""
         mapped = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
         if mapped is None or mapped not in self.file.tensors:
             raise TargetError(f"{self.file.path} lacks the tensor {mapped or name}")
-        return self.file.tensors[mapped]
+        tensor = self.file.tensors[mapped]
+        if shape is not None and tensor.shape != tuple(shape):
+            raise TargetError(
+                f"{self.file.path}: the tensor {mapped} is {list(tensor.shape)}, the metadata describe {list(shape)}"
+            )
+        return tensor
 
-    def matrix(self, name: str) -> Matrix:
+    def matrix(self, name: str, shape: Sequence[int] | None = None) -> Matrix:
         """A parameter as it is stored: codes and scales, or floats in the file's own precision."""
-        tensor = self.stored(name)
+        tensor = self.stored(name, shape)
+        self.unused.discard(tensor.name)
         order = self.row_order(name, tensor.shape[0])
         if tensor.kind in FLOATS:
             values = read_floats(tensor)
@@ -57,28 +69,20 @@ class GGUFWeights:
         weight = read_codes(tensor)
         return weight if order is None else rows_of(weight, order)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, shape: Sequence[int] | None = None) -> Tensor:
         """A parameter's values: fp32, or bf16 where the file holds that."""
-        matrix = self.matrix(name)
+        matrix = self.matrix(name, shape)
         values = matrix.dequantise() if isinstance(matrix, QuantisedWeight) else matrix
         return values if values.dtype == torch.bfloat16 else values.float()
 
     def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype | None = None) -> None:
         """Give ``module``, which the whole model knows as ``prefix``, all its weights."""
         for name, parameter in list(module.named_parameters()):
-            self.check_shape(f"{prefix}.{name}", parameter)
-            values = self.read(f"{prefix}.{name}").to(dtype)
-            owner, _, last = name.rpartition(".")
-            setattr(module.get_submodule(owner), last, nn.Parameter(values, requires_grad=False))
+            set_parameter(module, name, self.read(f"{prefix}.{name}", parameter.shape).to(dtype))
 
-    def check_shape(self, name: str, parameter: Tensor) -> None:
-        """Errors: TargetError where the file's tensor has another shape than the metadata describe."""
-        tensor = self.stored(name)
-        if tensor.shape != tuple(parameter.shape):
-            raise TargetError(
-                f"{self.file.path}: the tensor {tensor.name} is {list(tensor.shape)}, "
-                f"the metadata describe {list(parameter.shape)}"
-            )
+    def tell_unused(self) -> None:
+        """Name the tensors that nothing read."""
+        tell_unused(self.file.path, sorted(self.unused))
 
     def row_order(self, name: str, num_rows: int) -> Tensor | None:
         """Where transformers' rows of q and k lie in the file: both halves of a head apart, there side by side."""
@@ -92,6 +96,12 @@ class GGUFWeights:
         """[head size / 2] what each rotary frequency is divided by, where the file says so."""
         tensor = self.file.tensors.get(FACTORS)
         return None if tensor is None else read_floats(tensor).float()
+
+
+def set_parameter(module: nn.Module, name: str, values: Tensor) -> None:
+    """Replace a parameter, frozen."""
+    owner, _, last = name.rpartition(".")
+    setattr(module.get_submodule(owner), last, nn.Parameter(values, requires_grad=False))
 
 
 def read_floats(tensor: StoredTensor) -> Tensor:

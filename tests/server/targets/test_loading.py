@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from server.engine.completion import generate
+from server.engine.engine import Engine, EngineOptions
+from server.engine.request import Request, SamplingParams
+from server.launch import load_codec
 from server.targets import loading
+from server.targets.gguf.header import open_gguf
+from server.targets.llama_cpp.memory import context_and_cache
 from server.targets.loading import choose_engine, context_length, load_target
 from server.targets.native_target import NativeTarget
 from server.targets.target import PrefillChunk, TargetError
@@ -66,9 +72,6 @@ def test_contradictions_are_refused(whole: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_cache_sizes_come_from_the_metadata(tiny_gguf: Any, tmp_path: Path) -> None:
-    from server.targets.gguf.header import open_gguf
-    from server.targets.llama_cpp.memory import context_and_cache
-
     def by_layer(writer: GGUFWriter) -> None:
         writer.add_uint32("llama.attention.value_length", 32)
 
@@ -79,3 +82,17 @@ def test_cache_sizes_come_from_the_metadata(tiny_gguf: Any, tmp_path: Path) -> N
     file.metadata["llama.attention.head_count_kv"] = [2]
     with pytest.raises(TargetError, match="head_count_kv must be a positive number for each of 2 layers"):
         context_and_cache(file, 1, None)
+
+
+def test_a_small_models_text_is_the_same_on_either_engine(test_data: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra gguf)")
+    file = test_data / "models" / "llama-2-tiny-random.gguf"
+    texts = []
+    for engine in ("native", "llama.cpp"):
+        request = Request("one", [1, 9038, 2501], 16, SamplingParams(temperature=0))
+        result = generate(
+            Engine(load_target(file, None, 1, 64, 1, engine=engine), None, EngineOptions(1, 48)), [request]
+        )
+        texts.append(result["one"].token_ids)
+    assert texts[0] == texts[1]
+    assert load_codec(file).encode("Once upon") == [1, 9038, 2501]

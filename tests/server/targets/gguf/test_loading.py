@@ -13,7 +13,7 @@ from server.launch import load_codec
 from server.targets.gguf.blocks import DECODERS, FLOATS
 from server.targets.gguf.configuration import read_configuration
 from server.targets.gguf.header import open_gguf
-from server.targets.gguf.loading import load_gguf_target, pack_gguf
+from server.targets.gguf.loading import load_gguf_target, pack_stored
 from server.targets.gguf.weights import GGUFWeights
 from server.targets.loading import context_length
 from server.targets.native_target import NativeTarget
@@ -49,7 +49,7 @@ def test_every_type_is_exact_and_computed_natively(kind: Kind, tiny_gguf: Any, t
         if name != "lm_head.weight":
             # gguf-py rounds the product before it subtracts a minimum.
             torch.testing.assert_close(weights.read(name).float(), want, atol=1e-7, rtol=1e-6)
-    packed = pack_gguf(model_of(weights.config, file), weights, None)
+    packed = pack_stored(model_of(weights.config, file), weights)
     for layer, module in zip(packed.layers, model.model.layers, strict=True):
         attention = module.self_attn
         qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
@@ -75,13 +75,24 @@ def test_matrices_of_one_layer_may_differ(
     assert not torch.equal(target.lm_head(), target.embedding())
 
 
-def test_other_weights_are_repacked_or_dequantised(tiny_gguf: Any, tmp_path: Path) -> None:
+def test_other_weights_are_packed_from_the_files_values(tiny_gguf: Any, tmp_path: Path) -> None:
     file = tiny_gguf.write(tmp_path / "tiny.gguf", Kind.Q4_1)
     want = truth(tiny_gguf.model(Kind.Q4_1))
     for weights, tolerance in (("fp32", 1e-4), ("bf16", NEAR), ("int8", NEAR)):
         target = load_gguf_target(file, weights, 1, 64)
-        assert target.info.weights == weights
+        assert isinstance(target, NativeTarget) and target.info.weights == weights
         assert (logits(target) - want).norm() < tolerance * want.norm(), weights
+
+
+def test_tensors_without_a_place_are_named(tiny_gguf: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def spare(writer: GGUFWriter) -> None:
+        writer.add_tensor("blk.0.attn_sinks.weight", torch.ones(4).numpy())
+
+    file = tiny_gguf.write(tmp_path / "tiny.gguf", extra=spare)
+    for weights in (None, "int8"):
+        caplog.clear()
+        load_gguf_target(file, weights, 1, 64)
+        assert caplog.text.count("tensors that are not used: blk.0.attn_sinks.weight") == 1
 
 
 def test_drafted_rows_are_bit_equal_to_plain_ones(tiny_gguf: Any, tmp_path: Path) -> None:
