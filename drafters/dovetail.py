@@ -101,14 +101,19 @@ def load_drafter(
     dtype: torch.dtype,
     num_slots: int,
     capacity: int,
+    head_rows: int | None = None,
 ) -> DovetailDrafter:
-    """A drafter folder on ``device`` in fp32, bf16 or fp16.
+    """A drafter folder on ``device`` in fp32, bf16 or fp16; ``head_rows``: it drafts the first so many tokens alone.
+
+    Vocabularies made by merging pairs number their tokens about by frequency, so the first ones are those to keep.
 
     ``embedding`` and ``lm_head`` [V, H] come from the target and are moved once (not copied where device and type are
     the same already); tied ones, the same tensor twice, stay one. Errors: DrafterError, naming the file or both shapes.
     """
     check_fit(read_config(folder), embedding, lm_head)
     network = read_network(folder, device, dtype)
+    if head_rows is not None and network.draft_ids is None:
+        network.draft_ids = torch.arange(head_rows, device=device)
     own_embedding = embedding.detach().to(device, dtype)
     own_lm_head = own_embedding if lm_head is embedding else lm_head.detach()
     return DovetailDrafter(network, own_embedding, own_lm_head, num_slots, capacity)

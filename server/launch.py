@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import logging
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from server.engine.request import SamplingParams
 from server.own_models import ASSETS, GGUF_SUFFIX, TINY, OwnModelError, default_target, is_gguf, own_drafter
 from server.sampling_defaults import read_sampling_defaults
-from server.settings import NO_VISION
+from server.settings import NATIVE, NO_VISION
 from server.text import TextCodec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from drafters.drafter import Drafter
     from drafters.proposal import Budget
     from server.engine.cost import Costs
     from server.engine.engine import Engine
     from server.engine.thread import EngineThread
+    from server.placement.devices import Placement
+    from server.placement.serving import Placed
     from server.settings import Settings
     from server.targets.target import Target, TargetInfo
     from server.vision_worker import VisionWorker
@@ -42,7 +47,7 @@ class LaunchError(ValueError):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Everything a server needs to answer for one model."""
+    """Everything a server needs to answer for one model; ``placement`` says where its parts are now."""
 
     name: str
     created: int
@@ -52,6 +57,7 @@ class LoadedModel:
     sampling: SamplingParams
     drafter_name: str
     context_length: int
+    placement: Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -102,15 +108,18 @@ def load_codec(path: Path) -> TextCodec:
 
 
 def load_drafter(
-    target: Target, target_folder: Path, name: str | None, device: str, num_slots: int, capacity: int
-) -> Drafter | None:
-    """A drafter by name, checked against the target.
+    target: Target, target_folder: Path, name: str | None, place: Placement, num_slots: int, capacity: int,
+    head_rows: int | None = None,
+) -> Drafter | None:  # fmt: skip
+    """A drafter by name, checked against the target; ``head_rows`` trims what it may draft to the first tokens.
 
     ``none``: no drafter; ``ngram``: prompt lookup as a drafter of its own, to compare with; otherwise a folder or hub
     id of a trained drafter or of a causal language model (None: the bundled drafter). Errors: DrafterError,
     LaunchError.
     """
     from drafters.ngram import NGramDrafter
+    from server.placement.devices import on_cpu
+    from server.placement.moving_drafter import MovingDrafter
 
     if name == "none":
         return None
@@ -124,7 +133,11 @@ def load_drafter(
     folder = own_drafter(target_folder) if name is None else resolve_model(name)
     if folder is None:
         raise LaunchError(f"{target.info.name} has no drafter of its own here; name one, or use ngram")
-    drafter = load_drafter_folder(target, target_folder, folder, device, num_slots, capacity)
+
+    def make(place: Placement) -> Drafter:
+        return load_drafter_folder(target, target_folder, folder, place, num_slots, capacity, head_rows)
+
+    drafter = make(place) if place.device.type == "cpu" else MovingDrafter(make, place, on_cpu())
     missing = set(drafter.feature_layers) - set(target.info.feature_layers)
     if missing:
         raise LaunchError(
@@ -136,31 +149,43 @@ def load_drafter(
 
 
 def load_drafter_folder(
-    target: Target, target_folder: Path, folder: Path, device: str, num_slots: int, capacity: int
-) -> Drafter:
+    target: Target, target_folder: Path, folder: Path, place: Placement, num_slots: int, capacity: int,
+    head_rows: int | None,
+) -> Drafter:  # fmt: skip
     """A folder of a trained drafter or of a causal language model; its config.json says which."""
     from drafters.checkpoint import NETWORKS, read_fields
     from drafters.dovetail import load_drafter as load_dovetail
     from drafters.native import NotNative, load_native
     from drafters.small_lm import load_small_lm
-    from server.placement.devices import drafter_placement
 
-    place = drafter_placement(device)
     if read_fields(folder).get("model_type") not in NETWORKS:
         return load_small_lm(
             folder, target_folder, target.info.vocab_size, place.device, place.dtype, num_slots, capacity
         )
-    embedding, lm_head = target.embedding(), target.lm_head()
+    embedding, lm_head = target.embedding(), head_at(target, place)
     if place.native:
         try:
             return load_native(folder, embedding, lm_head, num_slots, capacity)
         except NotNative as reason:
             logger.info("%s drafts on torch's own kernels: %s", folder.name, reason)
-    return load_dovetail(folder, embedding, lm_head, place.device, place.dtype, num_slots, capacity)
+    return load_dovetail(folder, embedding, lm_head, place.device, place.dtype, num_slots, capacity, head_rows)
+
+
+def head_at(target: Target, place: Placement) -> Tensor:
+    """The target's LM head for a drafter: the one that lies at its place already, where one does."""
+    from server.targets.split_target import SplitTarget
+
+    shared = target.head_at(place) if isinstance(target, SplitTarget) else None
+    return target.lm_head() if shared is None else shared
 
 
 def load_engine(settings: Settings) -> Engine:
     """Target, drafter and engine, as the settings say. Errors: TargetError, DrafterError, LaunchError."""
+    return load_parts(settings)[0]
+
+
+def load_parts(settings: Settings) -> tuple[Engine, Placed]:
+    """The same, and where its parts were placed."""
     from drafters.proposal import Budget
     from server.engine.engine import Engine, EngineOptions
     from server.targets.loading import choose_engine, context_length, load_target
@@ -171,33 +196,67 @@ def load_engine(settings: Settings) -> Engine:
     # Up to 8 rows share every load of a weight, and a draft level costs little: trees are small, narrow and deep.
     budget = Budget(settings.rows or 8, settings.top_k or 2, 6 if settings.depth is None else settings.depth)
     capacity = slot_capacity(context, [budget])
-    target = load_target(
-        folder, settings.weights, settings.max_seqs, capacity, settings.threads, settings.kv_cache, engine,
-        settings.gpu_layers,
-    )  # fmt: skip
     drafter_name = settings.drafter
     if drafter_name is None and own_drafter(folder) is None:
         if settings.target is not None:
             how = "only looks its drafts up in the text itself" if settings.lookup else "decodes plainly"
             logger.warning("no drafter is named for %s, so it %s; --drafter names one", settings.target, how)
         drafter_name = "none"
-    drafter = load_drafter(target, folder, drafter_name, settings.drafter_device, settings.max_seqs, capacity)
+    placed = place(settings, folder, drafter_name, capacity, budget)
+    target = load_target(
+        folder, settings.weights, settings.max_seqs, capacity, settings.threads, settings.kv_cache, engine,
+        settings.gpu_layers, placed.split if engine == NATIVE else None,
+    )  # fmt: skip
+    drafter = load_drafter(target, folder, drafter_name, placed.drafter, settings.max_seqs, capacity, placed.head_rows)
     # What is loaded stays; without this every full collection walks all of transformers' and the model's objects.
     gc.collect()
     gc.freeze()
     options = EngineOptions(settings.max_seqs, context, budget, lookup=settings.lookup, cache_bytes=settings.cache)
     drafts = settings.trees == "cost" and (drafter is not None or settings.lookup)
-    return Engine(target, drafter, options, load_costs(target, drafter, budget, capacity) if drafts else None)
+    costs = load_costs(target, drafter, budget, capacity, str(placed.drafter)) if drafts else None
+    return Engine(target, drafter, options, costs), placed
 
 
-def load_costs(target: Target, drafter: Drafter | None, budget: Budget, capacity: int) -> Costs:
-    """What passes and drafts cost: remembered in the user's cache folder, or measured now."""
+def place(settings: Settings, target: Path, drafter: str | None, capacity: int, budget: Budget) -> Placed:
+    """Where drafter and layers go. Errors: LaunchError for a drafter that is nowhere."""
+    from server.placement.serving import Wanted, place_parts
+
+    if drafter in ("none", "ngram"):
+        folder = None
+    else:
+        folder = own_drafter(target) if drafter is None else resolve_model(drafter)
+    return place_parts(
+        Wanted(
+            target, settings.weights, folder, settings.drafter_device, settings.vram, settings.max_seqs, capacity,
+            budget.rows, settings.threads,
+        )
+    )  # fmt: skip
+
+
+def placement_status(engine: Engine, placed: Placed) -> dict[str, Any]:
+    """Where drafter and layers are now, and why they are not where they were to be. May be called from any thread."""
+    from server.placement.moving_drafter import MovingDrafter
+    from server.targets.split_target import SplitTarget
+
+    drafter, target = engine.drafting.drafter, engine.target
+    found: dict[str, Any] = {"reason": placed.reason}
+    if isinstance(drafter, MovingDrafter):
+        found["drafter"] = {"device": drafter.device, "reason": drafter.recovery.reason}
+    elif drafter is not None:
+        found["drafter"] = {"device": str(placed.drafter.device), "reason": ""}
+    if isinstance(target, SplitTarget):
+        found["gpu_layers"] = dataclasses.asdict(target.upper_state)
+    return found
+
+
+def load_costs(target: Target, drafter: Drafter | None, budget: Budget, capacity: int, place: str) -> Costs:
+    """What passes and drafts cost: remembered in the user's cache folder, or measured now. ``place``: the drafter's."""
     from kernels.native import ABI, instruction_set, num_threads
     from server.engine.measure import CONTEXT, remembered_costs
 
     info = target.info
     model = (info.name, info.architecture, info.num_layers, info.hidden_size, info.num_parameters, info.weights)
-    drafts = ("none",) if drafter is None else (drafter.name, type(drafter).__name__, *dataclasses.astuple(budget))
+    drafts = ("none",) if drafter is None else (drafter.name, place, *dataclasses.astuple(budget))
     machine = (platform.node(), os.cpu_count(), instruction_set(), num_threads(), ABI)
     key = "|".join(map(str, (*machine, type(target).__name__, *model, *drafts)))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dovetail"
@@ -215,6 +274,7 @@ def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budge
     Each name is what ``--drafter`` takes; no names: the target's own drafter, where one lies here. Errors:
     TargetError, DrafterError, LaunchError.
     """
+    from server.placement.devices import drafter_placement
     from server.targets.loading import choose_engine, context_length, load_target
 
     folder = resolve_target(settings.target)
@@ -229,7 +289,7 @@ def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budge
     drafters: dict[str, Drafter] = {}
     wanted: Sequence[str | None] = names or [None]
     for name in wanted:
-        drafter = load_drafter(target, folder, name, settings.drafter_device, 1, capacity)
+        drafter = load_drafter(target, folder, name, drafter_placement(settings.drafter_device), 1, capacity)
         label = name or BUNDLED_DRAFTER
         if drafter is None or label in drafters:
             raise LaunchError(f"{label!r} cannot be measured: name drafters, each once")
@@ -290,7 +350,7 @@ def load_model(settings: Settings) -> LoadedModel:
     """Everything one server needs for its model; the engine thread is not started yet."""
     from server.engine.thread import EngineThread
 
-    engine = load_engine(settings)
+    engine, placed = load_parts(settings)
     folder = resolve_target(settings.target)
     codec = load_codec(folder)
     codec.fit(engine.target.info.vocab_size)
@@ -307,4 +367,5 @@ def load_model(settings: Settings) -> LoadedModel:
         sampling=read_sampling_defaults(folder) if by_model else SamplingParams(),
         drafter_name="none" if drafter is None else drafter.name,
         context_length=engine.options.context_length,
+        placement=functools.partial(placement_status, engine, placed),
     )

@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     vram: Bytes | None = Field(
         None,
         gt=0,
-        description="GPU memory to place weights in: refused until serving does so; `dovetail plan` takes it.",
+        description="GPU memory for drafter and layers, such as 3GiB; nothing: what is free less a margin.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
@@ -126,16 +126,6 @@ class Settings(BaseSettings):
     def _known_device(cls, value: str) -> str:
         if not re.fullmatch(r"auto|cpu|cuda:\d+", value):
             raise ValueError(f"{value!r} is no device; use auto, cpu or cuda:N")
-        return value
-
-    @field_validator("vram")
-    @classmethod
-    def _no_budget_yet(cls, value: int | None) -> int | None:
-        if value is not None:
-            raise ValueError(
-                "weights are not placed by a budget of GPU memory yet, only planned: leave it out, and see `dovetail "
-                "plan TARGET --vram 3GiB`"
-            )
         return value
 
     @model_validator(mode="after")

@@ -195,6 +195,10 @@ EVERYTHING, COPIES = torch.library.Library("_", "IMPL"), torch.library.Library("
 EVERYTHING.fallback(create, "PrivateUse1")
 # torch.tensor(..., device="fake") copies below the wrapper, where the fallback is not reached.
 COPIES.impl("copy_", functools.partial(create, torch.ops.aten.copy_.default), "PrivateUse1")
+# torch would make these by giving an empty tensor another size, which a wrapper does not notice.
+for overload in ("default", "start", "start_step"):
+    operation = getattr(torch.ops.aten.arange, overload)
+    COPIES.impl(operation.name().removesuffix(".default"), functools.partial(create, operation), "PrivateUse1")
 
 
 @contextmanager

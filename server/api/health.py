@@ -35,6 +35,7 @@ async def health(serving: CurrentServing) -> JSONResponse:
             "slots": status.slots,
             "free_slots": status.free_slots,
             "drafting": {"state": status.drafting.state, "reason": status.drafting.reason},
+            "placement": text.placement(),
         }
     if vision is not None:
         answer["vision"] = {"models": list(vision.names)} | dataclasses.asdict(vision.status())

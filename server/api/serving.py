@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
@@ -106,6 +106,10 @@ class ServedModel(Protocol):
     @property
     def codec(self) -> TextCodec:
         """Its tokenizer and chat template."""
+
+    @property
+    def placement(self) -> Callable[[], dict[str, Any]]:
+        """Where its parts are now, and why they are not where they were to be."""
 
     @property
     def sampling(self) -> SamplingParams:

@@ -11,10 +11,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from server.placement.machine import Machine
-    from server.placement.what_if import WhatIf
 
 DEFAULT_CONTEXT = 2048
-MARGIN_BYTES = 512 * 2**20  # of a card's free memory: the driver's own, and what else comes up meanwhile
 
 
 def plan(
@@ -54,19 +52,19 @@ def plan(
     """Say what would lie where, in bytes, with predicted speed and the runners-up. The last line printed is JSON."""
     from server.placement.plan import Request, make_plan
     from server.placement.shape import STORED, read_shape
-    from server.placement.what_if import parse_what_if
+    from server.placement.what_if import parse_what_if, this_machine
     from server.settings import parse_bytes
 
     shape = read_shape(target)
-    wanted = None if what_if is None else parse_what_if(what_if)
     asked = None if vram is None else parse_budget(parse_bytes, vram)
-    if wanted is None:
+    if what_if is not None:
+        wanted, assumed = parse_what_if(what_if), []
+    else:
         from server.placement.machine import compute_with, measure_machine
 
         compute_with()
-        wanted, assumed = this_machine(measure_machine(), asked)
-    else:
-        assumed = []
+        machine = measure_machine()
+        wanted, assumed = this_machine(machine), assumptions(machine, asked)
     budget = asked if asked is not None else wanted.vram
     if what_if is not None and asked is not None and wanted.vram is not None and asked > wanted.vram:
         raise typer.BadParameter(f"{vram} is more than the card's {wanted.vram} bytes", param_hint="--vram")
@@ -97,30 +95,15 @@ def parse_budget(parse: Any, text: str) -> int:
     return number
 
 
-def this_machine(machine: Machine, asked: int | None) -> tuple[WhatIf, list[str]]:
-    """What was measured here, with what is only assumed of a GPU. Errors: typer.BadParameter beyond the card."""
-    from server.placement.what_if import WhatIf
-
-    known = WhatIf(cores=machine.cores, bandwidth=machine.stream_gb_per_s, dots=machine.dot_gmac_per_s)
-    assumed = ["acceptance length"]
-    if not machine.gpus:
-        return known, assumed if asked is None else [
-            *assumed,
-            "there is no GPU here: its bandwidth, arithmetic and bus",
-        ]
-    card = machine.gpus[0]
-    if asked is not None and asked > card.memory_bytes:
+def assumptions(machine: Machine, asked: int | None) -> list[str]:
+    """What of a plan for this machine is not measured. Errors: typer.BadParameter beyond the card."""
+    if machine.gpus and asked is not None and asked > machine.gpus[0].memory_bytes:
+        card = machine.gpus[0]
         raise typer.BadParameter(
             f"{asked} bytes are more than {card.name} has, {card.memory_bytes}", param_hint="--vram"
         )
-    values = vars(known) | {
-        "vram": max(card.free_bytes - MARGIN_BYTES, 1),
-        "gpu_bandwidth": card.stream_gb_per_s,
-        "gpu_tflops": card.fp16_tflops,
-        "pcie": min(card.to_gb_per_s, card.from_gb_per_s),
-        "latency_us": max(card.to_latency_us, card.from_latency_us),
-    }
-    return WhatIf(**values), assumed
+    no_card = asked is not None and not machine.gpus
+    return ["acceptance length", *(["there is no GPU here: its bandwidth, arithmetic and bus"] if no_card else [])]
 
 
 def show(found: dict[str, Any], console: Console) -> None:

@@ -116,10 +116,10 @@ def gpu_ms(parameters: int, kv_bytes: float, rows: int, rates: Rates) -> float:
 
 
 def transfer_ms(shape: TargetShape, rates: Rates, choice: Choice, accepted: float) -> float:
-    """Hidden states over the bus: rows to the GPU's layers, else accepted features to the drafter; ids come back."""
+    """Hidden states over the bus: accepted features to the drafter, and all rows to the GPU's layers and back; ids."""
     if not choice.on_gpu:
         return 0.0
-    num_rows = choice.rows if choice.gpu_layers else accepted
+    num_rows = (accepted if choice.num_blocks else 0) + (2 * choice.rows if choice.gpu_layers else 0)
     num_bytes = num_rows * shape.hidden_size * FP16 + choice.rows * 16
     return num_bytes / rates.bus_gb_per_s / 1e6 + 2 * rates.bus_latency_us / 1e3
 

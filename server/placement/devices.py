@@ -1,4 +1,4 @@
-"""Devices by name, and the types parts are held in there."""
+"""Devices by name, and the types parts are held in there. The only place that asks torch for accelerators."""
 
 from __future__ import annotations
 
@@ -27,18 +27,50 @@ class Placement:
     native: bool = False
 
 
-def drafter_placement(name: str) -> Placement:
-    """``auto`` takes the first CUDA device where there is one. fp16 on a GPU as the paper has it, fp32 on the CPU.
+@dataclass(frozen=True)
+class Card:
+    """An accelerator: its memory, what is free of it now (others take part of it), and the type of layers there."""
 
-    On the CPU the native kernels take over where they are built.
+    device: torch.device
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    layer_dtype: torch.dtype = torch.float16
+
+    @property
+    def drafter(self) -> Placement:
+        """fp16, as the paper has it."""
+        return Placement(self.device, torch.float16)
+
+    @property
+    def layers(self) -> Placement:
+        """bf16 where the device computes it, since activations of large models may leave fp16's range."""
+        return Placement(self.device, self.layer_dtype)
+
+
+def on_cpu() -> Placement:
+    """fp32; the native kernels take over where they are built."""
+    return Placement(CPU, torch.float32, native=library() is not None)
+
+
+def find_card(name: str) -> Card | None:
+    """The card of ``cuda:N``, the first one for ``auto``; None for ``cpu``, and for ``auto`` where there is none.
+
+    Errors: PlacementError for a card that is not here.
     """
-    if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cpu":
-        return Placement(CPU, torch.float32, native=library() is not None)
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return None
+    device = torch.device("cuda:0" if name == "auto" else name)
     if not torch.cuda.is_available():
         raise PlacementError(f"{name} is asked for, but torch {torch.__version__} sees no CUDA device; use cpu or auto")
     if (device.index or 0) >= torch.cuda.device_count():
         raise PlacementError(f"{name} is asked for; this machine has {torch.cuda.device_count()} CUDA devices")
-    return Placement(device, torch.float16)
+    free_bytes, memory_bytes = torch.cuda.mem_get_info(device)
+    dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return Card(device, torch.cuda.get_device_name(device), memory_bytes, free_bytes, dtype)
+
+
+def drafter_placement(name: str) -> Placement:
+    """Where a drafter goes that is measured by itself. Errors: PlacementError."""
+    card = find_card(name)
+    return on_cpu() if card is None else card.drafter

@@ -24,7 +24,10 @@ NUM_ALTERNATIVES = 3
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned. budget_bytes None: no GPU. A pin fixes a choice that is searched otherwise."""
+    """What is to be planned. budget_bytes None: no GPU. A pin fixes a choice that is searched otherwise.
+
+    context: positions of each of ``slots`` requests.
+    """
 
     shape: TargetShape
     weights: str
@@ -33,6 +36,8 @@ class Request:
     pinned_blocks: int | None = None
     pinned_layers: int | None = None
     pinned_rows: int | None = None
+    pinned_head: int | None = None
+    slots: int = 1
 
     def __post_init__(self) -> None:
         self.shape.weight_bytes(self.weights)
@@ -56,8 +61,8 @@ class Placement:
 
     drafter_bytes: fp16 with the copies of embedding and head, on the CPU int8 without the embedding; gpu_layer_bytes:
     the target's layers on the GPU with the norm, and the whole head where the drafter's copy is trimmed; gpu_kv_bytes:
-    keys and values of both; cpu_bytes: the target's weights in main memory, keys and values of the layers there, and
-    the drafter where there is no GPU.
+    keys and values of both; cpu_bytes: all of the target's weights, keys and values of the layers that the CPU
+    computes, what crossed to the others, and the drafter where there is no GPU.
     """
 
     choice: Choice
@@ -154,6 +159,7 @@ def choices(request: Request) -> Iterator[Choice]:
     # Without a GPU a drafter takes the CPU's time, so decoding plainly is one of the choices.
     blocks = range(on_gpu, MAX_BLOCKS + 1) if request.pinned_blocks is None else (request.pinned_blocks,)
     heads = sorted({min(TRIMMED_HEAD, shape.vocab_size), shape.vocab_size})
+    heads = heads if request.pinned_head is None else [request.pinned_head]
     layers = range(shape.num_layers + 1 if on_gpu else 1) if request.pinned_layers is None else (request.pinned_layers,)
     rows = ROWS if request.pinned_rows is None else (request.pinned_rows,)
     for num_blocks, gpu_layers in itertools.product(blocks, layers):
@@ -166,7 +172,7 @@ def choices(request: Request) -> Iterator[Choice]:
 
 def place(request: Request, choice: Choice) -> Placement:
     """The bytes of one choice."""
-    shape, context = request.shape, request.context
+    shape, context = request.shape, request.context * request.slots
     drafter = 0
     if choice.num_blocks:
         with_head = shape.drafter_parameters(choice.num_blocks) + choice.head_rows * shape.hidden_size
@@ -179,15 +185,15 @@ def place(request: Request, choice: Choice) -> Placement:
         layers = FP16 * (choice.gpu_layers * shape.layer_parameters + shape.hidden_size + own_head)
     kv_layers = choice.num_blocks + choice.gpu_layers
     kv = FP16 * context * shape.kv_elements(kv_layers)
-    cpu_layers = shape.num_layers - choice.gpu_layers
-    in_memory = (
-        cpu_layers * shape.layer_parameters + shape.head_parameters * (1 if shape.tied else 2) + shape.hidden_size
-    )
+    # Main memory keeps every layer, so that the text outlives the card, and for each position what went up to it.
     weights = request.weights
-    cpu = in_memory * shape.weight_bytes(weights) + context * shape.kv_bytes(cpu_layers, weights)
+    crossed = FP16 * context * shape.hidden_size if choice.gpu_layers else 0
+    cached = context * shape.kv_bytes(shape.num_layers - choice.gpu_layers, weights)
+    in_memory = shape.num_parameters * shape.weight_bytes(weights) + cached + crossed
+    cpu = round(in_memory)
     if choice.on_gpu:
-        return Placement(choice, drafter, layers, kv, round(cpu))
-    return Placement(choice, drafter, 0, 0, round(cpu) + drafter + kv)
+        return Placement(choice, drafter, layers, kv, cpu)
+    return Placement(choice, drafter, 0, 0, cpu + drafter + kv)
 
 
 def plain_tokens_per_s(request: Request, rates: Rates) -> float:

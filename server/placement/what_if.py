@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.placement.cost import Rates
+from server.placement.machine import Machine
 from server.placement.shape import PlanError
 from server.settings import parse_bytes
 
 GMAC_PER_CORE = (
     60.0  # 8-bit multiply-adds of an AVX2 core: 32 each cycle at some 2 GHz; VNNI has two to five times that
 )
+MARGIN_BYTES = 512 * 2**20  # of a card's free memory: the driver's own, and what else comes up meanwhile
 GPU_GB_PER_S, GPU_TFLOPS = 200.0, 5.0  # a small card, where nothing is said of it
 
 
@@ -48,6 +50,22 @@ class WhatIf:
             native=self.engine == "native",
             acceptance=self.acceptance,
         )
+
+
+def this_machine(machine: Machine, card: int = 0) -> WhatIf:
+    """What was measured here; vram is what is free on that card, less a margin, None where there is none."""
+    known = WhatIf(cores=machine.cores, bandwidth=machine.stream_gb_per_s, dots=machine.dot_gmac_per_s)
+    if card >= len(machine.gpus):
+        return known
+    found = machine.gpus[card]
+    return dataclasses.replace(
+        known,
+        vram=max(found.free_bytes - MARGIN_BYTES, 1),
+        gpu_bandwidth=found.stream_gb_per_s,
+        gpu_tflops=found.fp16_tflops,
+        pcie=min(found.to_gb_per_s, found.from_gb_per_s),
+        latency_us=max(found.to_latency_us, found.from_latency_us),
+    )
 
 
 READERS: dict[str, Callable[[str], Any]] = {

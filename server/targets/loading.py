@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from pathlib import Path
@@ -21,11 +22,13 @@ from server.targets.gguf.weights import GGUFWeights
 from server.targets.llama_cpp.library import INSTALL
 from server.targets.llama_cpp.memory import context_and_cache
 from server.targets.llama_cpp.target import LlamaCppTarget
-from server.targets.native_target import NativeTarget
+from server.targets.native_target import CreateNative, NativeTarget
 from server.targets.native_target import load_target as load_folder
 from server.targets.packed_model import model_of
+from server.targets.split_target import SplitTarget
 from server.targets.target import Target, TargetError
 from server.targets.torch_target import TorchTarget
+from server.targets.upper_layers import Split
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +84,9 @@ def layers_reason(path: Path) -> str | None:
 
 def load_target(
     path: Path, weights: str | None, num_slots: int, capacity: int, threads: int | None, kv_cache: str | None = None,
-    engine: str | None = None, gpu_layers: int = 0,
+    engine: str | None = None, gpu_layers: int = 0, split: Split | None = None,
 ) -> Target:  # fmt: skip
-    """The target with ``capacity`` rows a slot; ``threads`` None takes every usable core.
+    """The target with ``capacity`` rows a slot; ``threads`` None takes every usable core; ``split`` cuts a native one.
 
     Errors: TargetError, PackedFormatError.
     """
@@ -91,16 +94,18 @@ def load_target(
         return LlamaCppTarget.load(path, num_slots, capacity, compute_with(threads), kv_cache, gpu_layers)
     if gpu_layers:
         raise TargetError(f"--gpu-layers is llama.cpp's, and {path.name} is computed by the native layers, on the CPU")
-    return load_own_target(path, weights, num_slots, capacity, threads, kv_cache)
+    return load_own_target(path, weights, num_slots, capacity, threads, kv_cache, split)
 
 
 def load_own_target(
-    path: Path, weights: str | None, num_slots: int, capacity: int, threads: int | None, kv_cache: str | None = None
-) -> TorchTarget:
+    path: Path, weights: str | None, num_slots: int, capacity: int, threads: int | None, kv_cache: str | None = None,
+    split: Split | None = None,
+) -> TorchTarget:  # fmt: skip
     """The target on the native layers, else on transformers'. Errors: TargetError, PackedFormatError."""
     compute_with(threads)
     load = load_gguf_target if is_gguf(path) else load_folder
-    target = load(path, weights, num_slots, capacity, kv_cache)
+    create: CreateNative = NativeTarget if split is None else functools.partial(SplitTarget, split=split)
+    target = load(path, weights, num_slots, capacity, kv_cache, create)
     if isinstance(target, NativeTarget):
         # The heavy work has a pool of its own; torch's threads would only fight it for the cores.
         torch.set_num_threads(1)

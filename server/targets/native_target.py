@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +145,14 @@ class NativeTarget(TorchTarget):
         decoder_layers(hidden, self.stack, row_pass, range(done, layers.stop))
 
 
+CreateNative = Callable[[PackedModel, str, int, int, str | None], NativeTarget]
+"""From a packed model, a name, slots, capacity and the cache's type to a target on the native layers."""
+
+
 def load_target(
-    folder: Path, weights: str | None, num_slots: int, capacity: int, kv_cache: str | None = None
-) -> TorchTarget:
+    folder: Path, weights: str | None, num_slots: int, capacity: int, kv_cache: str | None = None,
+    create: CreateNative = NativeTarget,
+) -> TorchTarget:  # fmt: skip
     """The one way from a folder to a target: slots, a backbone (native where the kernels compute it) and a head.
 
     ``weights`` None: as stored. Where the native layers do not compute the architecture, or are not built,
@@ -155,14 +160,14 @@ def load_target(
     PackedFormatError.
     """
     if is_packed(folder):
-        return load_packed_target(folder, weights, num_slots, capacity, kv_cache)
+        return load_packed_target(folder, weights, num_slots, capacity, kv_cache, create)
     check_files(folder)
     weights = weights or stored_weights(folder)
     if weights not in BITS:
         raise TargetError(f"weights {weights!r} are not available; allowed are {', '.join(BITS)}")
     reason = why_not_native(folder)
     if reason is None:
-        return NativeTarget.load(folder, weights, num_slots, capacity, kv_cache)
+        return create(pack_model(folder, weights), folder.name, num_slots, capacity, kv_cache)
     logger.warning(
         "%s runs on transformers' own layers and torch's products, several times slower than the native layers at "
         "several rows, and its rows are not bit-equal: %s", folder.name, reason,
@@ -174,7 +179,7 @@ def load_target(
 
 
 def load_packed_target(
-    folder: Path, weights: str | None, num_slots: int, capacity: int, kv_cache: str | None = None
+    folder: Path, weights: str | None, num_slots: int, capacity: int, kv_cache: str | None, create: CreateNative
 ) -> TorchTarget:
     """A folder that ``dovetail convert --weights`` wrote. Errors: TargetError where other weights are asked for."""
     packed = load_packed_model(folder)
@@ -184,7 +189,7 @@ def load_packed_target(
         )
     if native.library() is None:
         return stock_target(unpacked_model(packed), folder.name, packed.weights, num_slots, capacity, kv_cache)
-    return NativeTarget(packed, folder.name, num_slots, capacity, kv_cache)
+    return create(packed, folder.name, num_slots, capacity, kv_cache)
 
 
 def why_not_native(folder: Path) -> str | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels.decoder_layer import LayerPass, decoder_layers, rms_norm
 from kernels.tree_attention import Segment, causal_segment
+from server.placement.devices import Placement
 from server.placement.recovery import Recovery
 from server.targets.native_target import NativeTarget
 from server.targets.packed_model import PackedModel
@@ -88,6 +89,11 @@ class SplitTarget(NativeTarget):
         count = self.info.num_layers - self.split.first
         return UpperState(str(self.split.place.device), count if self.upper is not None else 0, self.recovery.reason)
 
+    def head_at(self, place: Placement) -> Tensor | None:
+        """The head [vocabulary, hidden] that lies at this place already, where it does in that type."""
+        upper = self.upper
+        return upper.head if upper is not None and (upper.device, upper.dtype) == (place.device, place.dtype) else None
+
     def prefill(self, chunk: PrefillChunk) -> Prefilled:
         """Run and commit consecutive rows."""
         if self.upper is None and self.now() >= self.recovery.until and not any(self.slots.lengths):
@@ -144,12 +150,6 @@ class SplitTarget(NativeTarget):
         self.crossed[slot, start:stop] = rows[-1]
         self._fill(slot, start, stop)
         self._set_length(slot, stop)
-
-    def fork(self, source: int, slot: int, length: int) -> None:
-        """Copy committed rows."""
-        super().fork(source, slot, length)
-        self.crossed[slot, :length] = self.crossed[source, :length]
-        self._above(lambda upper: upper.slots.fork(source, slot, length))
 
     def release(self, slot: int) -> None:
         """Empty a slot."""

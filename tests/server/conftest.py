@@ -201,6 +201,7 @@ class ScriptedModel:
     drafter_name: str = "scripted"
     context_length: int = 200
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    placement: Callable[[], dict[str, Any]] = lambda: {"reason": "", "drafter": {"device": "cpu", "reason": ""}}
 
 
 def chunked(token_ids: Iterable[int], size: int) -> list[tuple[int, ...]]:

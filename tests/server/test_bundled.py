@@ -14,6 +14,7 @@ from server.engine.completion import generate
 from server.engine.engine import Engine, EngineOptions
 from server.engine.request import Request, SamplingParams
 from server.launch import ASSETS, load_drafter
+from server.placement.devices import on_cpu
 from server.targets.torch_target import TorchTarget
 from server.text import TextCodec
 
@@ -32,7 +33,7 @@ def target() -> TorchTarget:
 
 @pytest.fixture(scope="module")
 def drafter(target: TorchTarget) -> Drafter:
-    drafter = load_drafter(target, TARGET, None, "cpu", 4, CAPACITY)
+    drafter = load_drafter(target, TARGET, None, on_cpu(), 4, CAPACITY)
     assert drafter is not None
     return drafter
 

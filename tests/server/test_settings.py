@@ -32,7 +32,7 @@ def test_settings_are_frozen_and_keep_the_key_to_themselves() -> None:
     [
         ({"weights": "fp64"}, "weights: Input should be 'fp32', 'bf16', 'int8' or 'int4'"),
         ({"vram": "3 apples"}, "vram: '3 apples' is no amount of memory"),
-        ({"vram": "3GiB"}, "vram: weights are not placed by a budget of GPU memory yet"),
+        ({"vram": "0"}, "vram: Input should be greater than 0"),
         ({"drafter_device": "gpu"}, "drafter_device: 'gpu' is no device"),
         ({"threads": 0}, "threads: Input should be greater than or equal to 1"),
         ({"port": 70000}, "port: "),

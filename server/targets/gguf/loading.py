@@ -17,7 +17,7 @@ from server.targets.checkpoint import HEAD
 from server.targets.gguf.configuration import read_configuration
 from server.targets.gguf.header import open_gguf
 from server.targets.gguf.weights import GGUFWeights, file_weights, joined, set_parameter
-from server.targets.native_target import NativeTarget
+from server.targets.native_target import CreateNative, NativeTarget
 from server.targets.packed_model import PackedModel, check_model, model_of, pack_from
 from server.targets.target import TargetError
 from server.targets.torch_target import WEIGHTS, TorchTarget
@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 def load_gguf_target(
-    path: Path, weights: str | None, num_slots: int, capacity: int, kv_cache: str | None = None
-) -> TorchTarget:
+    path: Path, weights: str | None, num_slots: int, capacity: int, kv_cache: str | None = None,
+    create: CreateNative = NativeTarget,
+) -> TorchTarget:  # fmt: skip
     """``weights`` None: the file's own codes; fp32 and bf16 dequantise them, int8 and int4 repack.
 
     Errors: TargetError naming the file and what in it is wrong or not read.
@@ -41,7 +42,7 @@ def load_gguf_target(
     if reason is None:
         packed = pack_stored(model, source) if weights is None else pack_from(model, source, weights)
         # The embedding of a file as stored is held in fp32; keys and values need not be for that.
-        return NativeTarget(packed, name, num_slots, capacity, kv_cache or ("bf16" if weights is None else None))
+        return create(packed, name, num_slots, capacity, kv_cache or ("bf16" if weights is None else None))
     if weights not in (None, *WEIGHTS):
         raise TargetError(f"{path} cannot be run with --weights {weights}: {reason}")
     if weights is None:

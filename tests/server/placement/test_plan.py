@@ -194,8 +194,8 @@ def test_what_if_reads_units() -> None:
 
 
 def test_a_card_that_is_here_is_planned_for_as_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    from server.commands.plan import MARGIN_BYTES
     from server.placement import machine
+    from server.placement.what_if import MARGIN_BYTES
 
     card = machine.Gpu("card", 4 * GIB, 3 * GIB, 180.0, 6.0, 11.0, 9.0, 14.0, 12.0)
     monkeypatch.setattr(machine, "cpu_limits", lambda: (20.0, 300.0))
