@@ -20,11 +20,11 @@ from drafters.network import DovetailConfig, DovetailNetwork
 from kernels.training import TrainingOptions
 
 CHUNK_LOGITS = 2**24
-"""Logits of one chunk of positions: 64 MiB in fp32, of which the losses hold a handful of copies."""
+"""Logits of one chunk of positions and all steps: 64 MiB in fp32, of which the losses hold a handful of copies."""
 
 FP32 = 4
-LOGIT_COPIES = 6  # logits, probabilities and log-probabilities of both sides with their gradients, in one chunk
-KEPT_LOGITS = 2  # of a single chunk: the target's probabilities and the drafter's log-probabilities
+TARGET_COPIES = 2  # in one chunk: the target's logits and probabilities
+DRAFT_COPIES = 4  # and of each step logits, log-probabilities, probabilities and a gradient
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,12 @@ def block_activations(config: DovetailConfig, index: int, a: int) -> int:
     return norms + 2 * a * config.hidden_size + attention + 4 * a * config.intermediate_size
 
 
-def chunk_rows(vocab_size: int) -> int:
+def chunk_rows(vocab_size: int, steps: int) -> int:
     """Positions whose logits are computed at a time."""
-    return max(1, CHUNK_LOGITS // vocab_size)
+    return max(1, CHUNK_LOGITS // (vocab_size * steps))
 
 
 def logits(vocab_size: int, positions: int, steps: int) -> int:
-    """Bytes of the losses over the vocabulary."""
-    rows = min(positions, chunk_rows(vocab_size))
-    kept = KEPT_LOGITS * (steps - 1) * positions if rows == positions else 0
-    return FP32 * vocab_size * (LOGIT_COPIES * rows + kept)
+    """Bytes of the losses over the vocabulary, one chunk of them."""
+    rows = min(positions, chunk_rows(vocab_size, steps))
+    return FP32 * vocab_size * rows * (TARGET_COPIES + DRAFT_COPIES * steps)

@@ -1,4 +1,4 @@
-"""Losses in chunks of positions: the same sum and gradient as at once, and never more than a chunk of logits."""
+"""Losses in chunks of positions: the same sums and gradient as at once, and never more than a chunk of logits."""
 
 import pytest
 import torch
@@ -7,48 +7,50 @@ from kernels.losses.chunks import sum_over_chunks
 
 
 class HeadLoss:
-    """A sum that needs logits; remembers how many rows it was given at a time."""
+    """Sums that need logits; remembers how many rows it was given at a time."""
 
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.head = torch.randn(50, 8, generator=generator)
+    def __init__(self, mask: torch.Tensor) -> None:
+        self.head = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+        self.mask = mask
         self.seen: list[int] = []
 
-    def __call__(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        self.seen.append(len(features))
-        losses = torch.logsumexp(features @ self.head.T, dim=-1)
-        return torch.stack([(losses * mask).sum(), mask.sum()])
+    def __call__(self, rows: torch.Tensor, where: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen.append(rows.shape[1])
+        losses = torch.logsumexp(rows @ self.head.T, dim=-1) * self.mask[:, where]
+        return losses.sum(dim=-1), losses
 
 
-@pytest.mark.parametrize("rows", [1, 4, 13, 100])
-def test_sum_and_gradient_are_those_of_the_whole(rows: int) -> None:
-    features, mask = torch.randn(13, 8, requires_grad=True), (torch.rand(13) > 0.3).float()
-    want = HeadLoss()(features, mask)
-    (want_gradient,) = torch.autograd.grad(want[0], features)
-    function = HeadLoss()
-    got = sum_over_chunks(function, (features, mask), rows)
+@pytest.mark.parametrize("chunk", [1, 4, 13, 100])
+def test_sums_and_gradient_are_those_of_the_whole(chunk: int) -> None:
+    rows, mask = torch.randn(2, 13, 8, requires_grad=True), (torch.rand(2, 13) > 0.3).float()
+    want, each = HeadLoss(mask)(rows, slice(None))
+    weights = torch.tensor([1.0, 0.8])
+    (want_gradient,) = torch.autograd.grad((weights * want).sum(), rows)
+    function = HeadLoss(mask)
+    got, losses = sum_over_chunks(function, rows, chunk)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-    (gradient,) = torch.autograd.grad(got[0], features)
+    torch.testing.assert_close(losses, each.detach(), rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad((weights * got).sum(), rows)
     torch.testing.assert_close(gradient, want_gradient, rtol=1e-6, atol=1e-6)
-    assert max(function.seen) <= rows
+    assert max(function.seen) <= chunk
 
 
-def test_chunks_are_computed_again_in_the_backward_pass_and_a_single_one_is_not() -> None:
-    features, mask = torch.randn(10, 8, requires_grad=True), torch.ones(10)
-    chunked, whole = HeadLoss(), HeadLoss()
+def test_nothing_is_computed_twice_and_no_logits_are_kept() -> None:
+    rows, function = torch.randn(1, 10, 8, requires_grad=True), HeadLoss(torch.ones(1, 10))
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        sum_over_chunks(chunked, (features, mask), 4)[0].backward()
-    assert chunked.seen == [4, 4, 2, 2, 4, 4]
-    assert max(kept) <= 4 * 50
-    sum_over_chunks(whole, (features, mask), 10)[0].backward()
-    assert whole.seen == [10]
+        sums, _ = sum_over_chunks(function, rows, 4)
+    assert max(kept) < 10 * 50
+    kept.clear()
+    sums.sum().backward()
+    assert function.seen == [4, 4, 2]
     with torch.no_grad():
-        sum_over_chunks(whole, (features, mask), 5)
-    assert whole.seen == [10, 5, 5]
+        without, _ = sum_over_chunks(function, rows, 5)
+    assert not without.requires_grad
+    torch.testing.assert_close(without, sums.detach())
 
 
 def test_no_rows_are_one_empty_chunk() -> None:
-    function = HeadLoss()
-    assert sum_over_chunks(function, (torch.zeros(0, 8), torch.zeros(0)), 4).tolist() == [0.0, 0.0]
-    assert function.seen == [0]
+    function = HeadLoss(torch.zeros(1, 0))
+    sums, losses = sum_over_chunks(function, torch.zeros(1, 0, 8), 4)
+    assert (sums.tolist(), losses.shape, function.seen) == ([0.0], (1, 0), [0])

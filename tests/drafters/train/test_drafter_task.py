@@ -134,7 +134,7 @@ def test_unrolled_steps_add_their_decayed_losses() -> None:
     want = once["loss"]
     for step, weight in ((1, 0.8), (2, 0.64)):
         ones = torch.ones(2, 7 - step)
-        want = want + weight * unrolled.step_figures(steps[step][:, step:], features[:, step + 1 :], ones)["loss"]
+        want = want + weight * unrolled.figures([steps[step][:, step:]], features[:, step + 1 :], ones)["loss"]
     torch.testing.assert_close(thrice["loss"], want)
     assert {"accuracy_2", "accuracy_3"} <= thrice.keys()
 
@@ -295,11 +295,11 @@ def test_choices_outside_a_trimmed_vocabulary_teach_nothing_and_count_as_missed(
     choices = (wanted[0] @ target.embedding.T).argmax(-1)
     inside = (choices < VOCAB // 2).float()[None]
     assert 0 < inside.sum() < 40
-    got = trimmed.step_figures(predicted, wanted, torch.ones(1, 40))
-    only_inside = trimmed.step_figures(predicted, wanted, inside)
+    got = trimmed.figures([predicted], wanted, torch.ones(1, 40))
+    only_inside = trimmed.figures([predicted], wanted, inside)
     torch.testing.assert_close(got["cross_entropy"], only_inside["cross_entropy"])
     torch.testing.assert_close(
-        got["regression"], whole.step_figures(predicted, wanted, torch.ones(1, 40))["regression"]
+        got["regression"], whole.figures([predicted], wanted, torch.ones(1, 40))["regression"]
     )
     right = (predicted[0] @ target.embedding[: VOCAB // 2].T).argmax(-1) == choices
     assert got["accuracy"].item() == pytest.approx(right.float().mean().item(), abs=1e-4)
