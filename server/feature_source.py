@@ -32,6 +32,7 @@ from server.engine.engine import Engine, EngineOptions
 from server.launch import load_codec, resolve_target
 from server.targets.loading import load_target
 from server.targets.target import PrefillChunk, Target
+from server.text import TextCodec
 
 logger = logging.getLogger(__name__)
 
@@ -112,13 +113,18 @@ def samples_of(
     """(training samples, held-out samples or None), with answers and features prepared as the table asks."""
     if options.answers is not None:
         options = with_answers(target, folder, options)
-    train_data, held_out_data = data_samples(options, folder, target.info.vocab_size)
+    train_data, held_out_data = data_samples(options, chat_codec(options, folder), target.info.vocab_size)
     if options.captured is not None:
         folders = Path(options.captured).expanduser()
         train_data = captured(target, train_data, layers, folders / "train")
         if held_out_data is not None:
             held_out_data = captured(target, held_out_data, layers, folders / "held_out")
     return train_data, held_out_data
+
+
+def chat_codec(options: DataOptions, path: Path) -> TextCodec | None:
+    """The target's codec, where the data are not token ids already. Errors: TextError, TargetError."""
+    return None if options.conversations is None else load_codec(path)
 
 
 def with_answers(target: Target, folder: Path, options: DataOptions) -> DataOptions:

@@ -204,9 +204,29 @@ class TextCodec:
 
         ``continue_final``: the text ends with the last message, for the answer to go on with.
 
-        A special token written inside a message is taken as ordinary text, so that a user cannot end the turn: NUL,
-        which no message may hold, marks those places while the template runs, and each piece is encoded on its own.
+        A special token written inside a message is taken as ordinary text, so that a user cannot end the turn.
         Errors: ChatTemplateError, InvalidText.
+        """
+        pieces = self.render_chat(
+            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt,
+            continue_final=continue_final,
+        )  # fmt: skip
+        return self._checked(
+            [i for piece in pieces for i in self.tokenizer.encode(piece, add_special_tokens=False).ids]
+        )
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final: bool = False,
+    ) -> list[str]:
+        """The template's text, cut where a special token stands inside a message: each piece is encoded on its own.
+
+        NUL, which no message may hold, marks those places while the template runs. Errors: as ``chat``.
         """
         template = self._template_for(tools)
         given = {
@@ -223,8 +243,7 @@ class TextCodec:
             raise ChatTemplateError(f"the model's chat template {fault}") from fault
         if continue_final:
             text = up_to_last(text, given["messages"][-1].get("content") or "")
-        pieces = [self.tokenizer.encode(piece, add_special_tokens=False).ids for piece in text.split("\0")]
-        return self._checked([token_id for piece in pieces for token_id in piece])
+        return text.split("\0")
 
     def _template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
         if self.template_fault is not None:

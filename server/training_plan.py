@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from drafters.train.capture import describe
 from drafters.train.feature_source import Samples, data_samples, training_layers
 from drafters.train.options import DrafterRecipe
-from server.feature_source import check_data
+from server.feature_source import chat_codec, check_data
 from server.launch import resolve_target
+from server.own_models import is_gguf
+from server.targets.checkpoint import stored_weights
+from server.targets.loading import model_config
 from server.targets.target import TargetError
 
 logger = logging.getLogger(__name__)
 
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.125, "int4": 0.625}
 """Of one weight of the target with the scales of its group."""
-BORROWED_BYTES = {"fp32": 4}
-"""Of one number of the embedding and LM head the drafter borrows; bf16 for every other type of weights."""
 
 
 def plan_drafter(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -35,15 +36,15 @@ def plan_drafter(recipe: dict[str, Any]) -> dict[str, Any]:
     tables = DrafterRecipe.read(recipe)
     data = tables.data
     folder = resolve_target(data.target)
-    if data.weights not in WEIGHT_BYTES:
+    if data.weights not in (None, *WEIGHT_BYTES):
         raise TargetError(f"weights {data.weights!r} are not available; allowed are {', '.join(WEIGHT_BYTES)}")
     target = target_shape(folder)
-    matrix = target.vocab_size * target.hidden_size * BORROWED_BYTES.get(data.weights, 2)
+    matrix = target.vocab_size * target.hidden_size * borrowed_number_bytes(folder, data.weights)
     borrowed = matrix if target.is_tied else 2 * matrix
     memory = tables.memory(tables.config(target.vocab_size, target.hidden_size), borrowed)
     plan: dict[str, Any] = {
         "memory": {**dataclasses.asdict(memory), "total": memory.total},
-        "target_bytes": round(target.num_parameters * WEIGHT_BYTES[data.weights]),
+        "target_bytes": target_bytes(folder, data.weights, target.num_parameters),
         "samples": None,
         "tokens": None,
         "captured_bytes": None,
@@ -52,7 +53,7 @@ def plan_drafter(recipe: dict[str, Any]) -> dict[str, Any]:
     logger.info("beside it the target takes %.2f GB of main memory", plan["target_bytes"] / 1e9)
     check_data(data)
     if data.answers is None:
-        train_data, held_out_data = data_samples(data, folder, target.vocab_size)
+        train_data, held_out_data = data_samples(data, chat_codec(data, folder), target.vocab_size)
         parts: list[Samples] = [train_data] if held_out_data is None else [train_data, held_out_data]
         layers = training_layers(tables.shape.features)
         manifests = [describe(part, str(folder), target.hidden_size, layers) for part in parts]
@@ -74,14 +75,14 @@ class TargetShape:
     num_parameters: int
 
 
-def target_shape(folder: Path) -> TargetShape:
-    """Sizes of a model folder's ``config.json``, its parameters counted on the meta device. Errors: TargetError."""
+def target_shape(path: Path) -> TargetShape:
+    """Sizes of a model's configuration, its parameters counted on the meta device. Errors: TargetError."""
+    config = model_config(path)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise TargetError(f"{folder} has no configuration of a causal language model: {error}") from error
+        raise TargetError(f"{path} has no configuration of a causal language model: {error}") from error
     text = config.get_text_config()
     return TargetShape(
         text.vocab_size,
@@ -89,3 +90,17 @@ def target_shape(folder: Path) -> TargetShape:
         bool(text.tie_word_embeddings),
         sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+def target_bytes(path: Path, weights: str | None, num_parameters: int) -> int:
+    """Main memory of the target's weights; a GGUF file's own codes stay as many bytes as they are there."""
+    if weights is None and is_gguf(path):
+        return path.stat().st_size
+    return round(num_parameters * WEIGHT_BYTES[weights or stored_weights(path)])
+
+
+def borrowed_number_bytes(path: Path, weights: str | None) -> int:
+    """Bytes of one number of the embedding and the LM head that the drafter borrows."""
+    if weights is None:
+        weights = "fp32" if is_gguf(path) else stored_weights(path)
+    return 4 if weights == "fp32" else 2

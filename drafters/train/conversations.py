@@ -12,12 +12,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -90,16 +90,26 @@ def pad_batch(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+class ChatTokenizer(Protocol):
+    """A target's tokenizer and chat template, just as they will serve it."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids, with the place of each in the text."""
+        ...
+
+    def render_chat(
+        self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
+    ) -> list[str]:
+        """The template's text in pieces that are encoded one by one. Errors: ValueError where it refuses."""
+        ...
+
+
 class ChatEncoder:
-    """Conversations to token ids and a mask of the assistant's tokens, by the template in a tokenizer's folder."""
+    """Conversations to token ids and a mask of the assistant's tokens, by a target's own tokenizer and template."""
 
-    def __init__(self, tokenizer_folder: Path, max_length: int) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise CorpusError(f"{tokenizer_folder} has no tokenizer that can be read: {error}") from error
+    def __init__(self, codec: ChatTokenizer, max_length: int) -> None:
+        self.codec = codec
         self.max_length = max_length
         self.counts = Counts()
 
@@ -110,23 +120,34 @@ class ChatEncoder:
             self.counts.without_answer += 1
             return None
         try:
-            text = self.render(place, talk.messages, talk.tools)
-            spans = self.answer_spans(place, talk, text)
+            pieces = self.render(place, talk.messages, talk.tools, add_generation_prompt=False)
+            spans = self.answer_spans(place, talk, "".join(pieces))
         except CorpusError as error:
             self.counts.add_bad(error)
             return None
         if spans is None:
             self.counts.rewritten += 1
             return None
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.asarray(encoded["input_ids"][: self.max_length], dtype=np.int32)
+        ids, offsets = self.tokens(pieces)
         mask = np.zeros(len(ids), dtype=np.bool_)
-        for i, (start, end) in enumerate(encoded["offset_mapping"][: self.max_length]):
+        for i, (start, end) in enumerate(offsets):
             mask[i] = any(first <= start and end <= last for first, last in spans)
         if len(ids) < MIN_TOKENS or not mask[:-1].any():
             self.counts.beyond_limit += 1
             return None
         return ids, mask
+
+    def tokens(self, pieces: Sequence[str]) -> tuple[Ids, list[tuple[int, int]]]:
+        """Ids of a text in pieces, and where in the whole of it each stands, cut at the limit."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        before = 0
+        for piece in pieces:
+            encoded = self.codec.tokenizer.encode(piece, add_special_tokens=False)
+            ids += encoded.ids
+            offsets += [(before + start, before + end) for start, end in encoded.offsets]
+            before += len(piece)
+        return np.asarray(ids[: self.max_length], dtype=np.int32), offsets[: self.max_length]
 
     def samples(self, file: Path, file_format: str) -> list[tuple[Ids, NDArray[np.bool_]]]:
         """Ids and mask of every conversation of a file that can be used."""
@@ -143,34 +164,32 @@ class ChatEncoder:
         """Where in the rendered text each answer begins and ends; None if the template rewrites what came before."""
         spans: list[tuple[int, int]] = []
         for i in talk.answers:
-            before = self.render(place, talk.messages[:i], talk.tools, add_generation_prompt=True)
-            with_answer = self.render(place, talk.messages[: i + 1], talk.tools)
+            before = "".join(self.render(place, talk.messages[:i], talk.tools, add_generation_prompt=True))
+            answered = self.render(place, talk.messages[: i + 1], talk.tools, add_generation_prompt=False)
+            with_answer = "".join(answered)
             if not (with_answer.startswith(before) and text.startswith(with_answer)):
                 return None
             spans.append((len(before), len(with_answer)))
         return spans
 
     def render(
-        self, place: str, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool = False
-    ) -> str:
-        """The template's text; transformers renders it in a sandbox."""
+        self, place: str, messages: list[Message], tools: list[Any] | None, *, add_generation_prompt: bool
+    ) -> list[str]:
+        """The template's text in pieces. Errors: CorpusError where it refuses the conversation."""
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            return self.codec.render_chat(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        except ValueError as error:
             raise CorpusError(f"{place}: the target's chat template refuses the conversation: {error}") from error
-        return text
 
     def windows(self, text: str) -> list[tuple[Ids, NDArray[np.bool_]]]:
         """Plain text in consecutive pieces of at most the limit; every token counts."""
-        ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+        ids = np.asarray(self.codec.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
         pieces = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
         return [(piece, np.ones(len(piece), dtype=np.bool_)) for piece in pieces if len(piece) >= MIN_TOKENS]
 
 
 def load_samples(
-    file: Path, file_format: str, tokenizer_folder: Path, max_length: int, held_out_share: float, seed: int
+    file: Path, file_format: str, codec: ChatTokenizer, max_length: int, held_out_share: float, seed: int
 ) -> tuple[TokenSamples, TokenSamples | None]:
     """(training samples, held-out samples or None) of a data file, shuffled with the seed.
 
@@ -179,7 +198,7 @@ def load_samples(
     """
     if file_format not in FORMATS:
         raise CorpusError(f"data.format is {file_format!r}; allowed are {', '.join(FORMATS)}")
-    encoder = ChatEncoder(tokenizer_folder, max_length)
+    encoder = ChatEncoder(codec, max_length)
     if file_format == "text":
         if not file.is_file():
             raise CorpusError(f"{file} does not exist; data.conversations of the recipe names it")

@@ -116,7 +116,7 @@ class DrafterTask(nn.Module):
         return unrolled_predictions(self.network, features, embedded, self.loss.unrolled_steps)
 
     def figures(self, steps: Sequence[Tensor], wanted: Tensor, loss_mask: Tensor) -> dict[str, Tensor]:
-        """What ``forward`` returns, from predicted features of every step, the wanted ones, all [B, T, H], and the mask.
+        """What ``forward`` returns, from predicted features of every step and the wanted ones [B, T, H], and the mask.
 
         Only positions that count reach the losses: with chats most do not, and the LM head is the widest product.
         """

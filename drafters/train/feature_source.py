@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from drafters.train.conversations import TokenSamples, load_samples
+from drafters.train.conversations import ChatTokenizer, TokenSamples, load_samples
 from drafters.train.language_model import PackedWindows
 from drafters.train.records import READERS
 from kernels.training import RecipeError
@@ -75,22 +75,22 @@ def training_layers(features: str) -> tuple[str, ...]:
 class DataOptions:
     """A recipe's ``[data]`` table.
 
-    target: the model to draft for, as the server names targets; one of tokens, a ``.npy`` file of packed token ids,
-    and conversations, a file in the given format (``messages``: JSONL as OpenAI's clients write it, ``sharegpt``,
-    ``text``); weights: the type the target's weights are held in while it computes features; window_length: tokens of
-    one sample, at most; captured: a folder that features are written to before training begins, and read from (None:
-    computed anew for every batch); held_out_share: what is kept for evaluation, the end of a packed file; max_samples:
-    train on a random choice of that many samples (None: on all); seed: of the shuffling of conversations, that choice
-    and answers that are not greedy; answers: a JSONL file in which the target itself answers the users' turns before
-    training begins (None: the answers of the data), each with at most ``answer_tokens``, greedy or at
-    ``answer_temperature``.
+    target: the model to draft for, as the server names targets, None: the default; one of tokens, a ``.npy`` file of
+    packed token ids, and conversations, a file in the given format (``messages``: JSONL as OpenAI's clients write it,
+    ``sharegpt``, ``text``); weights: the type the target's weights are held in while it computes features, None: as its
+    files have them; window_length: tokens of one sample, at most; captured: a folder that features are written to
+    before training begins, and read from (None: computed anew for every batch); held_out_share: what is kept for
+    evaluation, the end of a packed file; max_samples: train on a random choice of that many samples (None: on all);
+    seed: of the shuffling of conversations, that choice and answers that are not greedy; answers: a JSONL file in which
+    the target itself answers the users' turns before training begins (None: the answers of the data), each with at most
+    ``answer_tokens``, greedy or at ``answer_temperature``.
     """
 
-    target: str
+    target: str | None = None
     tokens: str | None = None
     conversations: str | None = None
     format: str = "messages"
-    weights: str = "fp32"
+    weights: str | None = None
     window_length: int = 256
     held_out_share: float = 0.01
     max_samples: int | None = None
@@ -131,31 +131,32 @@ class DraftingWindows(Dataset[dict[str, Tensor]]):
         return {"input_ids": token_ids, "loss_mask": torch.ones(len(token_ids))}
 
 
-def data_samples(options: DataOptions, tokenizer_folder: Path, vocab_size: int) -> tuple[Samples, Samples | None]:
-    """(training samples, held-out samples or None) of whatever the table names; conversations need the tokenizer.
+def data_samples(options: DataOptions, codec: ChatTokenizer | None, vocab_size: int) -> tuple[Samples, Samples | None]:
+    """(training samples, held-out samples or None) of whatever the table names; only packed tokens need no codec.
 
     Errors: RecipeError and CorpusError for files that hold no samples, or tokens that the target does not have.
     """
     if options.conversations is None:
         train, held_out = packed_windows(options, vocab_size)
     else:
-        train, held_out = conversation_samples(options, tokenizer_folder, vocab_size)
+        assert codec is not None
+        train, held_out = conversation_samples(options, codec, vocab_size)
     return random_choice(train, options.max_samples, options.seed), held_out
 
 
 def conversation_samples(
-    options: DataOptions, tokenizer_folder: Path, vocab_size: int
+    options: DataOptions, codec: ChatTokenizer, vocab_size: int
 ) -> tuple[TokenSamples, TokenSamples | None]:
     """(training samples, held-out samples or None) of the data file."""
     assert options.conversations is not None
     file = Path(options.conversations).expanduser()
     train, held_out = load_samples(
-        file, options.format, tokenizer_folder, options.window_length, options.held_out_share, options.seed
+        file, options.format, codec, options.window_length, options.held_out_share, options.seed
     )
     for samples in (train, held_out):
         if samples is not None:
             largest = max(int(ids.max()) for ids, _ in samples.samples)
-            check_vocabulary(f"the tokenizer in {tokenizer_folder}", largest, vocab_size)
+            check_vocabulary(f"the tokenizer of {options.target}", largest, vocab_size)
     return train, held_out
 
 

@@ -92,12 +92,12 @@ def activations(config: DovetailConfig, positions: int, length: int, a: int, ste
     """Bytes that the forward pass leaves for the backward pass, and the widest gradient of an MLP."""
     hidden, inner, num_layers = config.hidden_size, config.intermediate_size, len(config.feature_layers)
     width = num_layers * hidden
-    # Features and noise, what is predicted, and the projection's input.
-    inputs = FP32 * (2 * width + hidden) + (a * width if num_layers > 1 else 0)
+    # Features and noise, what is predicted, its positions that count, and the projection's input.
+    inputs = FP32 * (2 * width + 2 * hidden) + (a * width if num_layers > 1 else 0)
     # DGF: the normalised embedding, its cast, both branches, the gate and their products. Linear: both side by side.
     fusion = hidden * (8 * a + FP32) if config.fusion == "dgf" else hidden * 2 * a
-    regression = 2 * FP32 * hidden
-    step = fusion + regression + sum(block_activations(config, index, a) for index in range(config.num_blocks))
+    losses = (FP32 + a) * hidden  # predicted features, and their gradient through the LM head
+    step = fusion + losses + sum(block_activations(config, index, a) for index in range(config.num_blocks))
     if steps > 1:
         # Fused attention keeps no scores; unrolled steps keep them, their cast if there is one, and the mask.
         cast = 0 if a == FP32 else a

@@ -51,5 +51,6 @@ def sum_over_chunks(part: Part, rows: Tensor, chunk: int) -> tuple[Tensor, Tenso
         others.append(other.detach())
     assert total is not None
     if gradient is not None:
-        total = GivenGradient.apply(total, rows, gradient)
+        total = GivenGradient.apply(total, rows, gradient)  # type: ignore[no-untyped-call]
+        assert total is not None
     return total, torch.cat(others, dim=-1)

@@ -1,9 +1,9 @@
 """Losses of feature-level drafters: regression of the target's features, and its distribution.
 
 Shapes: ... any leading dimensions (sequences and positions), H hidden size, V vocabulary. A loss mask [...] is 1 where
-a position counts and 0 elsewhere. Means have the paper's 1e-5 in their denominator: an empty mask gives 0. What compares
-distributions takes the drafter's log-probabilities and the target's probabilities, both fp32 [..., V]; the latter are
-labels, of which nobody wants a gradient.
+a position counts and 0 elsewhere. Means have the paper's 1e-5 in their denominator: an empty mask gives 0. What
+compares distributions takes the drafter's log-probabilities and the target's probabilities, both fp32 [..., V]; the
+latter are labels, of which nobody wants a gradient.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def blended_acceptance_loss(
     itself. ``w`` is a weight: no gradient flows through it. Source: the acceptance loss of arXiv 2602.23881, its lambda
     form; the default decay is ours.
     """
-    entropy = torch.special.entr(target_probs).sum(dim=-1)
+    entropy: Tensor = torch.special.entr(target_probs).sum(dim=-1)
     divergence = soft_cross_entropy(draft_log_probs, target_probs) - entropy
     accepted = acceptance(draft_log_probs, target_probs)
     weight = scale * torch.exp(-decay * accepted.detach())

@@ -18,10 +18,12 @@ from server.engine.completion import generate
 from server.engine.engine import Engine
 from server.engine.request import EngineError, FinishReason, Request, SamplingParams
 from server.placement.machine import compute_threads
-from server.targets.packed_model import is_packed
+from server.targets.packed_model import BITS, is_packed
 from server.targets.torch_target import WEIGHTS
 
 GREEDY = SamplingParams(temperature=0)
+GREEDY_CHOICE = {"top_k": 1, "temp": 0.0}
+LLAMA_CPP, LLAMA_CPP_LOOKUP = "llama.cpp", "llama.cpp-lookup"
 
 
 class PeerUnavailable(RuntimeError):
@@ -103,8 +105,11 @@ class TransformersPeer:
 
     name = "transformers"
 
-    def __init__(self, folder: Path, weights: str) -> None:
+    def __init__(self, folder: Path, weights: str, sampling: SamplingParams = GREEDY) -> None:
         """Errors: PeerUnavailable for weights that transformers does not hold."""
+        self.sampling = sampling
+        if folder.is_file():
+            raise PeerUnavailable("transformers does not compute with a GGUF file's codes")
         if weights not in WEIGHTS:
             raise PeerUnavailable(
                 f"transformers has no {weights} form of these weights; --weights bf16 compares with it"
@@ -117,15 +122,17 @@ class TransformersPeer:
 
     @torch.inference_mode()
     def run(self, case: Case) -> Timed:
-        """One greedy ``generate``."""
+        """One ``generate``."""
+        temperature = self.sampling.temperature
+        chosen = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         prompt = torch.tensor([case.prompt_ids])
         clock = FirstTokenClock()
         output = self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=case.max_tokens,
-            do_sample=False,
             use_cache=True,
+            **chosen,
             eos_token_id=sorted(case.stop_ids) or None,
             pad_token_id=0,
             streamer=clock,
@@ -135,35 +142,57 @@ class TransformersPeer:
 
 
 class LlamaCppPeer:
-    """llama.cpp through llama-cpp-python, on the same weights written as GGUF; prompts go in as token ids."""
+    """llama.cpp through llama-cpp-python, on the same weights as GGUF; prompts go in as token ids.
 
-    name = "llama.cpp"
+    With ``lookup`` it drafts by its own prompt lookup, two tokens at a time, which its documentation advises for CPUs.
+    """
 
-    def __init__(self, folder: Path, weights: str, threads: int, context_length: int) -> None:
-        """Errors: PeerUnavailable without the package; GGUFError for an architecture the writer does not know."""
+    def __init__(
+        self,
+        path: Path,
+        weights: str,
+        threads: int,
+        context_length: int,
+        sampling: SamplingParams = GREEDY,
+        *,
+        lookup: bool = False,
+    ) -> None:
+        """``path``: a GGUF file, taken as it is, or a folder, written as one.
+
+        Errors: PeerUnavailable without the package; GGUFError for an architecture the writer does not know.
+        """
+        self.name = LLAMA_CPP_LOOKUP if lookup else LLAMA_CPP
+        self.sampling = sampling
         if not (importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf")):
             raise PeerUnavailable("llama-cpp-python is not installed; `make gguf` builds it (10 to 15 minutes)")
         from llama_cpp import Llama
+        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
+        options = {
+            "n_ctx": context_length,
+            "n_threads": threads,
+            "n_threads_batch": threads,
+            "seed": sampling.seed or 0,
+            "draft_model": LlamaPromptLookupDecoding(num_pred_tokens=2) if lookup else None,
+            "verbose": False,
+        }
+        if path.is_file():
+            self.model: Any = Llama(str(path), **options)
+            return
         from server.bench.gguf_file import write_gguf
 
         with tempfile.TemporaryDirectory(prefix="dovetail-bench-") as scratch:
-            file = write_gguf(folder, Path(scratch) / "target.gguf", weights)
-            self.model: Any = Llama(
-                str(file),
-                n_ctx=context_length,
-                n_threads=threads,
-                n_threads_batch=threads,
-                use_mmap=False,  # the file is gone once the model is loaded
-                verbose=False,
-            )
+            file = write_gguf(path, Path(scratch) / "target.gguf", weights)
+            self.model = Llama(str(file), use_mmap=False, **options)  # the file is gone once the model is loaded
 
     def run(self, case: Case) -> Timed:
-        """Greedy tokens as they come."""
+        """Tokens as they come; sampled ones are another text than this engine's, drawn from the same distribution."""
         self.model.reset()
         token_ids: list[int] = []
         first_s = time.perf_counter()
-        for token_id in self.model.generate(case.prompt_ids, top_k=1, temp=0.0, repeat_penalty=1.0):
+        temperature = self.sampling.temperature
+        chosen = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temp": temperature} if temperature else GREEDY_CHOICE
+        for token_id in self.model.generate(case.prompt_ids, repeat_penalty=1.0, **chosen):
             if not token_ids:
                 first_s = time.perf_counter()
             token_ids.append(token_id)
@@ -173,19 +202,25 @@ class LlamaCppPeer:
 
 
 def create_peers(
-    names: Sequence[str], folder: Path, weights: str, context_length: int
+    names: Sequence[str], path: Path, weights: str, context_length: int, sampling: SamplingParams
 ) -> tuple[list[Contestant], dict[str, str]]:
-    """The peers that can run here, and for each other one the reason why it cannot."""
+    """The peers that can run here, and for each other one the reason why it cannot.
+
+    ``path`` is the target's folder or GGUF file; of a file ``weights`` are its own codes, or it was repacked.
+    """
     peers: list[Contestant] = []
     skipped: dict[str, str] = {}
     for name in names:
         try:
-            if is_packed(folder):
+            if is_packed(path):
                 raise PeerUnavailable("a packed folder is this project's own format; name the original folder")
+            if path.is_file() and weights in BITS:
+                raise PeerUnavailable("the GGUF file's weights were repacked here; compare without --weights")
             if name == TransformersPeer.name:
-                peers.append(TransformersPeer(folder, weights))
+                peers.append(TransformersPeer(path, weights, sampling))
             else:
-                peers.append(LlamaCppPeer(folder, weights, compute_threads(), context_length))
+                lookup = name == LLAMA_CPP_LOOKUP
+                peers.append(LlamaCppPeer(path, weights, compute_threads(), context_length, sampling, lookup=lookup))
         except (PeerUnavailable, ValueError) as error:
             skipped[name] = str(error)
     return peers, skipped

@@ -22,6 +22,10 @@ class Prompt:
     text: str | None = None
     turns: tuple[str, ...] = ()
 
+    def as_chat(self) -> Prompt:
+        """The text as the one turn of a chat."""
+        return self if self.text is None else Prompt(self.name, turns=(self.text,))
+
 
 def list_suites() -> list[str]:
     """Names of the suites that ship."""

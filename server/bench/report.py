@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,24 +11,38 @@ from typing import Any
 from drafters.drafter import Drafter
 from drafters.ngram import NGramDrafter
 from server.bench.compare import Race, acceptance_length, race, repeated_4gram_share
-from server.bench.contestants import Case, EngineContestant, LlamaCppPeer, Timed, TransformersPeer, create_peers
+from server.bench.contestants import (
+    GREEDY,
+    LLAMA_CPP,
+    LLAMA_CPP_LOOKUP,
+    Case,
+    EngineContestant,
+    Timed,
+    TransformersPeer,
+    create_peers,
+)
 from server.bench.prompts import Prompt
 from server.bench.simulated import SimulatedDrafter
 from server.bench.texts import Advance, BenchError, Texts, generate_references
 from server.bench.verify_curve import verify_ms
+from server.engine.cost import Costs, DraftCost, VerifyCost
 from server.engine.engine import Engine, RoundClock
+from server.engine.request import SamplingParams
 from server.placement.machine import measure_machine
 from server.text import TextCodec
 
-PLAIN, DOVETAIL = "plain", "dovetail"
-PEERS = (TransformersPeer.name, LlamaCppPeer.name)
+PLAIN, LOOKUP, DOVETAIL = "plain", "lookup", "dovetail"
+PEERS = (TransformersPeer.name, LLAMA_CPP)
+OPPONENTS = (*PEERS, LLAMA_CPP_LOOKUP, LOOKUP)
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """max_tokens: longest text; repeats: times that everyone generates everything; peers: names out of ``PEERS``;
+    """max_tokens: longest text; repeats: times that everyone generates everything; peers: names out of
+    ``OPPONENTS``, of which ``lookup`` is this engine without a drafter, with chains copied from the text itself;
     simulate_acceptance: an acceptance length to pretend instead of drafting; ignore_eos: every text goes on to
-    max_tokens, so that all have the same length, whatever the model would rather do."""
+    max_tokens, so that all have the same length, whatever the model would rather do; sampling: how tokens are chosen,
+    seeded where they are sampled; chat: a text prompt is a user's turn in the model's chat template."""
 
     suite: str
     max_tokens: int = 128
@@ -36,11 +50,15 @@ class BenchOptions:
     peers: Sequence[str] = PEERS
     simulate_acceptance: float | None = None
     ignore_eos: bool = True
+    sampling: SamplingParams = GREEDY
+    chat: bool = False
 
     def __post_init__(self) -> None:
-        unknown = set(self.peers) - set(PEERS)
+        unknown = set(self.peers) - set(OPPONENTS)
         if unknown:
-            raise BenchError(f"unknown peer {', '.join(sorted(unknown))}; known are {PLAIN}, {', '.join(PEERS)}")
+            raise BenchError(f"unknown peer {', '.join(sorted(unknown))}; known are {PLAIN}, {', '.join(OPPONENTS)}")
+        if self.sampling.temperature > 0 and self.sampling.seed is None:
+            raise BenchError("sampled texts can be compared only with a seed")
         if self.max_tokens < 2 or self.repeats < 1:
             raise BenchError(f"max tokens {self.max_tokens}, repeats {self.repeats}; need at least 2 and 1")
 
@@ -54,18 +72,25 @@ def measure(
     """
     if engine.drafting.drafter is None and not engine.options.lookup and options.simulate_acceptance is None:
         raise BenchError("there is no drafter to compare with plain decoding; name one with --drafter")
-    plain = EngineContestant(PLAIN, Engine(engine.target, None, dataclasses.replace(engine.options, lookup=False)))
+    sampling = options.sampling
+    bare = Engine(engine.target, None, dataclasses.replace(engine.options, lookup=False))
+    plain = EngineContestant(PLAIN, bare, sampling)
+    if options.chat:
+        prompts = [prompt.as_chat() for prompt in prompts]
     texts = generate_references(plain, codec, prompts, options.max_tokens, options.ignore_eos, advance)
     hardware = measure_machine()
     curve = verify_ms(engine.target)
-    ngram = ngram_runs(engine, texts.cases, advance)
+    ngram = ngram_runs(engine, texts.cases, sampling, advance)
     drafter = engine.drafting.drafter
     if options.simulate_acceptance is not None:
         drafter = simulated_drafter(engine, texts, options.simulate_acceptance)
-    drafted = Engine(engine.target, drafter, engine.options, engine.drafting.costs)
-    context = engine.options.context_length
-    peers, skipped = create_peers(options.peers, folder, engine.target.info.weights, context)
-    contestants = [plain, EngineContestant(DOVETAIL, drafted), *peers]
+    drafted = {DOVETAIL: Engine(engine.target, drafter, engine.options, engine.drafting.costs)}
+    if LOOKUP in options.peers:
+        drafted[LOOKUP] = lookup_engine(engine)
+    context, weights = engine.options.context_length, engine.target.info.weights
+    others = [name for name in options.peers if name != LOOKUP]
+    peers, skipped = create_peers(others, folder, weights, context, sampling)
+    contestants = [plain, *(EngineContestant(name, one, sampling) for name, one in drafted.items()), *peers]
     num_runs = options.repeats * len(contestants) * len(texts.cases)
     done = iter(range(1, num_runs + 1))
     result = race(contestants, texts.cases, options.repeats, lambda name: advance(name, next(done), num_runs))
@@ -75,7 +100,8 @@ def measure(
         "drafter": drafter_json(drafter, engine),
         "conditions": conditions_json(options, texts, result),
     }
-    report |= speeds_json(result, drafted.clock, [peer.name for peer in peers], texts.references)
+    report |= speeds_json(result, {name: one.clock for name, one in drafted.items()}, texts.references)
+    report["peers"] = {peer.name: peer_json(result, peer.name, texts.references, sampling) for peer in peers}
     report["peers"] |= {name: {"skipped": reason} for name, reason in skipped.items()}
     report |= {
         "verify_ms": curve,
@@ -85,10 +111,18 @@ def measure(
     return report
 
 
-def ngram_runs(engine: Engine, cases: Sequence[Case], advance: Advance) -> list[Timed]:
+def lookup_engine(engine: Engine) -> Engine:
+    """The engine without its drafter, looking up; its rows are chosen by costs of its own where the other's are."""
+    costs = engine.drafting.costs
+    if costs is not None:
+        costs = Costs(VerifyCost(costs.verify.points), DraftCost(0.0, 0.0, 0.0), costs.overhead_s)
+    return Engine(engine.target, None, dataclasses.replace(engine.options, lookup=True), costs)
+
+
+def ngram_runs(engine: Engine, cases: Sequence[Case], sampling: SamplingParams, advance: Advance) -> list[Timed]:
     """What the weightless n-gram drafter reaches on these texts, with fixed trees of the same budget."""
     options = dataclasses.replace(engine.options, lookup=False)
-    contestant = EngineContestant("n-gram", Engine(engine.target, NGramDrafter(), options))
+    contestant = EngineContestant("n-gram", Engine(engine.target, NGramDrafter(), options), sampling)
     runs = []
     for number, case in enumerate(cases, start=1):
         runs.append(contestant.run(case))
@@ -102,25 +136,32 @@ def simulated_drafter(engine: Engine, texts: Texts, length: float) -> SimulatedD
     return SimulatedDrafter(known, length, engine.options.budget, engine.target.info.vocab_size)
 
 
-def speeds_json(
-    result: Race, clock: RoundClock, peers: Sequence[str], references: Sequence[Sequence[int]]
-) -> dict[str, Any]:
-    """``plain``, ``dovetail``, ``speedup`` and ``peers``. ``clock`` is the drafted engine's over the whole race."""
+def speeds_json(result: Race, clocks: Mapping[str, RoundClock], references: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """``plain``, ``dovetail``, ``speedup`` and, where it took part, ``lookup``; ``clocks`` are over the whole race."""
+    plain = result.median_tokens_per_s(PLAIN)
+    return {
+        "plain": speed_json(result, PLAIN, references),
+        **{name: drafted_json(result, name, clock, references) for name, clock in clocks.items()},
+        "speedup": round(result.median_tokens_per_s(DOVETAIL) / plain, 3) if plain else None,
+    }
+
+
+def drafted_json(result: Race, name: str, clock: RoundClock, references: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The figures of an engine that drafts, and where its rounds' time went."""
     total_s = (clock.draft_s + clock.verify_s + clock.other_s) or 1.0
-    dovetail = speed_json(result, DOVETAIL, references) | {
-        "acceptance_length": round(result.acceptance_length(DOVETAIL), 3),
+    return speed_json(result, name, references) | {
+        "acceptance_length": round(result.acceptance_length(name), 3),
         "draft_share": round(clock.draft_s / total_s, 3),
         "verify_share": round(clock.verify_s / total_s, 3),
         "other_share": round(clock.other_s / total_s, 3),
         "rows_per_round": round(clock.rows / max(clock.rounds, 1), 2),
     }
-    plain = result.median_tokens_per_s(PLAIN)
-    return {
-        "plain": speed_json(result, PLAIN, references),
-        "dovetail": dovetail,
-        "speedup": round(result.median_tokens_per_s(DOVETAIL) / plain, 3) if plain else None,
-        "peers": {name: speed_json(result, name, references) for name in peers},
-    }
+
+
+def peer_json(result: Race, name: str, references: Sequence[Sequence[int]], sampling: SamplingParams) -> dict[str, Any]:
+    """Another engine's figures. It samples by numbers of its own, so only greedy texts can be the same."""
+    figures = speed_json(result, name, references)
+    return figures if sampling.temperature == 0 else figures | {"equal_texts": None}
 
 
 def speed_json(result: Race, name: str, references: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -148,5 +189,7 @@ def conditions_json(options: BenchOptions, texts: Texts, result: Race) -> dict[s
         "ignore_eos": options.ignore_eos,
         "repeats": options.repeats,
         "interrupted": result.interrupted,
-        "sampling": "greedy",
+        "temperature": options.sampling.temperature,
+        "seed": options.sampling.seed,
+        "chat": options.chat,
     }

@@ -13,6 +13,7 @@ from drafters.train.conversations import load_samples, pad_batch
 from drafters.train.corpus import CorpusError
 from drafters.train.feature_source import DataOptions
 from kernels.training import RecipeError
+from server.text import TextCodec
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -52,7 +53,7 @@ def write_messages(file: Path, *talks: list[tuple[str, str]]) -> Path:
 
 
 def load(file: Path, folder: Path, file_format: str = "messages", length: int = 500, share: float = 0.0) -> Any:
-    return load_samples(file, file_format, folder, length, share, seed=3)
+    return load_samples(file, file_format, TextCodec.from_folder(folder), length, share, seed=3)
 
 
 def counted_text(folder: Path, sample: dict[str, torch.Tensor]) -> list[str]:

@@ -298,9 +298,7 @@ def test_choices_outside_a_trimmed_vocabulary_teach_nothing_and_count_as_missed(
     got = trimmed.figures([predicted], wanted, torch.ones(1, 40))
     only_inside = trimmed.figures([predicted], wanted, inside)
     torch.testing.assert_close(got["cross_entropy"], only_inside["cross_entropy"])
-    torch.testing.assert_close(
-        got["regression"], whole.figures([predicted], wanted, torch.ones(1, 40))["regression"]
-    )
+    torch.testing.assert_close(got["regression"], whole.figures([predicted], wanted, torch.ones(1, 40))["regression"])
     right = (predicted[0] @ target.embedding[: VOCAB // 2].T).argmax(-1) == choices
     assert got["accuracy"].item() == pytest.approx(right.float().mean().item(), abs=1e-4)
 

@@ -18,7 +18,7 @@ def packed_file(tmp_path: Path) -> Path:
 
 
 def starts(options: DataOptions) -> tuple[list[int], int]:
-    train, held_out = data_samples(options, Path(), 400)
+    train, held_out = data_samples(options, None, 400)
     count = len(train)  # type: ignore[arg-type]
     return [int(train[index]["input_ids"][0]) for index in range(count)], len(held_out or ())  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ import torch
 from drafters.network import DovetailConfig, DovetailNetwork
 from drafters.train.drafter_task import DrafterTask
 from drafters.train.feature_source import OnTheFlySource, training_layers
-from drafters.train.memory import KEPT_LOGITS, MemoryEstimate, activations, estimate_memory
+from drafters.train.memory import MemoryEstimate, activations, estimate_memory
 from drafters.train.options import LossOptions
 from kernels.training import TrainingOptions
 
@@ -55,9 +55,10 @@ def test_activations_are_what_autograd_keeps(changes: dict[str, Any], steps: int
     a = 2 if mixed else 4
     width = 64 * len(config.feature_layers)
     estimated = activations(config, LENGTH, LENGTH, a, steps)
-    # Counted besides: the batch itself, the widest gradient, the weights' copies and a single chunk's probabilities.
+    # Counted besides: the batch itself, the widest gradient, the weights' copies and, dropped again before the
+    # backward pass, a single chunk's probabilities and log-probabilities.
     estimated -= LENGTH * (4 * (2 * width + 64) + 4 * a * 256)
-    estimated += LENGTH * VOCAB * 4 * KEPT_LOGITS * steps
+    estimated += LENGTH * VOCAB * 4 * 2 * steps
     estimated += 2 * mixed * sum(parameter.numel() for parameter in DovetailNetwork(config).parameters())
     assert estimated == pytest.approx(kept_bytes(config, steps, mixed), rel=0.05)
 

@@ -13,6 +13,7 @@ from server.bench.report import BenchError, BenchOptions, measure
 from server.bench.simulated import chain_length
 from server.commands.bench import check_lossless, show
 from server.engine.engine import Engine, EngineOptions
+from server.engine.request import SamplingParams
 from server.targets.torch_target import TorchTarget
 
 
@@ -81,6 +82,19 @@ def test_simulated_acceptance_is_felt(report: dict[str, Any], engine: Engine, fo
     assert report["speedup"] == pytest.approx(
         report["dovetail"]["tokens_per_s"] / report["plain"]["tokens_per_s"], rel=0.01
     )
+
+
+def test_lookup_takes_part_and_sampled_chats_are_the_same_texts_for_everyone_here(engine: Engine, folder: Path) -> None:
+    sampling = SamplingParams(temperature=0.7, seed=3)
+    found = run(engine, folder, peers=["lookup", "transformers"], sampling=sampling, chat=True)
+    for name in ("plain", "lookup", "dovetail"):
+        assert found[name]["equal_texts"] == found[name]["texts"] == 6
+    assert found["lookup"]["acceptance_length"] >= 1.0
+    assert found["peers"]["transformers"]["equal_texts"] is None  # its sampling draws other numbers
+    conditions = found["conditions"]
+    assert (conditions["chat"], conditions["temperature"], conditions["seed"]) == (True, 0.7, 3)
+    with pytest.raises(BenchError, match="only with a seed"):
+        BenchOptions("mine", sampling=SamplingParams(temperature=0.7))
 
 
 def test_missing_peer_is_reported_with_its_reason(engine: Engine, folder: Path) -> None:
