@@ -187,6 +187,7 @@ def load_engine(settings: Settings) -> Engine:
 def load_parts(settings: Settings) -> tuple[Engine, Placed]:
     """The same, and where its parts were placed."""
     from drafters.proposal import Budget
+    from server.engine.ahead import AheadDrafter, ahead_budget
     from server.engine.engine import Engine, EngineOptions
     from server.targets.loading import choose_engine, context_length, load_target
 
@@ -195,7 +196,7 @@ def load_parts(settings: Settings) -> tuple[Engine, Placed]:
     context = context_length(folder, settings.context, settings.max_seqs, settings.kv_cache, engine)
     # Up to 8 rows share every load of a weight, and a draft level costs little: trees are small, narrow and deep.
     budget = Budget(settings.rows or 8, settings.top_k or 2, 6 if settings.depth is None else settings.depth)
-    capacity = slot_capacity(context, [budget])
+    capacity = slot_capacity(context, [budget, ahead_budget(budget)])
     drafter_name = settings.drafter
     if drafter_name is None and own_drafter(folder) is None:
         if settings.target is not None:
@@ -214,6 +215,8 @@ def load_parts(settings: Settings) -> tuple[Engine, Placed]:
     options = EngineOptions(settings.max_seqs, context, budget, lookup=settings.lookup, cache_bytes=settings.cache)
     drafts = settings.trees == "cost" and (drafter is not None or settings.lookup)
     costs = load_costs(target, drafter, budget, capacity, str(placed.drafter)) if drafts else None
+    if drafter is not None and drafter.feature_layers:
+        drafter = AheadDrafter(drafter)
     return Engine(target, drafter, options, costs), placed
 
 
@@ -235,11 +238,15 @@ def place(settings: Settings, target: Path, drafter: str | None, capacity: int, 
 
 def placement_status(engine: Engine, placed: Placed) -> dict[str, Any]:
     """Where drafter and layers are now, and why they are not where they were to be. May be called from any thread."""
+    from server.engine.ahead import AheadDrafter
     from server.placement.moving_drafter import MovingDrafter
     from server.targets.split_target import SplitTarget
 
     drafter, target = engine.drafting.drafter, engine.target
     found: dict[str, Any] = {"reason": placed.reason}
+    if isinstance(drafter, AheadDrafter):
+        found["drafts_ahead"] = {"on": drafter.trial.ahead and drafter.trial.settled, "gain": drafter.trial.gain}
+        drafter = drafter.drafter
     if isinstance(drafter, MovingDrafter):
         found["drafter"] = {"device": drafter.device, "reason": drafter.recovery.reason}
     elif drafter is not None:

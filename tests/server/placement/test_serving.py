@@ -16,6 +16,7 @@ from drafters.network import DovetailConfig, DovetailNetwork
 from drafters.proposal import Budget
 from fake_device import fake_device
 from kernels import native
+from server.engine.ahead import AheadDrafter
 from server.engine.completion import generate
 from server.engine.engine import Engine
 from server.engine.request import Request, SamplingParams
@@ -162,7 +163,8 @@ def test_a_drafter_moves_to_the_cpu_when_its_device_dies_and_back_when_it_lives(
     monkeypatch.setattr(serving, "plan_split", lambda plan, card: None)
     with fake_device() as device:
         engine, placed = load_parts(settings(folder, drafter))
-        moving = engine.drafting.drafter
+        ahead = engine.drafting.drafter
+        moving = ahead.drafter if isinstance(ahead, AheadDrafter) else None
         assert isinstance(moving, MovingDrafter) and not isinstance(engine.target, SplitTarget)
         moment = [0.0]
         moving.now = lambda: moment[0]
