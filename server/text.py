@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from server.chat_template import ChatTemplate, TemplateFault
+from server.token_bytes import TokenBytes
 from server.tokenizer_files import DEFAULT_TEMPLATE, TokenizerFileError, read_tokenizer
 
 REPLACEMENT = "\ufffd"
@@ -129,6 +131,11 @@ class TextCodec:
         self.template_fault: str | None = None
         self.model_vocab_size: int | None = None
 
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """What bytes each token stands for."""
+        return TokenBytes(self.tokenizer)
+
     @classmethod
     def from_folder(cls, folder: Path) -> TextCodec:
         """Read a model folder. Errors: TextError naming the file that is missing or cannot be read."""
@@ -181,14 +188,19 @@ class TextCodec:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def stream(
-        self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = (), shown: Sequence[str] = ()
+        self,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        shown: Sequence[str] = (),
+        stop_ids: frozenset[int] = frozenset(),
     ) -> IncrementalDecoder:
         """A decoder for one text as it grows; with ``prompt_ids`` for what continues that prompt, not a new text.
 
-        ``shown``: special tokens that are part of the text all the same, such as those around calls of tools.
+        ``shown``: special tokens that are part of the text all the same, such as those around calls of tools;
+        ``stop_ids``: those that never are, where special tokens are not skipped.
         """
         shown_ids = {self.tokenizer.token_to_id(text) for text in shown} - self.stop_ids
-        hidden_ids = self.hidden_ids - shown_ids if skip_special_tokens else frozenset()
+        hidden_ids = self.hidden_ids - shown_ids if skip_special_tokens else stop_ids
         return IncrementalDecoder(self.tokenizer, hidden_ids, prompt_ids)
 
     def chat(

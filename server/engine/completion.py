@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from server.engine.request import EngineError, Event, FinishedEvent, FinishReason, Request
+from server.engine.request import EngineError, Event, FinishedEvent, FinishReason, PromptEvent, Ranked, Request
 from server.engine.stop import TextOutput
 
 if TYPE_CHECKING:
@@ -15,10 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piece:
-    """The text one token completed, and whether the token was a draft; the text at the very end is nobody's draft."""
+    """What one token added to the text, and whether it was a draft; the text at the very end is no token's.
+
+    text: what may be shown by now; decoded: what the token completed, though it be held back or cut off; ranked: how
+    likely it was, where the request asks.
+    """
 
     text: str
     drafted: bool = False
+    token_id: int | None = None
+    decoded: str = ""
+    ranked: Ranked | None = None
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,9 @@ class Delta:
 class Completion:
     """One request's tokens and, with an ``output``, its text.
 
-    token_ids and drafted hold what counts: nothing behind the token that completed a stop string. ``stopped``: such a
-    string was met, so the engine may be told to end the request.
+    token_ids, drafted and, where asked, ranked hold what counts: nothing behind the token that completed a stop string.
+    ``stopped``: such a string was met, so the engine may be told to end the request. prompt_ranked: of the prompt's
+    tokens, from the second on.
     """
 
     def __init__(self, request: Request, output: TextOutput | None = None) -> None:
@@ -46,6 +54,8 @@ class Completion:
         self.output = output
         self.token_ids: list[int] = []
         self.drafted: list[bool] = []
+        self.ranked: list[Ranked] = []
+        self.prompt_ranked: list[Ranked] = []
         self.stopped = False
         self.ending: FinishedEvent | None = None
 
@@ -64,22 +74,30 @@ class Completion:
         """Take in one event of this request."""
         if isinstance(event, FinishedEvent):
             return self._finish(event)
+        if isinstance(event, PromptEvent):
+            self.prompt_ranked += event.ranked
+            return Delta()
         pieces: list[Piece] = []
-        for token_id, drafted in zip(event.token_ids, event.drafted, strict=True):
+        ranks = event.ranked or [None] * len(event.token_ids)
+        for token_id, drafted, ranked in zip(event.token_ids, event.drafted, ranks, strict=True):
             if self.stopped:
                 break
             self.token_ids.append(token_id)
             self.drafted.append(drafted)
+            self.ranked += [] if ranked is None else [ranked]
             if self.output is not None:
                 delta = self.output.push([token_id])
                 self.stopped = delta.stopped
-                pieces.append(Piece(delta.text, drafted))
+                pieces.append(Piece(delta.text, drafted, token_id, delta.decoded, ranked))
         return Delta(tuple(pieces))
 
     def _finish(self, event: FinishedEvent) -> Delta:
         self.ending = event
-        rest = "" if self.stopped or self.output is None else self.output.flush().text
-        is_cut = event.reason is FinishReason.LENGTH and not (self.output is not None and self.output.matcher.stopped)
+        rest = ""
+        if self.output is not None and not self.stopped:
+            flushed = self.output.flush()
+            rest, self.stopped = flushed.text, flushed.stopped
+        is_cut = event.reason is FinishReason.LENGTH and not self.stopped
         return Delta((Piece(rest),), "length" if is_cut else "stop")
 
 

@@ -19,12 +19,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from drafters.drafter import Drafter
 from drafters.proposal import Budget
 from server.engine.acceptance import Accepted, accept
 from server.engine.candidates import NOTHING, Candidates
 from server.engine.cost import Costs, PrefillPace
 from server.engine.drafting import Drafting, DraftingOptions
+from server.engine.logprobs import rank, rank_prompt
 from server.engine.prefix_cache import PrefixCache
 from server.engine.request import (
     ContextTooLong,
@@ -32,13 +36,14 @@ from server.engine.request import (
     Event,
     FinishedEvent,
     FinishReason,
+    Ranked,
     Request,
     TokensEvent,
 )
 from server.engine.sampling import chooser, prompt_chooser
 from server.engine.scheduler import Limits, Scheduler
 from server.engine.sequence import RunningSequence, Status
-from server.targets.target import PrefillChunk, Target, Verified, VerifyRows
+from server.targets.target import PrefillChunk, Prefilled, Target, Verified, VerifyRows
 
 logger = logging.getLogger(__name__)
 
@@ -109,10 +114,11 @@ class Engine:
         self.clock = RoundClock()
 
     def check(self, request: Request) -> None:
-        """Refuse what could never run: EngineError for an empty prompt or no tokens wanted, ContextTooLong."""
-        if not request.prompt_ids or request.max_tokens < 1:
+        """Refuse what could never run: EngineError for an empty prompt, ContextTooLong."""
+        if not request.prompt_ids or request.max_tokens < 0:
             raise EngineError(
-                f"{len(request.prompt_ids)} prompt tokens and max_tokens {request.max_tokens}; both must be at least 1"
+                f"{len(request.prompt_ids)} prompt tokens and max_tokens {request.max_tokens}; "
+                "at least 1 and 0 are needed"
             )
         if len(request.prompt_ids) + request.max_tokens > self.options.context_length:
             raise ContextTooLong(len(request.prompt_ids), request.max_tokens, self.options.context_length)
@@ -164,9 +170,9 @@ class Engine:
             self.prefixes.extend(sequence, result.features)
             if sequence.status is Status.DECODING:
                 self.prefixes.keep(sequence)
-        events: list[Event] = []
+        events: list[Event] = [*rank_prompt(sequence, start, result)]
         if sequence.status is Status.DECODING and sequence.num_output == 0:
-            events = self._commit(sequence, Accepted((), (prompt_chooser(sequence, result.logits)(0, ()),)))
+            events += self._begin_answer(sequence, result)
         if sequence.is_running:
             next_ids = sequence.token_ids[start + 1 : start + 1 + len(chunk)]
             self.drafting.observe(sequence, result.features, next_ids)
@@ -174,8 +180,21 @@ class Engine:
         self.scheduler.pace.record(len(chunk), time.perf_counter() - started)
         return events
 
+    def _begin_answer(self, sequence: RunningSequence, result: Prefilled) -> list[Event]:
+        """The first token, from the prompt's last row; the end where no answer is wanted."""
+        if sequence.request.max_tokens == 0:
+            return [self._end(sequence, FinishReason.LENGTH)]
+        logits = result.logits
+        token_id = prompt_chooser(sequence, logits)(0, ())
+        return self._commit(sequence, Accepted((), (token_id,)), lambda: logits[None])
+
     def _restore(self, sequence: RunningSequence) -> None:
-        """Take over what is known of a text; the drafter learns of it as of anything else."""
+        """Take over what is known of a text; the drafter learns of it as of anything else.
+
+        A prompt whose own tokens are still to be ranked is read whole, since its rows are wanted.
+        """
+        if sequence.request.prompt_logprobs is not None and sequence.num_ranked < sequence.num_prompt - 1:
+            return
         features = None if self.prefixes is None else self.prefixes.restore(sequence)
         if self.prefixes is not None and features is not None:
             self.prefixes.extend(sequence, features)
@@ -230,7 +249,7 @@ class Engine:
         sequence.stats.rounds += 1
         sequence.stats.drafted += len(turn.drafts.tree)
         self.drafting.learn(sequence, turn.drafts, accepted)
-        events = self._commit(sequence, accepted)
+        events = self._commit(sequence, accepted, lambda: torch.stack([turn.verified.logits(r) for r in accepted.rows]))
         if sequence.is_running:
             self.target.keep(sequence.slot, accepted.rows)
             sequence.num_rows += len(accepted.rows)
@@ -240,15 +259,21 @@ class Engine:
                 self.prefixes.extend(sequence, features)
         return events
 
-    def _commit(self, sequence: RunningSequence, accepted: Accepted) -> list[Event]:
-        """Append what acceptance gave, as far as the request goes; end the request where it ends."""
+    def _commit(self, sequence: RunningSequence, accepted: Accepted, logits: Callable[[], Tensor]) -> list[Event]:
+        """Append what acceptance gave, as far as the request goes; end the request where it ends.
+
+        ``logits()``: [accepted tokens, vocabulary], each token's own; asked for where the request ranks its tokens.
+        """
         sequence.timings.first_token = sequence.timings.first_token or time.monotonic()
         token_ids, reason = sequence.commit(accepted.token_ids)
         drafted = tuple(i < accepted.num_drafts for i in range(len(token_ids)))
         if accepted.rows:
             sequence.stats.accepted += sum(drafted)
             sequence.stats.committed += len(token_ids)
-        events: list[Event] = [TokensEvent(sequence.request_id, token_ids, drafted)]
+        num_top, ranked = sequence.request.num_logprobs, tuple[Ranked, ...]()
+        if num_top is not None:
+            ranked = rank(logits()[: len(token_ids)], token_ids, num_top)
+        events: list[Event] = [TokensEvent(sequence.request_id, token_ids, drafted, ranked)]
         if reason is not None:
             events.append(self._end(sequence, reason))
         return events

@@ -43,14 +43,15 @@ class EngineStopped(EngineError):
 class SamplingParams:
     """How the next token is chosen. temperature 0 is greedy.
 
-    Applied in this order: logit bias and penalties on the logits, temperature, top-k, top-p, min-p. ``seed`` None
-    means: the server draws one for this request.
+    Applied in this order: logit bias and penalties on the logits, temperature, top-k, typical-p, top-p, min-p.
+    ``seed`` None means: the server draws one for this request.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -91,10 +92,12 @@ class Request:
     """One choice of one API call. ``choice`` numbers the choices that share a prompt and a seed.
 
     stop_ids end the text when the target emits one of them; the stop id itself is the last token reported.
-    ``draft`` False asks for plain decoding. grammar: what the answer follows; min_tokens: before a stop id may come.
-    Cached prompts are shared only among requests of one ``cache_salt``. priority: requests of a smaller number go first
-    and may take the place of those of a larger one, which wait; deadline_s: seconds within which the first token is
-    wanted, None: the longer the prompt, the later.
+    max_tokens 0 reads the prompt and ends. ``draft`` False asks for plain decoding. grammar: what the answer follows;
+    min_tokens: before a stop id may come. num_logprobs: each answer token's log-probability is told with so many of the
+    likeliest; prompt_logprobs: the same of the prompt's tokens; None: not told. Cached prompts are shared only among
+    requests of one ``cache_salt``. priority: requests of a smaller number go first and may take the place of those of a
+    larger one, which wait; deadline_s: seconds within which the first token is wanted, None: the longer the prompt, the
+    later.
     """
 
     request_id: str
@@ -106,6 +109,8 @@ class Request:
     draft: bool = True
     grammar: TokenFilter | None = None
     min_tokens: int = 0
+    num_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     cache_salt: str = ""
     priority: int = 0
     deadline_s: float | None = None
@@ -153,12 +158,35 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class Ranked:
+    """How likely the model found a token in its place: natural log-probability of the raw logits, before any sampling
+    field. place: 1 is the likeliest; top: the likeliest tokens there with theirs, falling."""
+
+    token_id: int
+    log_prob: float
+    place: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptEvent:
+    """What a chunk of the prompt gave, where a request asks: its tokens' ranks in order, from the second token on."""
+
+    request_id: str
+    ranked: tuple[Ranked, ...]
+
+
+@dataclass(frozen=True)
 class TokensEvent:
-    """Tokens committed for a request in one round, in order; ``drafted[i]`` says whether token i was a draft."""
+    """Tokens committed for a request in one round, in order; ``drafted[i]`` says whether token i was a draft.
+
+    ``ranked``: one for each token where the request asks for log-probabilities, else empty.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     drafted: tuple[bool, ...]
+    ranked: tuple[Ranked, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -172,4 +200,4 @@ class FinishedEvent:
     error: str | None = None
 
 
-Event = TokensEvent | FinishedEvent
+Event = PromptEvent | TokensEvent | FinishedEvent

@@ -1,8 +1,8 @@
 """From logits to a token: processing, and one uniform number per output position.
 
 The order is: logit bias, repetition, presence and frequency penalties (on logits), the grammar's mask, temperature,
-top-k, top-p, min-p.
-Top-p and min-p look at the distribution the step before them left. The draw is the inverse of the cumulative
+top-k, typical-p, top-p, min-p.
+Each of the last three looks at the distribution the step before them left. The draw is the inverse of the cumulative
 distribution in token order, at a number that depends on (seed, choice, position) alone, so a seeded text is the same
 for any drafter, tree and batch. ``probabilities`` and ``draw`` say what that means, over the whole vocabulary;
 ``selection`` finds the same token faster wherever rounding cannot change it, which is nearly always.
@@ -42,10 +42,12 @@ def forbid(logits: Tensor, sequence: RunningSequence, accepted: Sequence[int]) -
 
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
-    """The distribution [vocabulary] in fp64 after temperature (above 0), top-k, top-p and min-p."""
+    """The distribution [vocabulary] in fp64 after temperature (above 0), top-k, typical-p, top-p and min-p."""
     scaled = logits.double() / params.temperature
     if 0 < params.top_k < scaled.numel():
         scaled[scaled < scaled.topk(params.top_k).values[-1]] = float("-inf")
+    if params.typical_p < 1:
+        scaled[~typical(torch.softmax(scaled, dim=-1), params.typical_p)] = float("-inf")
     probs = torch.softmax(scaled, dim=-1)
     if params.top_p < 1:
         order = scaled.argsort(descending=True, stable=True)
@@ -57,6 +59,20 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     if params.min_p > 0:
         probs[probs < params.min_p * probs.max()] = 0
     return probs / probs.sum()
+
+
+def typical(probs: Tensor, mass: float) -> Tensor:
+    """[vocabulary] whether a token is kept: those of the surprise nearest to the expected one, until ``mass`` is there.
+
+    Locally typical sampling (Meister et al. 2023, arXiv 2202.00666, section 4).
+    """
+    surprise = -probs.log()
+    entropy = (probs * surprise).nan_to_num(0).sum()
+    order = (surprise - entropy).abs().argsort(stable=True)
+    ordered = probs[order]
+    kept = torch.zeros_like(probs, dtype=torch.bool)
+    kept[order[ordered.cumsum(0) - ordered < mass]] = True  # the token that reaches the mass is the last one
+    return kept & (probs > 0)
 
 
 def draw(probs: Tensor, number: float) -> int:
@@ -99,7 +115,7 @@ def row_chooser(sequence: RunningSequence, logits_of: Callable[[int], Tensor]) -
         if params.temperature == 0:
             return int(logits.argmax())
         number = uniform(sequence.seed, request.choice, sequence.num_output + len(accepted))
-        token_id = select_token(logits, params, number)
+        token_id = select_token(logits, params, number) if params.typical_p == 1 else None
         return draw(probabilities(logits, params), number) if token_id is None else token_id
 
     return choose

@@ -27,8 +27,8 @@ class RunningSequence:
     token_ids: every committed token, prompt first; num_rows: tokens whose rows the target holds; reserved: rows of the
     pool that are kept for it; seed: of its sampling, drawn when the request names none; held_slot: None while it waits
     and once it has ended; drafts: whether it is drafted for, as it asked and until its rows in the drafter are spoilt;
-    urgency: the scheduler's order, the smallest first; penalties: what its tokens take from the logits; record: how its
-    drafts fared.
+    num_ranked: tokens of its prompt whose log-probabilities were told; urgency: the scheduler's order, the smallest
+    first; penalties: what its tokens take from the logits; record: how its drafts fared.
     """
 
     request: Request
@@ -40,6 +40,7 @@ class RunningSequence:
     held_slot: int | None = None
     num_rows: int = 0
     reserved: int = 0
+    num_ranked: int = 0
     urgency: tuple[int, float, int] = (0, 0.0, 0)
     stats: DraftStats = field(default_factory=DraftStats)
     timings: Timings = field(default_factory=Timings)

@@ -23,7 +23,11 @@ class Codec(Protocol):
     """Whatever offers a fresh decoder."""
 
     def stream(
-        self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = (), shown: Sequence[str] = ()
+        self,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        shown: Sequence[str] = (),
+        stop_ids: frozenset[int] = frozenset(),
     ) -> Decoder:
         """A decoder for one text, or for what continues a prompt."""
         ...
@@ -71,11 +75,15 @@ def num_held(window: str, stops: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """text: what to append; num_tokens_used: tokens of the push that count; stopped: a stop string was met."""
+    """text: what to append; num_tokens_used: tokens of the push that count; stopped: a stop string was met.
+
+    decoded: the text that these tokens complete, whatever of it is held back or cut off.
+    """
 
     text: str
     num_tokens_used: int
     stopped: bool
+    decoded: str = ""
 
 
 class TextOutput:
@@ -85,19 +93,27 @@ class TextOutput:
     """
 
     def __init__(
-        self, codec: Codec, stops: Sequence[str] = (), prompt_ids: Sequence[int] = (), shown: Sequence[str] = ()
+        self,
+        codec: Codec,
+        stops: Sequence[str] = (),
+        prompt_ids: Sequence[int] = (),
+        shown: Sequence[str] = (),
+        special_but: frozenset[int] | None = None,
     ) -> None:
-        self.decoder = codec.stream(prompt_ids=prompt_ids, shown=shown)
+        """``special_but``: special tokens are part of the text, all but these (the ids that end it)."""
+        self.decoder = codec.stream(special_but is None, prompt_ids, shown, special_but or frozenset())
         self.matcher = StopMatcher(stops)
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """Take a burst; tokens after the one that completed a stop string are not used."""
-        pieces: list[str] = []
-        for used, token_id in enumerate(token_ids, 1):
-            pieces.append(self.matcher.push(self.decoder.push([token_id])))
+        pieces, decoded, used = list[str](), list[str](), 0
+        for token_id in token_ids:
+            used += 1
+            decoded.append(self.decoder.push([token_id]))
+            pieces.append(self.matcher.push(decoded[-1]))
             if self.matcher.stopped:
-                return TextDelta("".join(pieces), used, True)
-        return TextDelta("".join(pieces), len(token_ids), False)
+                break
+        return TextDelta("".join(pieces), used, self.matcher.stopped, "".join(decoded))
 
     def flush(self) -> TextDelta:
         """The end of the text; an unfinished character and a disproved stop string come out here."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from server.engine.drafting import DraftingStatus
 from server.engine.engine import Engine
-from server.engine.request import EngineStopped, Event, QueueFull, Request
+from server.engine.request import EngineStopped, Event, FinishedEvent, QueueFull, Request
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class EngineThread:
     def _hand_over(self, events: list[Event]) -> None:
         if not events or self.deliver is None:
             return
-        finished = {event.request_id for event in events if not hasattr(event, "token_ids")}
+        finished = {event.request_id for event in events if isinstance(event, FinishedEvent)}
         with self.lock:
             self.unfinished -= finished
         self.deliver(events)

@@ -104,7 +104,7 @@ class SplitTarget(NativeTarget):
             found = self._pass([segment], list(chunk.token_ids), list(range(length, length + count)))
             if found is not None:
                 self._set_length(chunk.slot, length + count)
-                return Prefilled(found.features, self.logits(found, [count - 1])[0])
+                return Prefilled(found.features, found.here, lambda rows: self.logits(found, rows))
         return super().prefill(chunk)
 
     def verify(self, rows: Sequence[VerifyRows]) -> list[Verified]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -101,10 +101,20 @@ def share_out(outputs: RowOutputs, rows: Sequence[VerifyRows]) -> list[Verified]
 
 @dataclass(frozen=True)
 class Prefilled:
-    """features [n, feature width] of every row of the chunk, logits [vocabulary] fp32 after its last row."""
+    """features [n, feature width] and last [n, hidden] of every row of the chunk.
+
+    last: the vectors that the LM head consumes; logits_of: rows of the chunk -> [rows, vocabulary] fp32, computed for
+    those alone; only to be asked before the target's next pass.
+    """
 
     features: Tensor
-    logits: Tensor
+    last: Tensor
+    logits_of: Callable[[Sequence[int]], Tensor]
+
+    @property
+    def logits(self) -> Tensor:
+        """[vocabulary] fp32 after the last row."""
+        return self.logits_of([len(self.last) - 1])[0]
 
 
 class Target(Protocol):

@@ -180,7 +180,7 @@ class TorchTarget:
         positions = list(range(length, length + len(chunk.token_ids)))
         last = self._forward([segment], list(chunk.token_ids), positions)
         self.slots.lengths[chunk.slot] = length + len(chunk.token_ids)
-        return Prefilled(self.tap.features(last), self.head(last[-1:])[0])
+        return Prefilled(self.tap.features(last), last, lambda rows: self.head(last[list(rows)]))
 
     def verify(self, rows: Sequence[VerifyRows]) -> list[Verified]:
         """One pass over the rows of all requests; they stay behind the committed rows until ``keep``."""

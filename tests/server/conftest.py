@@ -1,7 +1,7 @@
 """A tiny tokenizer, and an engine that plays a script instead of running a model."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,9 @@ from server.engine.request import (
     Event,
     FinishedEvent,
     FinishReason,
+    PromptEvent,
     QueueFull,
+    Ranked,
     Request,
     SamplingParams,
     Timings,
@@ -70,6 +72,13 @@ class Running:
     num_tokens: int = 0
     stats: DraftStats = field(default_factory=DraftStats)
     timings: Timings = field(default_factory=Timings)
+
+
+def ranks(token_ids: Sequence[int], num_top: int) -> tuple[Ranked, ...]:
+    """Token i of 100 has the log-probability -i/100, and the tokens behind it are the less likely the further."""
+    return tuple(
+        Ranked(i, -i / 100, 1, tuple((i + step, -(i + step) / 100) for step in range(num_top))) for i in token_ids
+    )
 
 
 class ScriptedEngine:
@@ -161,6 +170,12 @@ class ScriptedEngine:
         return events
 
     def _advance(self, entry: Running) -> list[Event]:
+        events: list[Event] = []
+        if not entry.timings.first_token and entry.request.prompt_logprobs is not None:
+            ranked = ranks(entry.request.prompt_ids[1:], entry.request.prompt_logprobs)
+            events.append(PromptEvent(entry.request.request_id, ranked))
+        if entry.request.max_tokens == 0:
+            return [*events, self._end(entry, FinishReason.LENGTH)]
         burst = next(entry.bursts, ())
         if burst is None:
             return [self._end(entry, FinishReason.FAILED, error="secret detail")]
@@ -177,7 +192,8 @@ class ScriptedEngine:
         entry.stats.accepted += max(len(taken) - 1, 0)
         entry.stats.committed += len(taken)
         drafted = tuple(index < len(taken) - 1 for index in range(len(taken)))
-        events: list[Event] = [TokensEvent(request.request_id, tuple(taken), drafted)] if taken else []
+        ranked = () if request.num_logprobs is None else ranks(taken, request.num_logprobs)
+        events += [TokensEvent(request.request_id, tuple(taken), drafted, ranked)] if taken else []
         if not taken or taken[-1] in request.stop_ids:
             events.append(self._end(entry, FinishReason.STOP))
         elif entry.num_tokens == request.max_tokens:

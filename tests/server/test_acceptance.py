@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers import TypicalLogitsWarper
 
 from drafters.proposal import Proposal, chain
 from server.engine.acceptance import Accepted, accept, greedy
@@ -236,3 +237,12 @@ def test_uniform_numbers_depend_on_seed_choice_and_position_only() -> None:
     assert len({uniform(s, c, p) for s in range(5) for c in range(5) for p in range(5)}) == 125
     numbers = [uniform(0, 0, p) for p in range(20_000)]
     assert stats.kstest(numbers, "uniform").pvalue > 1e-4
+
+
+@pytest.mark.parametrize("mass", [0.2, 0.6, 0.95])
+def test_typical_sampling_keeps_what_transformers_keeps(mass: float) -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(3)).double() * 2
+    scores = TypicalLogitsWarper(mass)(torch.zeros(1, 1, dtype=torch.long), logits[None])[0]
+    kept = probabilities(logits, SamplingParams(typical_p=mass)).nonzero().flatten().tolist()
+    assert kept == scores.isfinite().nonzero().flatten().tolist()
+    assert 0 < len(kept) < 50

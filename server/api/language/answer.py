@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from server.api.errors import ApiError, from_engine, internal_error
 from server.api.language.generation import Generation
-from server.api.language.pieces import Answer, Parser, Piece, PlainText
+from server.api.language.pieces import Answer, Parser, Piece, PlainText, with_tokens
 from server.api.leaving import CLIENT_CLOSED_REQUEST, client_left
 from server.api.sse import KEEPALIVE, EventStream
 from server.engine.request import EngineError
@@ -125,6 +125,7 @@ class Reply:
                 pieces = parser.push(delta.text)
                 if delta.finish_reason is not None:
                     pieces += parser.flush()
+                pieces = with_tokens(pieces, delta.tokens)
                 answer.take(pieces)
                 if delta.finish_reason is not None:
                     answer.finish(delta.finish_reason)

@@ -19,14 +19,15 @@ from server.api.language.choices import ChoicesWire
 from server.api.language.generation import Generation
 from server.api.language.messages import ChatBody
 from server.api.language.pieces import Answer, CallPiece, Piece, ReasoningPiece
-from server.api.language.prompts import plan_requests
+from server.api.language.prompts import plan_requests, text_output, truncated, view_of
 from server.api.language.schemas import AS_MUCH_AS_FITS
 from server.api.language.structured import grammar_for
+from server.api.language.tokens import ShownToken, TokenView
 from server.api.language.tool_calls import GENERIC, HERMES, THINK, AnswerParser, CallFormat, call_format
 from server.api.language.tools import Tool, chosen_tools, told_in_text
 from server.api.openapi import ASKING
 from server.api.serving import CurrentServing, ServedModel, Serving
-from server.engine.stop import TextOutput
+from server.engine.completion import Completion
 from server.text import TextCodec
 
 NUM_TAIL = 16  # tokens of a prompt in which a template opens the reasoning
@@ -38,11 +39,13 @@ router = APIRouter(dependencies=[Depends(require_json)], responses=ASKING)
 class ChatChoices:
     """Choices of a chat completion: the role first and once, then content, then an empty delta with the reason."""
 
+    view: TokenView
+    prompt_logprobs: int | None = None
     id_prefix: str = "chatcmpl-"
     object_name: str = "chat.completion"
     chunk_object_name: str = "chat.completion.chunk"
 
-    def whole(self, index: int, answer: Answer) -> dict[str, Any]:
+    def whole(self, index: int, answer: Answer, completion: Completion) -> dict[str, Any]:
         """A complete choice."""
         content = answer.text if answer.text or not answer.calls else None
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
@@ -50,7 +53,9 @@ class ChatChoices:
             message["reasoning_content"] = answer.reasoning
         if answer.calls:
             message["tool_calls"] = [call_json(call) for call in answer.calls]
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
+        choice = {"index": index, "message": message, "logprobs": self.view.of_chat(answer.tokens)}
+        choice |= {"finish_reason": answer.finish_reason} | self.view.ids(answer.tokens)
+        return choice | self.view.prompt(completion, self.prompt_logprobs)
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The role."""
@@ -63,14 +68,17 @@ class ChatChoices:
             rest = {"index": piece.index, "function": {"arguments": piece.arguments}}
             return [self._entry(index, {"tool_calls": [part]}, None) for part in (begun, rest)]
         name = "reasoning_content" if isinstance(piece, ReasoningPiece) else "content"
-        return [self._entry(index, {name: piece.text}, None)]
+        return [self._entry(index, {name: piece.text}, None, piece.tokens)]
 
     def closing(self, index: int, finish_reason: str) -> dict[str, Any]:
         """An empty delta, and the reason."""
         return self._entry(index, {}, finish_reason)
 
-    def _entry(self, index: int, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _entry(
+        self, index: int, delta: dict[str, Any], finish_reason: str | None, tokens: Sequence[ShownToken] = ()
+    ) -> dict[str, Any]:
+        entry = {"index": index, "delta": delta, "logprobs": self.view.of_chat(tokens), "finish_reason": finish_reason}
+        return entry | self.view.ids(tokens)
 
 
 def call_json(call: CallPiece, arguments: str | None = None) -> dict[str, Any]:
@@ -84,7 +92,8 @@ async def create_chat_completion(body: ChatBody, request: HttpRequest, serving: 
     """Answer a conversation. Without a limit the answer may fill the context."""
     check_fields(body, request, serving)
     model = serving.model_named(body.model)
-    return await answer_chat(body, model, ChoicesWire.to(body, model.name, ChatChoices()), request, serving)
+    format = ChatChoices(view_of(body, model.codec), body.prompt_logprobs)
+    return await answer_chat(body, model, ChoicesWire.to(body, model.name, format), request, serving)
 
 
 async def answer_chat(
@@ -95,6 +104,7 @@ async def answer_chat(
     tools, is_forced = chosen_tools(body.tools, body.tool_choice)
     grammar = await grammar_for(body, tools if is_forced else (), serving, model)
     prompt = await asyncio.to_thread(chat_prompt, model.codec, body, tools)
+    prompt = truncated(prompt, body, model.context_length)
     requests = plan_requests(
         uuid.uuid4().hex,
         [prompt],
@@ -106,8 +116,9 @@ async def answer_chat(
         grammar=grammar,
     )
     format = GENERIC if is_forced else family_format(model.codec)
-    outputs = [TextOutput(model.codec, body.stop, shown=shown_markers(format.begin, tools)) for _ in requests]
-    generation = Generation(serving, model, requests, outputs)
+    shown = shown_markers(format.begin, tools)
+    outputs = [text_output(model.codec, body, each, (), shown) for each in requests]
+    generation = Generation(serving, model, requests, outputs, tells_tokens=body.tells_tokens)
     names = [tool.function.name for tool in tools]
     thinking = not body.continue_final_message and opens_reasoning(model.codec, prompt)
 

@@ -12,7 +12,9 @@ from server.api.errors import ApiError
 from server.api.language.generation import Generation
 from server.api.language.pieces import Answer, Piece
 from server.api.language.schemas import GenerationBody
+from server.api.language.tokens import ShownToken
 from server.api.sse import DONE, event
+from server.engine.completion import Completion
 
 
 class ChoiceFormat(Protocol):
@@ -30,7 +32,7 @@ class ChoiceFormat(Protocol):
     def chunk_object_name(self) -> str:
         """``object`` of a stream's chunk."""
 
-    def whole(self, index: int, answer: Answer) -> dict[str, Any]:
+    def whole(self, index: int, answer: Answer, completion: Completion) -> dict[str, Any]:
         """A complete choice."""
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -54,17 +56,32 @@ class ChoicesWire:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     num_finished: int = 0
+    n: int = 1
+    best_of: int = 1
 
     @classmethod
     def to(cls, body: GenerationBody, model: str, format: ChoiceFormat) -> ChoicesWire:
         """The answer that this body asks for."""
-        options = body.stream_options
-        return cls(format, model, options.include_usage, options.include_usage and options.continuous_usage_stats)
+        usage = body.stream_options.include_usage
+        continuous = usage and body.stream_options.continuous_usage_stats
+        return cls(format, model, usage, continuous, n=body.n or 1, best_of=body.num_choices)
 
     def whole(self, answers: Sequence[Answer], generation: Generation) -> dict[str, Any]:
         """A complete answer."""
-        choices = [self.format.whole(index, answer) for index, answer in enumerate(answers)]
+        completions = [choice.completion for choice in generation.choices.values()]
+        chosen = self.chosen(answers, len(completions))
+        choices = [self.format.whole(index, answers[i], completions[i]) for index, i in enumerate(chosen)]
         return self.head() | {"choices": choices, "usage": generation.usage(), "timings": generation.timings()}
+
+    def chosen(self, answers: Sequence[Answer], count: int) -> list[int]:
+        """Which answers are given, in order: of each prompt's ``best_of`` the ``n`` likeliest a token."""
+        if self.best_of == self.n:
+            return list(range(count))
+        chosen: list[int] = []
+        for first in range(0, count, self.best_of):
+            places = range(first, first + self.best_of)
+            chosen += sorted(places, key=lambda i: -mean_log_prob(answers[i].tokens))[: self.n]
+        return chosen
 
     def begin(self, generation: Generation) -> list[bytes]:
         """What the format sends first, for each choice."""
@@ -108,3 +125,9 @@ class ChoicesWire:
             "created": self.created,
             "model": self.model,
         }
+
+
+def mean_log_prob(tokens: Sequence[ShownToken]) -> float:
+    """Of an answer's tokens, the echoed prompt's left out."""
+    values = [token.ranked.log_prob for token in tokens if token.ranked is not None and not token.is_echo]
+    return sum(values) / max(len(values), 1)

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from server.api.errors import InvalidValue, UnsupportedParameter
+from server.api.errors import InvalidValue
 from server.api.fields import check_fields
 from server.api.gate import require_json
 from server.api.language.answer import Reply
 from server.api.language.choices import ChoicesWire
-from server.api.language.generation import Generation
+from server.api.language.generation import Echo, Generation
 from server.api.language.pieces import Answer, Piece, TextPiece
-from server.api.language.prompts import answer_limit, plan_requests
+from server.api.language.prompts import plan_requests, text_output, truncated, view_of
 from server.api.language.schemas import CompletionBody
 from server.api.language.structured import grammar_for
+from server.api.language.tokens import ShownToken, TokenView
 from server.api.openapi import ASKING
-from server.api.serving import CurrentServing
-from server.engine.report import timings_json
+from server.api.serving import CurrentServing, ServedModel
+from server.engine.completion import Completion
 from server.engine.request import ContextTooLong
-from server.engine.stop import TextOutput
 from server.text import TextCodec
 
 DEFAULT_MAX_TOKENS = 16
@@ -34,46 +35,47 @@ router = APIRouter(dependencies=[Depends(require_json)], responses=ASKING)
 
 @dataclass(frozen=True)
 class CompletionChoices:
-    """Choices of a text completion. ``echoes``: the prompt's text for each choice, empty without echo."""
+    """Choices of a text completion; an echoed prompt is the first of a choice's text."""
 
-    echoes: tuple[str, ...]
+    view: TokenView
+    prompt_logprobs: int | None = None
     id_prefix: str = "cmpl-"
     object_name: str = "text_completion"
     chunk_object_name: str = "text_completion"
 
-    def whole(self, index: int, answer: Answer) -> dict[str, Any]:
-        """A complete choice, the echoed prompt first."""
-        return self._entry(index, self.echoes[index] + answer.text, answer.finish_reason)
+    def whole(self, index: int, answer: Answer, completion: Completion) -> dict[str, Any]:
+        """A complete choice."""
+        entry = self._entry(index, answer.text, answer.finish_reason, answer.tokens)
+        return entry | self.view.prompt(completion, self.prompt_logprobs)
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The echoed prompt."""
-        return self._entry(index, self.echoes[index], None) if self.echoes[index] else None
+    def opening(self, index: int) -> dict[str, Any] | None:  # noqa: ARG002
+        """Nothing."""
+        return None
 
     def piece(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """Text as it comes; a completion has no other pieces."""
-        return [self._entry(index, piece.text, None)] if isinstance(piece, TextPiece) else []
+        return [self._entry(index, piece.text, None, piece.tokens)] if isinstance(piece, TextPiece) else []
 
     def closing(self, index: int, finish_reason: str) -> dict[str, Any]:
         """No text, and the reason."""
         return self._entry(index, "", finish_reason)
 
-    def _entry(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return {"text": text, "index": index, "logprobs": None, "finish_reason": finish_reason}
+    def _entry(
+        self, index: int, text: str, finish_reason: str | None, tokens: Sequence[ShownToken] = ()
+    ) -> dict[str, Any]:
+        entry = {"text": text, "index": index, "logprobs": self.view.of_text(tokens), "finish_reason": finish_reason}
+        return entry | self.view.ids(tokens)
 
 
 @router.post("/v1/completions")
 async def create_completion(body: CompletionBody, request: HttpRequest, serving: CurrentServing) -> Response:
     """Continue one or several prompts."""
     check_fields(body, request, serving)
-    check_best_of(body)
     model = serving.model_named(body.model)
     body.check_token_ids(model.codec.vocab_size)
-    prompts = await asyncio.to_thread(encode_prompts, model.codec, body)
+    prompts = await asyncio.to_thread(encode_prompts, model, body)
     check_room(prompts, body.max_tokens, model.context_length)
-    echoes = await asyncio.to_thread(echo_texts, model.codec, body)
-    wire = ChoicesWire.to(body, model.name, CompletionChoices(echoes))
-    if body.max_tokens == 0:
-        return only_echo(wire, prompts, body, model.context_length)
+    wire = ChoicesWire.to(body, model.name, CompletionChoices(view_of(body, model.codec), body.prompt_logprobs))
     requests = plan_requests(
         wire.id,
         prompts,
@@ -84,21 +86,16 @@ async def create_completion(body: CompletionBody, request: HttpRequest, serving:
         max_requests=serving.settings.max_waiting,
         grammar=await grammar_for(body, (), serving, model),
     )
-    outputs = [TextOutput(model.codec, body.stop, request.prompt_ids) for request in requests]
-    generation = Generation(serving, model, requests, outputs)
+    outputs = [text_output(model.codec, body, each, each.prompt_ids) for each in requests]
+    echoes = await asyncio.to_thread(echoes_of, model.codec, body, prompts)
+    generation = Generation(serving, model, requests, outputs, echoes, tells_tokens=body.tells_tokens)
     return await Reply(wire, generation, serving.settings.keepalive_s).send(request, stream=body.stream)
 
 
-def check_best_of(body: CompletionBody) -> None:
-    """Refuse ``best_of`` other than ``n``: picking among hidden answers is not offered."""
-    if body.best_of is not None and body.best_of != body.num_choices:
-        message = f"best_of is {body.best_of}; only null or the value of n ({body.num_choices}) is supported."
-        raise UnsupportedParameter("best_of", message)
-
-
-def encode_prompts(codec: TextCodec, body: CompletionBody) -> list[list[int]]:
+def encode_prompts(model: ServedModel, body: CompletionBody) -> list[list[int]]:
     """Token ids of every prompt; ids that were sent are taken as they are, nothing is put before them."""
-    prompts = [codec.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
+    encoded = [model.codec.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
+    prompts = [truncated(prompt, body, model.context_length) for prompt in encoded]
     if not all(prompts):
         raise InvalidValue("prompt", "A prompt has no tokens; send more text.")
     return prompts
@@ -117,23 +114,29 @@ def check_room(prompts: list[list[int]], max_tokens: int | None, context_length:
         raise ContextTooLong(longest, max_tokens, context_length)
 
 
-def echo_texts(codec: TextCodec, body: CompletionBody) -> tuple[str, ...]:
-    """The text to put before each choice."""
+def echoes_of(codec: TextCodec, body: CompletionBody, prompts: Sequence[Sequence[int]]) -> list[Echo]:
+    """What is put before each choice; empty without echo."""
     if not body.echo:
-        return ("",) * (len(body.prompt) * body.num_choices)
-    texts = [prompt if isinstance(prompt, str) else codec.decode(prompt) for prompt in body.prompt]
-    return tuple(text for text in texts for _ in range(body.num_choices))
+        return []
+    sent = [prompt if body.truncate_prompt_tokens is None else None for prompt in body.prompt]
+    echoes = [echo_of(codec, text, ids) for text, ids in zip(sent, prompts, strict=True)]
+    return [echo for echo in echoes for _ in range(body.num_choices)]
 
 
-def only_echo(wire: ChoicesWire, prompts: list[list[int]], body: CompletionBody, context_length: int) -> Response:
-    """max_tokens 0 with echo: the prompts come back; the engine is not asked."""
-    for prompt in prompts:
-        answer_limit(len(prompt), 0, DEFAULT_MAX_TOKENS, context_length)
-    if body.stream:
-        raise UnsupportedParameter("stream", "max_tokens 0 has nothing to stream; leave stream out.")
-    num_tokens = sum(len(prompt) for prompt in prompts)
-    usage = {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens}
-    choices = [
-        wire.format.whole(index, Answer(finish_reason="length")) for index in range(len(prompts) * body.num_choices)
-    ]
-    return JSONResponse(wire.head() | {"choices": choices, "usage": usage, "timings": timings_json([], [], [])})
+def echo_of(codec: TextCodec, sent: object, token_ids: Sequence[int]) -> Echo:
+    """A prompt as it was sent, or as its ids read; with each token's share of that.
+
+    A text comes back to the letter: special tokens that the codec put before it have no share, those written in it do.
+    """
+    is_text = isinstance(sent, str)
+    decoder = codec.stream(skip_special_tokens=not is_text)
+    shares = [decoder.push([token_id]) for token_id in token_ids]
+    shares[-1] += decoder.flush()
+    text = "".join(shares)
+    if not isinstance(sent, str):
+        return Echo(text, token_ids, shares)
+    for place, share in enumerate(shares):
+        if len(text) <= len(sent) or not text.endswith(sent):
+            break
+        text, shares[place] = text[len(share) :], ""
+    return Echo(sent, token_ids, shares)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.api.errors import internal_error
+from server.api.language.tokens import ShownToken, TokenTrack
 from server.api.serving import EngineHandle, ServedModel, Serving
-from server.engine.completion import Completion, Completions
+from server.engine.completion import Completion, Completions, Delta
 from server.engine.report import rate, timings_json
 from server.engine.request import (
     DraftStats,
@@ -18,6 +19,8 @@ from server.engine.request import (
     Event,
     FinishedEvent,
     FinishReason,
+    PromptEvent,
+    Ranked,
     Request,
     Timings,
 )
@@ -28,19 +31,58 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ChoiceDelta:
-    """What one round added to a choice; ``finish_reason`` is set once, on its last delta."""
+    """What one round added to a choice, the echoed prompt first; ``finish_reason`` is set once, on its last delta.
+
+    tokens: those whose text it shows; the last delta holds also those that are not shown.
+    """
 
     index: int
     text: str
     finish_reason: str | None = None
+    tokens: Sequence[ShownToken] = ()
 
 
 @dataclass(frozen=True)
+class Echo:
+    """The prompt as it stands before an answer: its text, and each token's share of that."""
+
+    text: str
+    token_ids: Sequence[int]
+    texts: Sequence[str]
+
+
+@dataclass
 class Choice:
-    """One choice: its number in the answer, and what the engine has given for it."""
+    """One choice: its number in the answer, what the engine has given for it, and the prompt it still has to echo."""
 
     index: int
     completion: Completion
+    echo: Echo | None = None
+    track: TokenTrack | None = None
+
+    def begin(self) -> list[ChoiceDelta]:
+        """The echo, once all that is told of its tokens has come."""
+        echo, self.echo = self.echo, None
+        if echo is None:
+            return []
+        if self.track is None:
+            return [ChoiceDelta(self.index, echo.text)]
+        ranks: list[Ranked | None] = [None, *self.completion.prompt_ranked]
+        ranks += [None] * (len(echo.token_ids) - len(ranks))
+        for token_id, text, ranked in zip(echo.token_ids, echo.texts, ranks, strict=True):
+            self.track.add(token_id, text, ranked, is_echo=True)
+        self.track.shown = self.track.end = len(echo.text)
+        tokens, self.track.waiting = self.track.waiting, []
+        return [ChoiceDelta(self.index, echo.text, tokens=tokens)]
+
+    def grow(self, delta: Delta) -> list[ChoiceDelta]:
+        """What an event of the engine's added."""
+        tokens = [] if self.track is None else self.track.take(delta.pieces, delta.text)
+        if self.track is not None and delta.finish_reason is not None:
+            tokens += self.track.finish(delta.text, is_stopped=self.completion.stopped)
+        if not (delta.text or tokens or delta.finish_reason):
+            return []
+        return [ChoiceDelta(self.index, delta.text, delta.finish_reason, tokens)]
 
     @property
     def num_tokens(self) -> int:
@@ -72,17 +114,30 @@ class Generation:
     """Submits a call's requests, merges their events, and cancels what is unfinished when it is closed.
 
     choices: prompt-major, so the choice ``c`` of prompt ``p`` has index ``p * n + c``. outputs: where the text of each
-    request comes from.
+    request comes from. echoes: the prompts to be given back before the answers; empty: none are. tells_tokens: whether
+    deltas hold the tokens behind their text.
     """
 
     def __init__(
-        self, serving: Serving, model: ServedModel, requests: Sequence[Request], outputs: Sequence[TextOutput]
+        self,
+        serving: Serving,
+        model: ServedModel,
+        requests: Sequence[Request],
+        outputs: Sequence[TextOutput],
+        echoes: Sequence[Echo] = (),
+        *,
+        tells_tokens: bool = False,
     ) -> None:
         self.serving = serving
         self.engine: EngineHandle = model.engine
         self.dispatcher = serving.dispatcher
         self.choices = {
-            request.request_id: Choice(index, Completion(request, output))
+            request.request_id: Choice(
+                index,
+                Completion(request, output),
+                echoes[index] if echoes else None,
+                TokenTrack() if tells_tokens else None,
+            )
             for index, (request, output) in enumerate(zip(requests, outputs, strict=True))
         }
         self.running = Completions(choice.completion for choice in self.choices.values())
@@ -111,8 +166,9 @@ class Generation:
                 self.choices[event.request_id].log(str(delta.finish_reason))
             elif completion.stopped:
                 self.engine.cancel(event.request_id)
-            if delta.text or delta.finish_reason:
-                yield ChoiceDelta(self.choices[event.request_id].index, delta.text, delta.finish_reason)
+            choice = self.choices[event.request_id]
+            for shown in [] if isinstance(event, PromptEvent) else choice.begin() + choice.grow(delta):
+                yield shown
 
     def check(self, completion: Completion, event: FinishedEvent) -> None:
         """Errors: ApiError 500 where the engine failed on the request, NotServing where it was cancelled by no client.

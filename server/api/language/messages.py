@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from server.api.body import Body, NeutralValues, Text, WholeNumber
 from server.api.errors import InvalidValue, UnsupportedParameter, shown
-from server.api.language.schemas import AS_MUCH_AS_FITS, GenerationBody
+from server.api.language.schemas import AS_MUCH_AS_FITS, MAX_LOGPROBS, GenerationBody
 from server.api.language.tools import Tool, ToolCall, Turn
 from server.text import InvalidText, check_text
 
@@ -116,8 +116,6 @@ class ChatBody(GenerationBody):
 
     without_effect: ClassVar[frozenset[str]] = GenerationBody.without_effect - {"parallel_tool_calls"}
     neutral: ClassVar[NeutralValues] = GenerationBody.neutral | {
-        "logprobs": (False,),
-        "top_logprobs": (0,),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "prediction": (),
@@ -136,11 +134,22 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool = Field(True, description="false: at most one call in an answer")
     chat_template_kwargs: dict[str, Any] = Field({}, description="Variables the model's chat template is given.")
     reasoning_effort: Text | None = Field(None, description="Given to the template, which may not ask for it.")
+    logprobs: bool = False
+    top_logprobs: WholeNumber | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Alternatives to each token; needs logprobs."
+    )
     add_generation_prompt: bool = True
     continue_final_message: bool = Field(False, description="Go on with the last message; add_generation_prompt false.")
 
+    @property
+    def num_shown_logprobs(self) -> int | None:
+        """Alternatives told with each token."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
     @model_validator(mode="after")
     def _contents_and_one_limit(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidValue("top_logprobs", "top_logprobs needs logprobs: true.")
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise InvalidValue("max_tokens", "max_tokens and max_completion_tokens differ; send one of them.")

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
+
+from server.api.language.tokens import ShownToken
 
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Text of the answer."""
+    """Text of the answer, and tokens that came with it."""
 
     text: str
+    tokens: tuple[ShownToken, ...] = ()
 
 
 @dataclass(frozen=True)
 class ReasoningPiece:
-    """Text of the reasoning before the answer."""
+    """Text of the reasoning before the answer, and tokens that came with it."""
 
     text: str
+    tokens: tuple[ShownToken, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,14 @@ class PlainText:
         return []
 
 
+def with_tokens(pieces: list[Piece], tokens: Sequence[ShownToken]) -> list[Piece]:
+    """The pieces, the first text among them with these tokens; where there is no text, a piece of none carries them."""
+    for place, piece in enumerate(pieces):
+        if tokens and not isinstance(piece, CallPiece):
+            return [*pieces[:place], replace(piece, tokens=tuple(tokens)), *pieces[place + 1 :]]
+    return [*pieces, TextPiece("", tuple(tokens))] if tokens else pieces
+
+
 @dataclass
 class Answer:
     """One choice, folded from its pieces; ``finish_reason`` None while it grows."""
@@ -65,6 +77,7 @@ class Answer:
     text: str = ""
     reasoning: str = ""
     calls: list[CallPiece] = field(default_factory=list)
+    tokens: list[ShownToken] = field(default_factory=list)
     finish_reason: str | None = None
 
     def take(self, pieces: Iterable[Piece]) -> None:
@@ -72,7 +85,9 @@ class Answer:
         for piece in pieces:
             if isinstance(piece, CallPiece):
                 self.calls.append(piece)
-            elif isinstance(piece, ReasoningPiece):
+                continue
+            self.tokens += piece.tokens
+            if isinstance(piece, ReasoningPiece):
                 self.reasoning += piece.text
             else:
                 self.text += piece.text

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 
 from server.api.errors import InvalidValue
 from server.api.language.schemas import AS_MUCH_AS_FITS, GenerationBody
+from server.api.language.tokens import TokenView
 from server.api.serving import ServedModel
 from server.engine.grammar import Grammar
 from server.engine.request import ContextTooLong, Request
+from server.engine.stop import TextOutput
+from server.text import TextCodec
 
 
 def plan_requests(
@@ -49,10 +52,35 @@ def plan_requests(
             priority=body.priority,
             deadline_s=None if body.deadline_ms is None else body.deadline_ms / 1000,
             cache_salt=body.cache_salt,
+            num_logprobs=body.num_logprobs,
+            prompt_logprobs=body.num_prompt_logprobs,
         )
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         for choice in range(body.num_choices)
     ]
+
+
+def truncated(prompt: list[int], body: GenerationBody, context: int) -> list[int]:
+    """The prompt's last tokens, as many as ``truncate_prompt_tokens`` leaves; -1 leaves room for the answer."""
+    limit = body.truncate_prompt_tokens
+    if limit is None:
+        return prompt
+    if limit == AS_MUCH_AS_FITS:
+        limit = max(context - max(body.max_tokens or 1, 1), 1)
+    return prompt[-limit:] if limit else []
+
+
+def text_output(
+    codec: TextCodec, body: GenerationBody, request: Request, continued: Sequence[int], shown: Sequence[str] = ()
+) -> TextOutput:
+    """Where a request's text comes from; ``continued``: the prompt that it goes on with, ``shown``: see ``stream``."""
+    special_but = None if body.skip_special_tokens else request.stop_ids
+    return TextOutput(codec, body.stop, continued, shown, special_but)
+
+
+def view_of(body: GenerationBody, codec: TextCodec) -> TokenView:
+    """What a body wants to know of tokens."""
+    return TokenView(codec, body.num_shown_logprobs, body.return_token_ids, body.return_tokens_as_token_ids)
 
 
 def answer_limit(num_prompt: int, asked: int | None, default: int, context: int) -> int:

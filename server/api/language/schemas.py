@@ -21,6 +21,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_CHOICES = 128
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 MAX_SALT_CHARS = 256
+MAX_LOGPROBS = 20
 AS_MUCH_AS_FITS = -1
 
 TokenIds = list[int]
@@ -101,12 +102,7 @@ class GenerationBody(RequestBody):
         }
     )  # fmt: skip
     neutral: ClassVar[NeutralValues] = {
-        "typical_p": (1,),
-        "skip_special_tokens": (True,),
-        "prompt_logprobs": (),
-        "return_token_ids": (False,),
-        "return_tokens_as_token_ids": (False,),
-        "truncate_prompt_tokens": (),
+        "include_stop_str_in_output": (False,),
         "store": (False,),
     }
 
@@ -129,6 +125,7 @@ class GenerationBody(RequestBody):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     top_k: WholeNumber | None = Field(None, ge=-1, description="0 or -1: all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, gt=0, le=1, description="Locally typical sampling; 1: all tokens.")
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     stop_token_ids: list[WholeNumber] = Field([], max_length=MAX_STOP_TOKEN_IDS)
     ignore_eos: bool = False
@@ -138,6 +135,15 @@ class GenerationBody(RequestBody):
     )
     deadline_ms: WholeNumber | None = Field(
         None, ge=1, le=MAX_DEADLINE_MS, description="When the first token is wanted; orders the queue, cancels nothing."
+    )
+    skip_special_tokens: bool = Field(True, description="false: special tokens are part of the text.")
+    prompt_logprobs: WholeNumber | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Log-probabilities of the prompt's tokens, with so many alternatives."
+    )
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = Field(False, description="Log-probabilities name tokens as token_id:N.")
+    truncate_prompt_tokens: WholeNumber | None = Field(
+        None, ge=-1, description="Only so many of the prompt's last tokens; -1: as many as the context leaves room for."
     )
     response_format: dict[str, Any] | None = Field(None, description="type text, json_object or json_schema")
     structured_outputs: dict[str, Any] | None = Field(None, description="json, regex, choice, grammar or json_object")
@@ -155,10 +161,31 @@ class GenerationBody(RequestBody):
         """Answers to each prompt."""
         return self.n or 1
 
+    @property
+    def num_shown_logprobs(self) -> int | None:
+        """Alternatives told with each token of the answer; None: log-probabilities are not asked for."""
+        return None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """The same as the engine is asked for."""
+        return self.num_shown_logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same of the prompt's tokens."""
+        return self.prompt_logprobs
+
+    @property
+    def tells_tokens(self) -> bool:
+        """Whether the answer tells of single tokens."""
+        return self.num_logprobs is not None or self.return_token_ids
+
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         """The sampling fields, the model's own where the request says nothing."""
         names = (
-            "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
+            "temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+            "seed",
         )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.top_k is not None:
@@ -170,6 +197,14 @@ class GenerationBody(RequestBody):
         own = frozenset(self.stop_token_ids)
         return own if self.ignore_eos else own | model_stop_ids
 
+    @model_validator(mode="after")
+    def _what_a_prompt_allows(self) -> GenerationBody:
+        if self.truncate_prompt_tokens == 0:
+            raise InvalidValue("truncate_prompt_tokens", "truncate_prompt_tokens is 0; at least 1 is needed, or -1.")
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidValue("prompt_logprobs", "prompt_logprobs cannot be streamed; completions have echo for that.")
+        return self
+
     def check_token_ids(self, vocab_size: int) -> None:
         """Refuse ids outside the vocabulary."""
         check_ids("stop_token_ids", self.stop_token_ids, vocab_size)
@@ -179,19 +214,50 @@ class GenerationBody(RequestBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    neutral: ClassVar[NeutralValues] = GenerationBody.neutral | {"suffix": ("",), "logprobs": ()}
+    neutral: ClassVar[NeutralValues] = GenerationBody.neutral | {"suffix": ("",)}
 
     prompt: Annotated[
         list[str] | list[TokenIds],
         BeforeValidator(parse_prompts, json_schema_input_type=str | list[str] | TokenIds | list[TokenIds]),
     ]
     echo: bool = False
-    best_of: WholeNumber | None = None
+    logprobs: WholeNumber | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Log-probabilities, each with so many alternatives."
+    )
+    best_of: WholeNumber | None = Field(
+        None, ge=1, le=MAX_CHOICES, description="So many answers are made, and the n likeliest a token are given."
+    )
+
+    @property
+    def num_choices(self) -> int:
+        """Answers made to each prompt."""
+        return self.best_of or super().num_choices
+
+    @property
+    def num_shown_logprobs(self) -> int | None:
+        """Alternatives told with each token."""
+        return self.logprobs
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to each token; choosing among answers needs each token's own at least."""
+        chooses = self.num_choices > (self.n or 1)
+        return 0 if self.logprobs is None and chooses else self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The echoed prompt's as well."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((number for number in asked if number is not None), default=None)
 
     @model_validator(mode="after")
-    def _zero_only_with_echo(self) -> CompletionBody:
+    def _fields_that_need_others(self) -> CompletionBody:
         if self.max_tokens == 0 and not self.echo:
             raise InvalidValue("max_tokens", "max_tokens is 0, which only echo: true allows; ask for at least 1.")
+        if self.num_choices < (self.n or 1):
+            raise InvalidValue("best_of", f"best_of is {self.best_of}, less than n, {self.n}.")
+        if self.stream and self.num_choices > (self.n or 1):
+            raise InvalidValue("best_of", "best_of above n cannot be streamed: the best is known at the end.")
         return self
 
     def check_token_ids(self, vocab_size: int) -> None:

@@ -110,8 +110,12 @@ class LlamaCppTarget:
         rows = [Row(token_id, length + i, (chunk.slot,)) for i, token_id in enumerate(chunk.token_ids)]
         self._decode(rows)
         self.lengths[chunk.slot] = length + len(rows)
-        logits = as_tensor(self.api.llama_get_logits_ith(self.opened.context, -1), (1, self.info.vocab_size))
-        return Prefilled(self._features(len(rows)), logits[0])
+        features, shape = self._features(len(rows)), (len(rows), self.info.vocab_size)
+        return Prefilled(
+            features,
+            features,
+            lambda wanted: as_tensor(self.api.llama_get_logits(self.opened.context), shape)[list(wanted)],
+        )
 
     def verify(self, rows: Sequence[VerifyRows]) -> list[Verified]:
         """One decode over the rows of all requests; they stay behind the committed rows until ``keep``."""
