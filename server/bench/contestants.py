@@ -179,7 +179,7 @@ class LlamaCppPeer:
         if path.is_file():
             self.model: Any = Llama(str(path), **options)
             return
-        from server.bench.gguf_file import write_gguf
+        from server.targets.gguf.writing import write_gguf
 
         with tempfile.TemporaryDirectory(prefix="dovetail-bench-") as scratch:
             file = write_gguf(path, Path(scratch) / "target.gguf", weights)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from kernels.linear_lowbit import PackedWeight, unpack
 from kernels.linear_lowbit.reference import QuantisedWeight
-from server.bench.gguf_file import GGUFError, add_shape, pairs_together
+from server.targets.gguf.vocabulary import GGUFError
+from server.targets.gguf.writing import add_shape, pairs_together
 from server.targets.packed_model import PackedModel
 
 TYPES = {4: gguf.GGMLQuantizationType.Q4_0, 8: gguf.GGMLQuantizationType.Q8_0, 16: gguf.GGMLQuantizationType.BF16}

@@ -15,14 +15,21 @@ from kernels.decoder_layer import PackedDecoderLayer, packing_errors
 from kernels.decoder_layer.scaling import record_inputs, scale_layer
 from kernels.tree_attention import KVSlots, causal_segment
 from kernels.tree_attention.transformers_plugin import RowPass
+from server.own_models import is_gguf
 from server.placement.devices import CPU
 from server.targets.checkpoint import INDEX, ModelFiles
+from server.targets.gguf.folders import model_configuration, write_configuration
+from server.targets.gguf.header import open_gguf
+from server.targets.gguf.loading import pack_stored
+from server.targets.gguf.weights import GGUFWeights
 from server.targets.packed_model import (
     BITS,
     GROUP_SIZE,
     check_model,
     empty_model,
     is_packed,
+    model_of,
+    pack_from,
     pack_model,
     save_packed_model,
 )
@@ -30,13 +37,15 @@ from server.targets.target import TargetError
 
 KEPT_FILES = ("*.json", "*.jinja")
 CALIBRATION_WINDOW = 512
+STORED = "stored"
 
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """weights: bf16, int8 or int4, in groups of ``group_size``; calibration: a text file for activation-aware scaling.
+    """weights: bf16, int8 or int4 in groups of ``group_size``, or ``stored``, a GGUF file's own codes.
 
-    calibration_tokens: how many of its tokens are run. report: measure how far each packed matrix is from the original.
+    calibration: a text file for activation-aware scaling; calibration_tokens: how many of its tokens are run. report:
+    measure how far each packed matrix is from the original.
     """
 
     weights: str
@@ -67,6 +76,8 @@ def convert_target(source: Path, output: Path, options: ConversionOptions) -> Ta
 
     Errors: TargetError for what cannot be packed, UnsupportedLayer for architectures without native layers.
     """
+    if is_gguf(source):
+        return convert_gguf(source, output, options)
     if options.weights not in BITS:
         raise TargetError(f"weights {options.weights!r} have no packed form; allowed are {', '.join(BITS)}")
     if is_packed(source):
@@ -98,6 +109,32 @@ def convert_target(source: Path, output: Path, options: ConversionOptions) -> Ta
         original_bytes=sum(file.stat().st_size for file in source.glob("*.safetensors")),
         layers=errors,
         scaling=[] if calibration is None else calibration.found,
+    )
+
+
+def convert_gguf(source: Path, output: Path, options: ConversionOptions) -> TargetConversion:
+    """Pack a GGUF file into a new folder: its own codes (``stored``), or its values in another format.
+
+    Errors: TargetError, UnsupportedLayer for architectures without native layers.
+    """
+    if options.weights not in (STORED, *BITS):
+        raise TargetError(f"weights {options.weights!r} have no packed form; allowed are {', '.join((STORED, *BITS))}")
+    if options.calibration is not None or options.report:
+        raise TargetError("--calibration and --report compare with original weights, which a GGUF file does not hold")
+    file = open_gguf(source)
+    model = model_of(model_configuration(file), source)
+    check_model(model)
+    files = GGUFWeights(file, model.config)
+    stored = options.weights == STORED
+    packed = pack_stored(model, files) if stored else pack_from(model, files, options.weights, options.group_size)
+    write_configuration(file, output)
+    save_packed_model(packed, output)
+    return TargetConversion(
+        output=str(output),
+        weights=packed.weights,
+        group_size=options.group_size,
+        packed_bytes=packed.packed_bytes,
+        original_bytes=source.stat().st_size,
     )
 
 

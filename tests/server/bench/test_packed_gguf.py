@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from doubles import tiny_llama, tiny_qwen3
-from server.bench.gguf_file import GGUFError
+from server.targets.gguf.vocabulary import GGUFError
 from server.targets.packed_model import pack_model
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (make gguf)")

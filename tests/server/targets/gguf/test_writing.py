@@ -6,14 +6,32 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import refusal, run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from doubles import tiny_llama, tiny_qwen3
+from doubles import tiny_llama
+from server.launch import load_codec
+from server.targets.loading import load_target
+from server.targets.target import PrefillChunk
 
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (make gguf)")
 
-from server.bench.gguf_file import GGUFError, frequency_factors, pairs_together, write_gguf  # noqa: E402
+from server.targets.conversion import ConversionOptions, convert_target  # noqa: E402
+from server.targets.gguf.folders import write_safetensors  # noqa: E402
+from server.targets.gguf.vocabulary import GGUFError  # noqa: E402
+from server.targets.gguf.writing import frequency_factors, pairs_together, write_gguf  # noqa: E402
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
@@ -101,8 +119,9 @@ def test_keys_read_back(folder: Path, tmp_path: Path) -> None:
 
 
 def test_other_architectures_are_refused_by_name(save_model: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(GGUFError, match="Qwen3ForCausalLM"):
-        write_gguf(save_model(tiny_qwen3(), "qwen"), tmp_path / "model.gguf", "fp32")
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=67)
+    with pytest.raises(GGUFError, match=r"GPT2LMHeadModel cannot be written as GGUF; LlamaForCausalLM, .* can"):
+        write_gguf(save_model(GPT2LMHeadModel(config), "gpt2"), tmp_path / "model.gguf", "fp32")
 
 
 @pytest.mark.parametrize(("change", "word"), [({"mlp_bias": True}, "mlp_bias"), ({"hidden_act": "gelu"}, "gelu")])
@@ -145,3 +164,64 @@ def test_llama_cpp_gives_the_same_logits(tmp_path: Path, rope: dict[str, Any] | 
     # llama.cpp keeps its KV cache in fp16.
     assert torch.allclose(torch.from_numpy(peer.scores[: len(token_ids)]), want, atol=2e-2, rtol=1e-2)
     peer.close()
+
+
+FAMILIES = {
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": SCALED}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folders_become_files_and_files_folders_again(family: str, tmp_path: Path) -> None:
+    config, kind, more = FAMILIES[family]
+    torch.manual_seed(1)
+    settings = dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=280, max_position_embeddings=128, tie_word_embeddings=False, initializer_range=0.2,
+    )  # fmt: skip
+    model = kind(config(**settings | more)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.1)
+    folder = save(model, tmp_path / "model")
+    file = write_gguf(folder, tmp_path / "model.gguf", "fp16")
+    back = tmp_path / "back"
+    write_safetensors(file, back, shard_bytes=100_000)
+    assert len(list(back.glob("*.safetensors"))) > 1
+    packed = tmp_path / "packed"
+    convert_target(file, packed, ConversionOptions("stored"))
+    ids = load_codec(folder).encode("the other cat <turn>")
+    assert load_codec(file).encode("the other cat <turn>") == load_codec(back).encode("the other cat <turn>") == ids
+    assert load_codec(back).stop_ids == load_codec(file).stop_ids == {0, 1}
+    with torch.inference_mode():
+        want = model(torch.tensor([ids])).logits[0, -1]
+    for path, weights in ((file, "fp32"), (back, "fp32"), (packed, None)):
+        target = load_target(path, weights, 1, 64, 1, engine="native")
+        got = target.prefill(PrefillChunk(0, ids)).logits
+        assert (got - want).norm() < 0.02 * want.norm(), path.name
+
+
+def test_sentencepiece_survives_the_way_there_and_back(test_data: Path, tmp_path: Path) -> None:
+    text = "Hello, wörld!  def f(x):\n\treturn 日本語 🙂"
+    first = test_data / "models" / "llama-2-tiny-random.gguf"
+    write_safetensors(first, tmp_path / "folder")
+    again = write_gguf(tmp_path / "folder", tmp_path / "again.gguf", "fp16")
+    ids = load_codec(first).encode(text)
+    assert load_codec(tmp_path / "folder").encode(text) == ids == load_codec(again).encode(text)
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (make gguf)")
+    peer = llama_cpp.Llama(str(again), vocab_only=True, verbose=False)
+    assert peer.tokenize(text.encode(), add_bos=True, special=True) == ids
+    peer.close()
+
+
+def test_the_command_turns_folders_and_files_into_each_other(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    assert json.loads(run("convert", folder, file, "--to", "gguf", "--weights", "int8").stdout)["weights"] == "int8"
+    assert json.loads(run("convert", file, tmp_path / "floats").stdout)["bytes"] > 0
+    assert json.loads(run("convert", file, tmp_path / "codes", "--weights", "stored").stdout)["packed_bytes"] > 0
+    assert "must be a new file" in refusal("convert", folder, file, "--to", "gguf")
+    assert "GGUF file already" in refusal("convert", file, tmp_path / "x.gguf", "--to", "gguf")
+    assert "is not empty" in refusal("convert", file, tmp_path / "floats")

@@ -1,17 +1,12 @@
-"""Write a LLaMA-architecture model folder as GGUF, so that llama.cpp runs the very same weights.
+"""Write a folder of a Llama-like model as GGUF, so that llama.cpp runs the very same weights.
 
 Tensors are streamed one by one. transformers keeps the two halves of a rotary pair half a head apart, llama.cpp's
 ``llama`` architecture keeps them side by side, so the rows of q and k are reordered within each head.
-Only byte-level BPE tokenizers are written. llama.cpp knows a fixed list of pre-tokenizers: where the model's own is not
-among them, text that llama.cpp itself tokenises may be cut otherwise; token ids mean the same in any case.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +14,20 @@ import gguf
 import numpy as np
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from server.targets.checkpoint import check_files, weight_files
+from server.targets.gguf.vocabulary import GGUFError, add_vocabulary, read_vocabulary
 
-logger = logging.getLogger(__name__)
-
-ARCHITECTURE = "LlamaForCausalLM"
+# transformers' class -> llama.cpp's architecture. Mistral is its ``llama`` too.
+ARCHITECTURES = {
+    "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "MistralForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
+    "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
+}
 FORMATS = {
     "fp32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "fp16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -38,15 +37,6 @@ FORMATS = {
 }
 # Rotary scalings that are a fixed factor per frequency, which GGUF holds as a tensor.
 STATIC_ROPE = ("default", "linear", "llama3")
-# Split expressions llama.cpp has under a name.
-PRE_TOKENIZERS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+": "llama-bpe",
-}
-
-
-class GGUFError(ValueError):
-    """A model cannot be written as GGUF; the message names what stands in the way."""
 
 
 def write_gguf(folder: Path, file: Path, weights: str) -> Path:
@@ -61,9 +51,10 @@ def write_gguf(folder: Path, file: Path, weights: str) -> Path:
     check_files(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     check_config(config)
+    architecture = ARCHITECTURES[config.architectures[0]]
     vocabulary = read_vocabulary(folder, config.vocab_size)
     quantization, file_type = FORMATS[weights]
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_name(folder.name)
     writer.add_file_type(file_type)
     add_shape(writer, config)
@@ -87,11 +78,13 @@ def write_gguf(folder: Path, file: Path, weights: str) -> Path:
 def check_config(config: Any) -> None:
     """Refuse by name what the ``llama`` architecture of GGUF does not mean."""
     names = config.architectures or ["(none named)"]
-    if names != [ARCHITECTURE]:
-        raise GGUFError(f"{', '.join(names)} cannot be written as GGUF; only {ARCHITECTURE} can")
+    if len(names) != 1 or names[0] not in ARCHITECTURES:
+        raise GGUFError(f"{', '.join(names)} cannot be written as GGUF; {', '.join(ARCHITECTURES)} can")
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
-            raise GGUFError(f"a {ARCHITECTURE} with {name} cannot be written as GGUF; only one without biases can")
+            raise GGUFError(f"a {names[0]} with {name} cannot be written as GGUF; only one without can")
+    if getattr(config, "use_sliding_window", False) or (names[0].startswith("Mistral") and config.sliding_window):
+        raise GGUFError("a model with a sliding window cannot be written as GGUF; llama.cpp would not apply it")
     if config.hidden_act != "silu":
         raise GGUFError(f"hidden_act {config.hidden_act!r} cannot be written as GGUF; only 'silu' can")
     if rope_type(config) not in STATIC_ROPE:
@@ -126,20 +119,21 @@ def add_shape(writer: gguf.GGUFWriter, config: Any) -> None:
 
 def tensors(folder: Path, config: Any) -> Iterator[tuple[str, Tensor]]:
     """Tensors under llama.cpp's names, q and k reordered; one at a time in memory."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    architecture = ARCHITECTURES[config.architectures[0]]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    permuted = {"q_proj.weight": config.num_attention_heads, "k_proj.weight": config.num_key_value_heads}
     for file in weight_files(folder):
         with safe_open(folder / file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - the handle is no mapping
                 if name == "lm_head.weight" and config.tie_word_embeddings:
                     continue
-                mapped = names.get_name(name, try_suffixes=(".weight",))
+                mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
                 if mapped is None:
-                    raise GGUFError(f"{file} holds {name}, which the llama architecture of GGUF has no place for")
+                    raise GGUFError(f"{file} holds {name}, which the {architecture.name} of GGUF has no place for")
                 tensor: Tensor = weights.get_tensor(name)
-                if name.endswith("q_proj.weight"):
-                    tensor = pairs_together(tensor, config.num_attention_heads)
-                elif name.endswith("k_proj.weight"):
-                    tensor = pairs_together(tensor, config.num_key_value_heads)
+                heads = permuted.get(".".join(name.split(".")[-2:]))
+                if heads is not None and architecture is gguf.MODEL_ARCH.LLAMA:
+                    tensor = pairs_together(tensor, heads)
                 yield mapped, tensor
     if rope_type(config) != "default":
         yield "rope_freqs.weight", frequency_factors(config)
@@ -166,89 +160,3 @@ def storage(tensor: Tensor, quantization: gguf.GGMLQuantizationType) -> gguf.GGM
         return gguf.GGMLQuantizationType.F32
     whole = tensor.shape[-1] % gguf.GGML_QUANT_SIZES[quantization][0] == 0
     return quantization if whole else gguf.GGMLQuantizationType.F16
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A byte-level BPE tokenizer in GGUF's terms; tokens without a meaning fill the embedding's rows."""
-
-    tokens: list[str]
-    types: list[gguf.TokenType]
-    merges: list[str]
-    pre_tokenizer: str
-    adds_bos: bool
-
-
-def read_vocabulary(folder: Path, num_tokens: int) -> Vocabulary:
-    """Read tokenizer.json. Errors: GGUFError for a missing file and for tokenizers that are not byte-level BPE."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise GGUFError(f"{folder} has no tokenizer.json; a GGUF file carries its tokenizer")
-    data = json.loads(file.read_text(encoding="utf-8"))
-    pieces = pre_tokenizer_pieces(data)
-    if data["model"].get("type") != "BPE" or all(piece["type"] != "ByteLevel" for piece in pieces):
-        raise GGUFError(f"the tokenizer in {folder} is not byte-level BPE, the only kind written as GGUF")
-    tokens = [f"[UNUSED{i}]" for i in range(num_tokens)]
-    types = [gguf.TokenType.UNUSED] * num_tokens
-    for token, token_id in data["model"]["vocab"].items():
-        tokens[token_id], types[token_id] = token, gguf.TokenType.NORMAL
-    for added in data["added_tokens"]:
-        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-        tokens[added["id"]], types[added["id"]] = added["content"], kind
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in data["model"]["merges"]]
-    adds_bos = bool(Tokenizer.from_file(str(file)).encode("").ids)
-    return Vocabulary(tokens, types, merges, pre_tokenizer_name(pieces), adds_bos)
-
-
-def pre_tokenizer_pieces(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pre-tokenizer's steps."""
-    pre = data["pre_tokenizer"] or {"type": "None"}
-    pieces: list[dict[str, Any]] = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    return pieces
-
-
-def pre_tokenizer_name(pieces: list[dict[str, Any]]) -> str:
-    """llama.cpp's name for these steps, or its nearest."""
-    for piece in pieces:
-        if piece["type"] == "Split" and (name := PRE_TOKENIZERS.get(piece["pattern"].get("Regex", ""))):
-            return name
-    if any(piece["type"] == "Split" for piece in pieces):
-        logger.warning("llama.cpp has no name for this pre-tokenizer; text it tokenises itself may be cut otherwise")
-    return "gpt-2"
-
-
-def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, folder: Path, config: Any) -> None:
-    """Tokens, merges, special ids and the chat template."""
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
-    writer.add_add_bos_token(vocabulary.adds_bos)
-    if config.bos_token_id is not None:
-        writer.add_bos_token_id(config.bos_token_id)
-    # GGUF has a key for the end of a text and one for the end of a turn, transformers a list of both.
-    for add, token_id in zip((writer.add_eos_token_id, writer.add_eot_token_id), eos_ids(folder, config), strict=False):
-        add(token_id)
-    if (template := chat_template(folder)) is not None:
-        writer.add_chat_template(template)
-
-
-def eos_ids(folder: Path, config: Any) -> list[int]:
-    """Ids that end a text, generation_config.json before config.json."""
-    file = folder / "generation_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    ids = settings.get("eos_token_id", config.eos_token_id)
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else list(ids)
-
-
-def chat_template(folder: Path) -> str | None:
-    """chat_template.jinja, else the template in tokenizer_config.json."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.is_file() else None
-    return template if isinstance(template, str) else None
