@@ -14,8 +14,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from server.api import face_quality, health, models
-from server.api import vision as vision_api
+from server.api import health, models
 from server.api.errors import install_error_handlers
 from server.api.gate import Gate
 from server.api.language import anthropic, chat, completions, responses
@@ -23,7 +22,8 @@ from server.api.openapi import App
 from server.api.serving import Load, Serving
 from server.installation import own_version
 from server.settings import Settings
-from server.vision_worker import VisionWorker
+from server.vision import routes as vision_routes
+from server.vision.worker import VisionWorker
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def create_app(
     app = App(title="Dovetail", version=own_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, api_key=settings.api_key.get_secret_value() if settings.api_key else None)
     install_error_handlers(app)
-    for routes in (completions, chat, responses, anthropic, vision_api, face_quality, models, health):
+    for routes in (completions, chat, responses, anthropic, vision_routes, models, health):
         app.include_router(routes.router)
     return app
 

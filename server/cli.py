@@ -10,13 +10,13 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from server.commands import bench, evaluate, export, study, train
+from server.commands import bench, evaluate, study, train
 from server.commands.convert import convert
-from server.commands.detect import detect
 from server.commands.doctor import doctor
-from server.commands.face_quality import face_quality
+from server.commands.export import export
 from server.commands.generate import generate
 from server.commands.plan import plan
+from server.commands.predict import DetectCommand, FaceQualityCommand, KindCommand, detect, face_quality, predict
 from server.commands.serve import serve
 from server.engine.request import EngineError
 from server.installation import check_installation, own_version
@@ -35,8 +35,9 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(generate)
-app.command()(detect)
-app.command("face-quality")(face_quality)
+app.command(cls=KindCommand)(predict)
+app.command(cls=DetectCommand)(detect)
+app.command("face-quality", cls=FaceQualityCommand)(face_quality)
 app.command()(convert)
 app.add_typer(bench.app, name="bench")
 app.command()(plan)
@@ -44,7 +45,7 @@ app.command()(doctor)
 app.add_typer(train.app, name="train")
 app.add_typer(study.app, name="study")
 app.add_typer(evaluate.app, name="eval")
-app.add_typer(export.app, name="export")
+app.command()(export)
 
 
 def show_version(wanted: bool) -> None:

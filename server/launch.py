@@ -32,13 +32,12 @@ if TYPE_CHECKING:
     from server.placement.serving import Placed
     from server.settings import Settings
     from server.targets.target import Target, TargetInfo
-    from server.vision_worker import VisionWorker
+    from server.vision.worker import VisionWorker
 
 logger = logging.getLogger(__name__)
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 BUNDLED_DRAFTER = "bundled"
-DETECTOR, FACE_QUALITY = "detector", "face_quality"
 
 
 class LaunchError(ValueError):
@@ -306,21 +305,12 @@ def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budge
     return LoadedDrafters(target, drafters, load_codec(folder), context)
 
 
-def resolve_detector(path: Path | None) -> Path:
-    """A detector's folder or .onnx file; None is the bundled one. Errors: LaunchError."""
-    return resolve_vision(path, DETECTOR)
-
-
-def resolve_scorer(path: Path | None) -> Path:
-    """A face-quality scorer's folder or .onnx file; None is the bundled one. Errors: LaunchError."""
-    return resolve_vision(path, FACE_QUALITY)
-
-
-def resolve_vision(path: Path | None, bundled: str) -> Path:
-    """A vision model's folder or .onnx file; None is that bundled as ``bundled``. Errors: LaunchError."""
-    if path is None and not (ASSETS / bundled).is_dir():
-        raise LaunchError(f"there is no bundled {bundled.replace('_', '-')} model; name one with --model PATH")
-    return path if path is not None else ASSETS / bundled
+def bundled_vision(kind: str) -> Path:
+    """The bundled model of ``kind``. Errors: LaunchError."""
+    folder = ASSETS / kind.replace("-", "_")
+    if not folder.is_dir():
+        raise LaunchError(f"there is no bundled {kind} model; name one")
+    return folder
 
 
 def vision_worker(settings: Settings) -> VisionWorker | None:
@@ -328,13 +318,15 @@ def vision_worker(settings: Settings) -> VisionWorker | None:
 
     Errors: LaunchError for a path without a model, and for two models of one name.
     """
-    from server.vision_worker import VisionWorker, WorkerOptions
+    from server.vision.worker import VisionWorker, WorkerOptions
     from vision.images import ImageLimits
-    from vision.predict import name_of
+    from vision.serving.folder import name_of
+    from vision.serving.registry import all_kinds
 
     named = settings.vision
     if named is None:
-        named = tuple(str(ASSETS / name) for name in (DETECTOR, FACE_QUALITY) if (ASSETS / name).is_dir())
+        bundled = [ASSETS / kind.replace("-", "_") for kind in all_kinds()]
+        named = tuple(str(folder) for folder in bundled if folder.is_dir())
         if settings.no_llm and not named:
             raise LaunchError("there is no bundled vision model, so --no-llm needs --vision PATH")
     models: dict[str, Path] = {}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from server.vision_worker import VisionWorker
+from server.vision.worker import VisionWorker
 
 
 class Lasting(VisionWorker):

@@ -1,6 +1,7 @@
 """Imports point one way, and the light modules stay free of torch."""
 
 import ast
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ ALLOWED = {
     "vision": {"vision", "kernels"},
     "server": {"server", "drafters", "vision", "kernels"},
 }
+KINDS = "vision/serving/kinds/"  # found by their folder, so that no import names them
 LIGHT = [
     "server.cli", "server.settings", "server.placement.machine", "server.app", "server.text", "server.api",
     "server.engine.request", "server.engine.scheduler", "server.engine.sequence",
@@ -39,6 +41,41 @@ def test_imports_point_one_way(package: str) -> None:
         if name in ALLOWED and name not in ALLOWED[package]
     ]
     assert not against
+
+
+def imported_files(file: Path) -> set[str]:
+    """The files of vision that a file imports, lazily as well; what only type checkers read is left out."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    unread = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if node in unread:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    paths = {name.replace(".", "/") for name in names}
+    found = {f"{path}.py" for path in paths} | {f"{path}/__init__.py" for path in paths}
+    if file == ROOT / "vision/serving/registry.py":
+        found |= {str(kind.relative_to(ROOT)) for kind in (ROOT / KINDS).glob("*.py")}
+    return {path for path in found if (ROOT / path).is_file()}
+
+
+def test_no_file_of_vision_imports_itself_by_any_way() -> None:
+    graph = {str(file.relative_to(ROOT)): imported_files(file) for file in (ROOT / "vision").rglob("*.py")}
+    assert "vision/serving/kinds/detector.py" in graph["vision/serving/registry.py"]
+    assert "vision/detection/traced.py" in graph["vision/serving/kinds/detector.py"], "lazy imports count"
+    with contextlib.suppress(StopIteration):
+        while True:  # take away files that import none of those left
+            leaf = next(file for file, imports in graph.items() if not imports & graph.keys())
+            del graph[leaf]
+    assert not graph, f"a circle among {sorted(graph)}"
 
 
 @pytest.mark.parametrize("module", LIGHT)

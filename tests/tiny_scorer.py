@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vision.assess import FACE_QUALITY, FORMAT
+FACE_QUALITY, FORMAT = "face-quality", "dovetail-face-quality"
 
 CONFIG = {
     "format": FORMAT,

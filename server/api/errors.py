@@ -13,7 +13,8 @@ from starlette.exceptions import HTTPException
 
 from server.engine.request import ContextTooLong, EngineError, EngineStopped, QueueFull
 from server.text import InvalidText, TextError
-from server.vision_worker import VisionError, VisionQueueFull, VisionStopped
+from server.vision.child import VisionError, VisionStopped
+from server.vision.worker import VisionQueueFull
 
 MAX_RETRY_AFTER_S = 120  # the official client gives up on longer ones
 MAX_SHOWN = 80

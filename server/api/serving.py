@@ -20,7 +20,7 @@ from server.engine.grammar import GrammarCompiler
 from server.engine.request import Event, Request, SamplingParams
 from server.settings import LOADING_THREAD, Settings
 from server.text import TextCodec
-from server.vision_worker import VisionWorker
+from server.vision.worker import VisionWorker
 
 logger = logging.getLogger(__name__)
 

@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from server.bench.vision import VisionBenchOptions, measure_endpoint, running_server, sample_picture
 from server.placement.machine import measure_machine
-from vision.export import OPSET, require_packages
 from vision.face_quality.alignment import FACE_SIZE, TEMPLATE
 from vision.face_quality.tinyfqnet import InvertedResidual, TinyFQNet, normalize_faces
-from vision.onnx_runtime import open_session
+from vision.serving.export import require_packages, trace_module
+from vision.serving.networks import open_session
 
 BATCHES = (1, 32)
 ROUTE = "/v1/vision/face-quality"
@@ -131,12 +130,7 @@ def count(network: nn.Module) -> int:
 
 def export(network: nn.Module, side: int, file: Path) -> None:
     """One file with a free batch size."""
-    program = torch.onnx.export(
-        network, (torch.rand(2, 3, side, side),), dynamo=True, opset_version=OPSET, verbose=False,
-        input_names=["images"], output_names=["scores"], dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-    )  # fmt: skip
-    assert program is not None
-    program.save(file, external_data=False)
+    trace_module(network, side, ["scores"]).save(file, external_data=False)
 
 
 def runner(file: Path, side: int) -> Callable[[int], None]:

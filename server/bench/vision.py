@@ -25,7 +25,9 @@ from PIL import Image
 from server.bench.vision_peer import PeerDetector, export_peer
 from server.placement.machine import measure_machine
 from vision.images import decode_image
-from vision.predict import VisionModel, load_vision_model
+from vision.serving.batch import answer_pictures
+from vision.serving.load import load_model
+from vision.serving.protocol import Model, Pixels
 
 PICTURE_SIZE = (640, 480)
 DETECTION_ROUTE = "/v1/vision/detections"
@@ -88,7 +90,7 @@ def sample_picture() -> bytes:
 
 def measure_single_thread(options: VisionBenchOptions, picture: bytes) -> dict[str, Any]:
     """Milliseconds an image on one thread from the file's bytes to boxes; detector and peer take turns."""
-    model = load_vision_model(options.detector, num_threads=1)
+    model = load_model(options.detector, num_threads=1)
     with tempfile.TemporaryDirectory() as folder:
         peer = None
         if options.peer:
@@ -99,7 +101,7 @@ def measure_single_thread(options: VisionBenchOptions, picture: bytes) -> dict[s
         for _ in range(10 * options.repeats):
             times["ours"].append(timed(lambda: detect(model, picture)))
             if peer is not None:
-                times["peer"].append(timed(lambda: peer.run(prepare(model, picture).pixels)))
+                times["peer"].append(timed(lambda: peer.run(prepare(model, picture))))
     result: dict[str, Any] = {
         "model": model.info.name,
         "runtime": model.info.runtime,
@@ -119,15 +121,16 @@ MEMORY_PROBE = """
 import sys
 from pathlib import Path
 from vision.images import decode_image
-from vision.predict import load_vision_model
+from vision.serving.batch import answer_pictures
+from vision.serving.load import load_model
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1e3
 
 picture, before = sys.stdin.buffer.read(), peak()
-model = load_vision_model(Path(sys.argv[1]), num_threads=1)
-model.predict([model.prepare(decode_image(picture, enough=model.info.image_size), {})])
+model = load_model(Path(sys.argv[1]), num_threads=1)
+answer_pictures(model, [decode_image(picture, enough=model.info.image_size)], {})
 print(before, peak())
 """
 
@@ -142,15 +145,17 @@ def measure_peak_memory(detector: Path, picture: bytes) -> dict[str, float] | No
     return {"before_loading": before, "peak": peak}
 
 
-def prepare(model: VisionModel, picture: bytes) -> Any:
-    """Bytes to the network's input."""
-    decoded = decode_image(picture, enough=model.info.image_size)
-    return model.prepare(decoded, {"score_threshold": LOW_THRESHOLD})
+def prepare(model: Model, picture: bytes) -> Pixels:
+    """Bytes to the network's input [3, S, S]."""
+    rows: Pixels = next(model.answer(decode_image(picture, enough=model.info.image_size), {})).rows
+    image: Pixels = rows[0]
+    return image
 
 
-def detect(model: VisionModel, picture: bytes) -> None:
+def detect(model: Model, picture: bytes) -> None:
     """Bytes to boxes."""
-    model.predict([prepare(model, picture)])
+    decoded = decode_image(picture, enough=model.info.image_size)
+    answer_pictures(model, [decoded], {"score_threshold": LOW_THRESHOLD})
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -19,9 +19,10 @@ from torch.nn import functional
 
 from vision.backbones.layers import conv_bn_relu, depthwise_bn
 from vision.backbones.shufflenet_v2 import ShuffleNetV2, ShuffleNetV2Config
-from vision.detect import Pixels
-from vision.export import OPSET, require_packages
-from vision.onnx_runtime import open_session, soft_nms
+from vision.serving.export import OPSET, require_packages
+from vision.serving.kinds.detector import greedy_nms
+from vision.serving.networks import open_session
+from vision.serving.protocol import Pixels
 
 CHANNELS = 96
 NUM_CLASSES = 80
@@ -90,7 +91,8 @@ class PeerDetector:
         centres = self.centres[best]
         boxes = np.concatenate([centres - distances[:, :2], centres + distances[:, 2:]], axis=1).astype(np.float32)
         class_ids = scores[0][best].argmax(axis=1)
-        kept, _ = soft_nms(boxes, scores[0][best].max(axis=1), class_ids, NMS_THRESHOLD, NUM_CANDIDATES)
+        best_scores = scores[0][best].max(axis=1)
+        kept, _ = greedy_nms(boxes, best_scores, class_ids, NMS_THRESHOLD, NUM_CANDIDATES, soft=True)
         return len(kept)
 
 

@@ -87,7 +87,7 @@ def diagonalwise(
     from kernels.diagonalwise.bench_report import markdown, write_report
     from server.placement.machine import measure_machine
     from vision.backbones import create_backbone
-    from vision.evaluate import default_device
+    from vision.measure.classification import default_device
 
     chosen = tuple(networks.split(",")) if networks else tuple(bench.GRID)
     sizes = tuple(int(size) for size in batches.split(","))

@@ -31,11 +31,11 @@ def vision(
     """Images per second on one thread and over HTTP, and the loss of text beside it; the last line is JSON."""
     from server.bench.vision import VisionBenchOptions, measure_vision
     from server.bench.vision_plot import plot_vision
-    from server.launch import resolve_detector
+    from server.launch import bundled_vision
 
     console = Console(stderr=True, markup=False)
     counts = tuple(int(count) for count in clients.split(","))
-    options = VisionBenchOptions(resolve_detector(model), counts, seconds, repeats, peer, text, target)
+    options = VisionBenchOptions(model or bundled_vision("detector"), counts, seconds, repeats, peer, text, target)
     report = measure_vision(options, console.print)
     show(report, console)
     line = json.dumps(report)

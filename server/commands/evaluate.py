@@ -36,7 +36,7 @@ def evaluate_classifier(
     batch_size: BatchSize = 64,
 ) -> None:
     """Top-1 and top-5 accuracy of a classifier."""
-    from vision.evaluate import evaluate_classifier
+    from vision.measure.classification import evaluate_classifier
 
     report = evaluate_classifier(checkpoint, kind, data, split, batch_size=batch_size)
     typer.echo(json.dumps(dataclasses.asdict(report)))
@@ -51,7 +51,7 @@ def evaluate_retrieval(
     batch_size: BatchSize = 64,
 ) -> None:
     """Rank-1 and mean average precision of a backbone's embeddings, on classes it need not know."""
-    from vision.retrieval import evaluate_retrieval
+    from vision.measure.retrieval import evaluate_retrieval
 
     report = evaluate_retrieval(checkpoint, kind, data, split, batch_size=batch_size)
     typer.echo(json.dumps(dataclasses.asdict(report)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import warnings
@@ -12,13 +11,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-app = typer.Typer(no_args_is_help=True, help="Write a trained model for other runtimes.")
-
-
-@app.callback()
-def group() -> None:
-    """Keeps the word after ``export`` a command, however many there are."""
 
 
 @contextmanager
@@ -39,56 +31,44 @@ def quiet_exporter() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-@app.command("classifier")
-def export_classifier(
-    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained classifier.")],
-    output: Annotated[Path, typer.Argument(dir_okay=False, help="ONNX file to write.")],
-    image_size: Annotated[int | None, typer.Option(min=32, help="Side of its images.", show_default=False)] = None,
-) -> None:
-    """An image classifier as ONNX, its answers checked against torch."""
-    from vision.export import export_classifier
-
-    with quiet_exporter():
-        report = export_classifier(checkpoint, output, image_size=image_size)
-    typer.echo(json.dumps(dataclasses.asdict(report)))
-
-
-@app.command("detector")
-def export_detector(
-    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained detector.")],
+def export(
+    kind: Annotated[str, typer.Argument(help="What the folder holds: detector, classifier, face-quality, ...")],
+    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of the trained model.")],
     output: Annotated[
         Path | None,
         typer.Argument(dir_okay=False, help="ONNX file; nothing: model.onnx beside the weights.", show_default=False),
     ] = None,
-) -> None:
-    """A detector as one ONNX graph, checked against torch. Beside its weights, the server runs it in torch's stead."""
-    from vision.detection.export import export_detector
-
-    with quiet_exporter():
-        report = export_detector(checkpoint, output)
-    typer.echo(json.dumps(dataclasses.asdict(report)))
-
-
-@app.command("face-quality")
-def export_face_quality(
-    checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained scorer.")],
-    output: Annotated[
-        Path | None,
-        typer.Argument(dir_okay=False, help="ONNX file; nothing: model.onnx beside the weights.", show_default=False),
+    image_size: Annotated[
+        int | None, typer.Option(min=32, help="Side of its images; nothing: its own.", show_default=False)
     ] = None,
     int8: Annotated[
         Path | None,
         typer.Option(
-            exists=True, file_okay=False, help="Faces to find 8-bit ranges with; nothing: fp32.", show_default=False
+            exists=True, file_okay=False, show_default=False,
+            help="For face quality: faces to find 8-bit ranges with; nothing: fp32.",
         ),
     ] = None,
-    kind: Annotated[str, typer.Option(help="How those faces lie.")] = "london_faces",
+    data_kind: Annotated[str, typer.Option("--kind", help="How those faces lie.")] = "london_faces",
     split: Annotated[str, typer.Option(help="Their split.")] = "train",
-) -> None:
-    """A face-quality scorer as ONNX, its scores checked against torch."""
-    from vision.face_quality.export import Calibration, export_scorer
+) -> None:  # fmt: skip
+    """A trained model as an ONNX file, checked against torch. Beside its weights, the server runs it in torch's stead.
 
-    calibration = None if int8 is None else Calibration(kind, int8, split)
+    The last line printed is the report as JSON.
+    """
+    from vision.serving.export import export_model
+    from vision.serving.folder import CONFIG_FILE, ModelError, read_config
+    from vision.serving.registry import all_kinds, kind_of
+
+    if kind not in all_kinds():
+        raise typer.BadParameter(f"{kind!r} is none of {', '.join(all_kinds())}", param_hint="KIND")
+    found = kind_of(read_config(checkpoint / CONFIG_FILE), str(checkpoint)).name
+    if found != kind:
+        raise ModelError(f"{checkpoint} holds a {found}: dovetail export {found} {checkpoint}")
+    calibration = None
+    if int8 is not None:
+        from vision.face_quality.traced import calibration_faces
+
+        calibration = calibration_faces(data_kind, int8, split)
     with quiet_exporter():
-        report = export_scorer(checkpoint, output, calibration)
-    typer.echo(json.dumps(dataclasses.asdict(report)))
+        report = export_model(checkpoint, output, image_size=image_size, calibration=calibration)
+    typer.echo(json.dumps(report))

@@ -33,19 +33,16 @@ def recorded(*given: object) -> Report:
 
 
 def test_classifier_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import vision.evaluate
-    import vision.export
+    import vision.measure.classification
     import vision.tasks.classification as classification
 
-    monkeypatch.setattr(vision.evaluate, "evaluate_classifier", lambda *a, **k: recorded(*a, *k.values()))
-    monkeypatch.setattr(vision.export, "export_classifier", lambda *a, **k: recorded(*a, *k.values()))
+    monkeypatch.setattr(vision.measure.classification, "evaluate_classifier", lambda *a, **k: recorded(*a, *k.values()))
     monkeypatch.setattr(classification, "train_classifier", lambda r, resume: recorded(r["data"]["kind"], resume))
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[data]\nkind = "idx"\n')
     for arguments, given in (
         (["eval", "classifier", str(tmp_path), str(tmp_path), "--kind", "idx", "--split", "t10k"],
          [tmp_path, "idx", tmp_path, "t10k", 64]),
-        (["export", "classifier", str(tmp_path), str(tmp_path / "x.onnx")], [tmp_path, tmp_path / "x.onnx", None]),
         (["train", "classifier", str(recipe), "--resume"], ["idx", True]),
     ):  # fmt: skip
         result = RUNNER.invoke(app, arguments)
@@ -153,15 +150,6 @@ def test_detector_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     result = RUNNER.invoke(app, ["study", "detector", str(study), "--output", str(out)])
     cells = json.loads(result.stdout.splitlines()[-1])["cells"]
     assert [cell["final"] for cell in cells] == [{"map50": 0.5}] * 2
-
-
-def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    from server.commands.detect import answer_images
-    from vision.images import ImageError
-
-    (tmp_path / "notes.jpg").write_text("no image")
-    with pytest.raises(ImageError, match=r"notes\.jpg: the data are no image of a known format"):
-        answer_images(None, [tmp_path / "notes.jpg"], {}, None, None)  # type: ignore[arg-type]
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent

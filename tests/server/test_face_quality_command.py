@@ -78,4 +78,4 @@ def test_wrong_calls(files):
     assert run(files / "face.png", "--model", files / "redness", "--landmarks", "[oops").exit_code == 2
     assert run(files / "face.png", "--model", files / "redness", "--landmarks", files / "crop.png").exit_code != 0
     wrong = run(files / "face.png", "--model", write_tiny_detector(files / "halves"))
-    assert "no face-quality scorer" in str(wrong.exception)
+    assert "no face-quality model" in str(wrong.exception)

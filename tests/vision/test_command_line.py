@@ -16,8 +16,8 @@ from kernels.training import RecipeError, callbacks
 from server.cli import app
 from vision.backbones.checkpoint import load_backbone
 from vision.data.classification import ClassificationData
-from vision.data.sources import open_source
-from vision.export import NEEDED
+from vision.data.image_sources import open_source
+from vision.serving.export import NEEDED
 from vision.tasks.classification import ClassificationTask
 
 MISSING = [name for name in NEEDED if find_spec(name) is None]

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vision.backbones import BACKBONES, backbone_class
-from vision.backbones.backbone import Backbone, BackboneError
+from vision.backbones.backbone import Backbone
 from vision.backbones.preprocessing import Preprocessing
-
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-SHOWN_KEYS = 5
-
-
-class CheckpointError(BackboneError):
-    """A checkpoint is missing, unreadable, or belongs to another network; the message names the keys."""
+from vision.serving.folder import (
+    BACKBONE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    check_state,
+    read_described,
+    read_weights,
+    save_folder,
+)
 
 
 def save_backbone(model: Backbone, folder: Path) -> None:
     """Write weights and configuration into ``folder``, which is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
+    save_folder(folder, describe(model), model.state_dict())
+
+
+def describe(model: Backbone) -> dict[str, Any]:
+    """What config.json holds of a backbone."""
+    return {
+        "format": BACKBONE,
+        "version": 1,
         "family": type(model).__module__.rpartition(".")[2],
         "name": model.name,
         "config": dataclasses.asdict(model.config),
@@ -37,13 +42,11 @@ def save_backbone(model: Backbone, folder: Path) -> None:
         "class_names": list(model.class_names),
         "preprocessing": dataclasses.asdict(model.preprocessing),
     }
-    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder / WEIGHTS_FILE, {"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def load_backbone(folder: Path) -> Backbone:
     """The network saved in ``folder``, in evaluation mode. Errors: CheckpointError."""
-    config = read_config(folder / CONFIG_FILE)
+    config = read_described(folder, BACKBONE, "backbone")
     families = {path.partition(":")[0].rpartition(".")[2]: path for path in BACKBONES.values()}
     try:
         network = backbone_class(families[config["family"]])
@@ -60,53 +63,10 @@ def load_backbone(folder: Path) -> Backbone:
     return model.eval()
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``."""
-    if not file.is_file():
-        raise CheckpointError(f"{file} does not exist; a backbone is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} holds {type(config).__name__}, not an object")
-    return config
-
-
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from error
-
-
 def load_state(model: Backbone, state: Mapping[str, Tensor], source: str) -> None:
     """Load ``state`` into ``model``; every key and shape must fit, and the error names those that do not."""
     check_state(model.state_dict(), state, source, model.name)
     model.load_state_dict(dict(state))
-
-
-def check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str, network: str) -> None:
-    """Refuse a ``state`` whose keys or shapes are not those of ``own``. Errors: CheckpointError naming them."""
-    problems = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "of another shape": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ],
-    }
-    found = [f"{len(keys)} {kind}: {shorten(keys)}" for kind, keys in problems.items() if keys]
-    if found:
-        raise CheckpointError(f"{source} is not a checkpoint of {network}; keys {'; '.join(found)}")
-
-
-def shorten(keys: list[str]) -> str:
-    """The first few of ``keys``."""
-    more = f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else ""
-    return ", ".join(keys[:SHOWN_KEYS]) + more
 
 
 def load_author_weights(model: Backbone, state: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from PIL import Image, ImageEnhance
 
 from vision.backbones.preprocessing import Preprocessing
 from vision.data.degradations import degrade_at_random
+from vision.data.view import centre_crop, resize_short_side
 
 CROPS = ("resized", "padded", "centre")
 CROP_ATTEMPTS = 10
@@ -63,22 +64,6 @@ class AugmentationOptions:
         return self.crop == "centre" and not any(chances)
 
 
-def resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    """Scale so that the shorter side has ``size`` pixels."""
-    width, height = image.size
-    scale = size / min(width, height)
-    new = max(size, round(width * scale)), max(size, round(height * scale))
-    return image if new == image.size else image.resize(new, Image.Resampling.BILINEAR)
-
-
-def centre_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """The test-time view: short side to ``resize``, then the middle ``image_size`` square."""
-    image = resize_short_side(image, preprocessing.resize)
-    side = preprocessing.image_size
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
 def augment(
     image: Image.Image, preprocessing: Preprocessing, options: AugmentationOptions, generator: np.random.Generator
 ) -> Image.Image:
@@ -88,7 +73,7 @@ def augment(
     elif options.crop == "padded":
         image = padded_crop(image, preprocessing.image_size, options.padding, generator)
     else:
-        image = centre_crop(image, preprocessing)
+        image = centre_crop(image, preprocessing.resize, preprocessing.image_size)
     if options.flip and generator.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     image = jitter_colors(image, options.color_jitter, generator)

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vision.backbones.preprocessing import NORMALIZATIONS, Preprocessing
-from vision.data.augmentation import AugmentationOptions, augment, centre_crop
-from vision.data.sources import SOURCES, DataError, ImageSource, InMemorySource, UnreadableImageError, open_source
+from vision.data.augmentation import AugmentationOptions, augment
+from vision.data.image_sources import SOURCES, open_source
+from vision.data.sources import DataError, ImageSource, InMemorySource, UnreadableImageError
+from vision.data.view import centre_crop
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +27,8 @@ logger = logging.getLogger(__name__)
 class DataOptions:
     """Where the images are, and the size and scale the network sees them in.
 
-    ``kind`` is one of ``vision.data.sources.SOURCES``; the splits are names inside ``root`` and default to the kind's
-    own. ImageNet is of kind "folder": ``root/train/CLASS/``, ``root/val/CLASS/``. ``resize`` None means
+    ``kind`` is one of ``vision.data.image_sources.SOURCES``; the splits are names inside ``root`` and default to the
+    kind's own. ImageNet is of kind "folder": ``root/train/CLASS/``, ``root/val/CLASS/``. ``resize`` None means
     image_size / 0.875. ``limit`` takes that many images, evenly spread over the training split. ``in_memory`` keeps
     decoded images for the next epoch.
     """
@@ -115,7 +117,7 @@ class ClassificationData(Dataset[Sample | Skipped]):
         except UnreadableImageError as error:
             return Skipped(str(error))
         if self.augmentation is None:
-            image = centre_crop(image, self.preprocessing)
+            image = centre_crop(image, self.preprocessing.resize, self.preprocessing.image_size)
         else:
             generator = np.random.default_rng((self.seed, self.epoch, index))
             image = augment(image, self.preprocessing, self.augmentation, generator)

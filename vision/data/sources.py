@@ -6,8 +6,7 @@ import gzip
 import logging
 import math
 import zlib
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -236,43 +235,3 @@ def open_folder(root: Path, split: str) -> FolderSource:
     """``FolderSource`` of the split's folder; the first of its names where none exists, for the message."""
     folders = split_folders(root, split)
     return FolderSource(next((folder for folder in folders if folder.is_dir()), folders[0]))
-
-
-def open_london_faces(root: Path, split: str) -> ImageSource:
-    """``vision.data.faces.london_faces``."""
-    from vision.data.faces import london_faces
-
-    return london_faces(root, split)
-
-
-def open_orl_faces(root: Path, split: str) -> ImageSource:
-    """``vision.data.faces.orl_faces``."""
-    from vision.data.faces import orl_faces
-
-    return orl_faces(root, split)
-
-
-@dataclass(frozen=True)
-class SourceKind:
-    """How a kind of data set is opened, and what its two splits are called by default."""
-
-    open: Callable[[Path, str], ImageSource]
-    train_split: str
-    eval_split: str
-
-
-SOURCES: dict[str, SourceKind] = {
-    "folder": SourceKind(open_folder, "train", "val"),
-    "cifar10": SourceKind(cifar10_source, "train", "test"),
-    "cifar100": SourceKind(cifar100_source, "train", "test"),
-    "idx": SourceKind(idx_source, "train", "t10k"),
-    "london_faces": SourceKind(open_london_faces, "train", "val"),
-    "orl_faces": SourceKind(open_orl_faces, "train", "measure"),
-}
-
-
-def open_source(kind: str, root: Path, split: str) -> ImageSource:
-    """The images of one split. Errors: DataError, also for an unknown ``kind``."""
-    if kind not in SOURCES:
-        raise DataError(f"data of kind {kind!r} is not known; allowed are {', '.join(SOURCES)}")
-    return SOURCES[kind].open(root.expanduser(), split)

@@ -20,6 +20,7 @@ Resize = Literal["stretch", "letterbox"]
 RESIZES: tuple[Resize, ...] = ("stretch", "letterbox")
 # darknet's canvas; the network sees it as a nearly neutral colour.
 GREY: Colour = (128, 128, 128)
+MAX_ASPECT = 4
 
 
 @dataclass(frozen=True)
@@ -89,3 +90,26 @@ def _visible(start: float, scale: float, length: int, size: int) -> tuple[int, i
     """First and last + 1 target pixel that the image covers along one axis, to the nearest pixel."""
     first, last = -start * scale, (length - start) * scale
     return max(0, round(first)), min(size, round(last))
+
+
+def resize_short_side(image: Image.Image, size: int) -> Image.Image:
+    """Scale so that the shorter side has ``size`` pixels."""
+    width, height = image.size
+    scale = size / min(width, height)
+    new = max(size, round(width * scale)), max(size, round(height * scale))
+    return image if new == image.size else image.resize(new, Image.Resampling.BILINEAR)
+
+
+def centre_crop(image: Image.Image, short_side: int, size: int) -> Image.Image:
+    """A classifier's test-time view: the short side to ``short_side`` pixels, then the middle square of ``size``.
+
+    Of a strip only the middle is scaled: one of 16,000 x 10 pixels would have a hundred million.
+    """
+    reach = MAX_ASPECT * min(image.size)
+    if max(image.size) > reach:
+        width, height = min(image.width, reach), min(image.height, reach)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    image = resize_short_side(image, short_side)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))

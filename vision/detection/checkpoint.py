@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
-from vision.backbones.checkpoint import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    CheckpointError,
-    check_state,
-    read_config,
-    read_weights,
-)
 from vision.backbones.preprocessing import Normalization
 from vision.detection.detector import ARCHITECTURES, DetectorConfig, Head, LoadedDetector, Network, build_detector
 from vision.detection.rpn import AnchorGrid, ProposalBudget
 from vision.detection.thundernet import ThunderNetConfig
 from vision.detection.yolo_v2 import YOLOv2Config
+from vision.serving.folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    check_state,
+    read_described,
+    read_weights,
+    save_folder,
+)
 
 FORMAT = "dovetail-detector"
 
 
 def save_detector(model: Network, config: DetectorConfig, folder: Path) -> None:
     """Write weights and description into ``folder``, which is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS_FILE, {"format": "pt"})
-    values = {"format": FORMAT, **dataclasses.asdict(config)}
-    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    save_folder(folder, {"format": FORMAT, "version": 1, **dataclasses.asdict(config)}, model.state_dict())
 
 
 def load_detector(folder: Path) -> LoadedDetector:
@@ -48,9 +42,7 @@ def load_detector(folder: Path) -> LoadedDetector:
 def read_detector_config(folder: Path) -> DetectorConfig:
     """The description of the detector in ``folder``; no weights are read. Errors: CheckpointError."""
     file = folder / CONFIG_FILE
-    values = read_config(file)
-    if values.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{file} does not describe a detector; `dovetail train detector` writes one")
+    values = read_described(folder, FORMAT, "detector; `dovetail train detector` writes one")
     try:
         architecture = values.pop("architecture")
         constants = values.pop("normalization")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from vision.backbones import create_backbone
 from vision.backbones.preprocessing import IMAGENET, Normalization
+from vision.data.classification import to_tensor
 from vision.data.view import RESIZES, Resize, render, whole_image
 from vision.detection.backbone import Backbone
 from vision.detection.boxes import clip_boxes
@@ -24,6 +24,9 @@ Network = ThunderNet | YOLOv2
 
 ARCHITECTURES: dict[str, type[Head]] = {"thundernet": ThunderNetConfig, "yolo_v2": YOLOv2Config}
 DARKNET = "darknet19"
+NOTHING_FOUND = (
+    "the detector finds none of the %s; train longer, lower the learning rate, or look at the labels before using it"
+)
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,10 @@ def build_detector(config: DetectorConfig) -> Network:
     return YOLOv2(backbone, len(config.class_names), config.head)
 
 
-def to_bytes(image: Image.Image) -> Tensor:
-    """RGB image to uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
 def prepare(image: Image.Image, config: DetectorConfig) -> Tensor:
     """An image as the detector takes it, before normalisation: uint8 [3, image_size, image_size]."""
     view = whole_image(image.width, image.height, config.resize)
-    return to_bytes(render(image.convert("RGB"), view, config.image_size))
+    return to_tensor(render(image.convert("RGB"), view, config.image_size))
 
 
 @torch.inference_mode()

@@ -13,13 +13,13 @@ from pathlib import Path
 from vision.data.detection_sources import open_detection
 from vision.data.labelled_boxes import DetectionSource, LabelledImage
 from vision.data.sources import DataError, UnreadableImageError, read_image
-from vision.detect import DEFAULT_SCORE_THRESHOLD
 from vision.detection.checkpoint import load_detector
 from vision.detection.coco import CocoFigures, evaluate_coco
 from vision.detection.detections import Detections
-from vision.detection.detector import LoadedDetector, detect_images
+from vision.detection.detector import NOTHING_FOUND, LoadedDetector, detect_images
 from vision.detection.evaluate import OVERLAPS, ClassDetections, Truth, match_class, mean_present
 from vision.detection.pictures import draw_comparison, plot_curves
+from vision.serving.kinds.detector import DEFAULT_SCORE_THRESHOLD
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,6 @@ REPORT_FILE = "report.json"
 CURVES_FILE = "precision_recall.png"
 PICTURES = 8
 RECALL_IMAGES = 32
-NOTHING_FOUND = (
-    "the detector finds none of the %s; train longer, lower the learning rate, or look at the labels before using it"
-)
 
 
 @dataclass(frozen=True)

@@ -144,20 +144,21 @@ class ThunderNet(nn.Module):
         hidden = self.hidden(pooled.flatten(1))
         return at_least_float32(self.class_logits(hidden)), at_least_float32(self.box_deltas(hidden))
 
-    def forward(self, images: Tensor) -> list[Detections]:
-        """Detections of every image."""
+    def candidates(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of every image boxes [P, 4] and class probabilities [P, classes], before the suppression."""
         maps = self.dense(images)
         proposals = self.propose(maps, self.config.test_budget)
         logits, deltas = self.classify(maps, proposals)
-        sizes = [len(boxes) for boxes in proposals]
-        return [
-            self._detect(*image, maps.image_size)
-            for image in zip(proposals, torch.split(logits, sizes), torch.split(deltas, sizes), strict=True)
-        ]
-
-    def _detect(self, regions: Tensor, logits: Tensor, deltas: Tensor, image_size: tuple[int, int]) -> Detections:
-        boxes = clip_boxes(decode_boxes(deltas, regions, REGION_STDS), *image_size)
+        boxes = clip_boxes(decode_boxes(deltas, torch.cat(proposals), REGION_STDS), *maps.image_size)
         probabilities = logits.softmax(dim=-1)[:, 1:]
+        sizes = [len(regions) for regions in proposals]
+        return list(zip(torch.split(boxes, sizes), torch.split(probabilities, sizes), strict=True))
+
+    def forward(self, images: Tensor) -> list[Detections]:
+        """Detections of every image."""
+        return [self._detect(*image) for image in self.candidates(images)]
+
+    def _detect(self, boxes: Tensor, probabilities: Tensor) -> Detections:
         rows, class_ids = (probabilities > self.config.score_threshold).nonzero(as_tuple=True)
         kept, scores = soft_nms(
             boxes[rows],

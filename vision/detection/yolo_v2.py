@@ -149,12 +149,16 @@ class YOLOv2(nn.Module):
         centres, sizes = raw[..., :2].sigmoid(), raw[..., 2:4]
         return Predictions(centres, sizes, raw[..., 4].sigmoid(), raw[..., 5:], self._decode(centres, sizes))
 
-    def forward(self, images: Tensor) -> list[Detections]:
-        """Detections of every image."""
+    def candidates(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of every image boxes [P, 4] and class probabilities [P, classes], before the suppression."""
         predictions = self.predict(images)
         scores = predictions.objectness.unsqueeze(-1) * predictions.class_logits.softmax(dim=-1)
         boxes = clip_boxes(predictions.boxes, images.shape[-2], images.shape[-1])
-        return [self._detect(*image) for image in zip(boxes.flatten(1, 3), scores.flatten(1, 3), strict=True)]
+        return list(zip(boxes.flatten(1, 3), scores.flatten(1, 3), strict=True))
+
+    def forward(self, images: Tensor) -> list[Detections]:
+        """Detections of every image."""
+        return [self._detect(*image) for image in self.candidates(images)]
 
     def _decode(self, centres: Tensor, sizes: Tensor) -> Tensor:
         rows, columns = centres.shape[2:4]

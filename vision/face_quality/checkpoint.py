@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
-from vision.assess import FORMAT
-from vision.backbones.checkpoint import (
+from vision.face_quality.scale import QualityScale
+from vision.face_quality.tinyfqnet import TinyFQNet
+from vision.serving.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     CheckpointError,
     check_state,
-    read_config,
+    read_described,
     read_weights,
+    save_folder,
 )
-from vision.face_quality.scale import QualityScale
-from vision.face_quality.tinyfqnet import TinyFQNet
+
+FORMAT = "dovetail-face-quality"
 
 # Before anything was measured: 0.5 of the sigmoid's range in the middle, 0.1 a step of 23 points.
 DEFAULT_SCALE = QualityScale(midpoint=0.5, width=0.1)
@@ -39,18 +38,12 @@ class ScorerConfig:
 
 def save_scorer(model: TinyFQNet, config: ScorerConfig, folder: Path) -> None:
     """Write weights and description into ``folder``, which is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS_FILE, {"format": "pt"})
-    values = {"format": FORMAT, **dataclasses.asdict(config)}
-    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    save_folder(folder, {"format": FORMAT, "version": 1, **dataclasses.asdict(config)}, model.state_dict())
 
 
 def load_scorer(folder: Path) -> tuple[TinyFQNet, ScorerConfig]:
     """The scorer saved in ``folder``, in evaluation mode, on the CPU. Errors: CheckpointError."""
-    values = read_config(folder / CONFIG_FILE)
-    if values.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{folder} holds no quality scorer; `dovetail train face-quality` writes one")
+    values = read_described(folder, FORMAT, "quality scorer; `dovetail train face-quality` writes one")
     try:
         config = ScorerConfig(**(values | {"scale": QualityScale(**values["scale"])}))
         model = TinyFQNet(config.width)

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from vision.backbones.backbone import Backbone
-from vision.backbones.checkpoint import WEIGHTS_FILE, load_backbone
+from vision.backbones.checkpoint import load_backbone
 from vision.backbones.preprocessing import CHANNEL_ORDERS
-from vision.evaluate import default_device
+from vision.measure.classification import default_device
+from vision.serving.folder import WEIGHTS_FILE, file_digest, name_of
+from vision.serving.networks import open_session
 
 
 class RecogniserError(ValueError):
@@ -63,7 +65,7 @@ class BackboneRecogniser:
 
     def __init__(self, folder: Path) -> None:
         self.model: Backbone = load_backbone(folder).to(default_device())
-        self.name = run_name(folder)
+        self.name = name_of(folder)
         self.digest = file_digest(folder / WEIGHTS_FILE)
 
     @torch.inference_mode()
@@ -76,18 +78,10 @@ class BackboneRecogniser:
         return self.model.embed(self.model.normalization(resized[..., margin:end, margin:end] / 255)).cpu()
 
 
-def run_name(folder: Path) -> str:
-    """What a trained folder is called: that of its run, or of its variant where the run is one seed of a study."""
-    run = folder.parent if folder.name == "model" else folder
-    return run.parent.name if run.name.startswith("seed_") else run.name
-
-
 class OnnxRecogniser:
     """An ONNX file with one image input [B, 3, S, S] whose first output is the feature [B, D]."""
 
     def __init__(self, file: Path, options: RecogniserOptions) -> None:
-        from vision.onnx_runtime import open_session
-
         self.session: Any = open_session(file, torch.get_num_threads())
         self.options, self.name = options, file.stem
         settings = f"{options.mean} {options.std} {options.channel_order}"
@@ -132,11 +126,3 @@ def resize_faces(faces: Tensor, side: int) -> Tensor:
     if faces.shape[-2:] == (side, side):
         return faces
     return functional.interpolate(faces, (side, side), mode="bilinear", antialias=True, align_corners=False)
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file's content."""
-    if not file.is_file():
-        raise RecogniserError(f"{file} does not exist")
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vision.data.classification import to_tensor
 from vision.data.faces import DegradedFaces, FaceSource
-from vision.data.sources import InMemorySource, UnreadableImageError, open_source
+from vision.data.image_sources import open_source
+from vision.data.sources import InMemorySource, UnreadableImageError
 from vision.face_quality.baselines import Naturalness, brightness, laplacian_sharpness
 from vision.face_quality.checkpoint import load_scorer
 from vision.face_quality.evaluate import Convention, spearman

@@ -7,19 +7,25 @@ the last map, and a lateral 1x1 convolution brings the detail of stride 8 back. 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vision.backbones import create_backbone
 from vision.backbones.backbone import Backbone
-from vision.backbones.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_config, read_weights
 from vision.backbones.preprocessing import NORMALIZATIONS
+from vision.serving.folder import (
+    SEGMENTER,
+    WEIGHTS_FILE,
+    CheckpointError,
+    check_state,
+    read_described,
+    read_weights,
+    save_folder,
+)
 
 BINS = (1, 2, 3, 6)
 
@@ -99,20 +105,19 @@ def conv_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
 
 def save_segmenter(model: Segmenter, folder: Path) -> None:
     """Write weights and configuration into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, folder / WEIGHTS_FILE, {"format": "pt"})
-    config = {"architecture": "pspnet", **dataclasses.asdict(model.config)}
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    config = {"format": SEGMENTER, "version": 1, "architecture": "pspnet", **dataclasses.asdict(model.config)}
+    save_folder(folder, config, model.state_dict())
 
 
 def load_segmenter(folder: Path) -> Segmenter:
     """The segmenter saved in ``folder``, in evaluation mode. Errors: CheckpointError."""
-    config = read_config(folder / CONFIG_FILE)
-    if config.pop("architecture", None) != "pspnet":
-        raise CheckpointError(f"{folder / CONFIG_FILE} does not describe a segmenter (architecture pspnet)")
+    config = read_described(folder, SEGMENTER, "segmenter; `dovetail train segmenter` writes one")
     try:
+        del config["architecture"]
         model = Segmenter(SegmenterConfig(**{**config, "class_names": tuple(config["class_names"])}))
-        model.load_state_dict(read_weights(folder / WEIGHTS_FILE))
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} holds no segmenter: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no segmenter ({type(error).__name__}: {error})") from error
+    state = read_weights(folder / WEIGHTS_FILE)
+    check_state(model.state_dict(), state, source=str(folder), network=f"pspnet on {model.config.backbone}")
+    model.load_state_dict(state)
     return model.eval()

@@ -26,7 +26,7 @@ from vision.backbones.backbone import Backbone
 from vision.backbones.checkpoint import load_backbone, save_backbone
 from vision.data.augmentation import AugmentationOptions
 from vision.data.classification import ClassificationData, DataOptions, collate
-from vision.evaluate import default_device, evaluate_model, hits
+from vision.measure.classification import default_device, evaluate_model, hits
 from vision.tasks.averaging import STATISTICS_BATCHES, KeepAverage, MovingAverage, reestimate, training_batches
 from vision.tasks.starting import check_normalization
 

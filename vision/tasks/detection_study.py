@@ -12,9 +12,9 @@ from typing import Any
 from kernels.training.callbacks import HISTORY_FILE
 from kernels.training.study import FINISHED, NOT_RUN, Cell, Spread, read_outcome, summarise_seeds
 from kernels.training.study_report import spread
-from vision.backbones.checkpoint import WEIGHTS_FILE
 from vision.detection.checkpoint import load_detector
 from vision.detection.report import REPORT_FILE, evaluate_source
+from vision.serving.folder import WEIGHTS_FILE
 from vision.tasks.detection_recipe import DetectorRecipe
 
 MODEL, EVALUATION = "model", "evaluation"

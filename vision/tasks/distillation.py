@@ -32,7 +32,7 @@ from vision.distillation.fidelity import fidelity
 from vision.distillation.sampler import ClassUniformSampler, SuperclassUniformSampler
 from vision.distillation.teacher import Teacher, TeacherOptions, load_teacher
 from vision.distillation.terms import Answers, CorrelationTerm, MimicTerm, Term, parse_terms, wants_pairs
-from vision.evaluate import keep_skipped
+from vision.measure.classification import keep_skipped
 from vision.tasks.classification import (
     TOP1,
     ClassificationTask,

@@ -18,7 +18,7 @@ from kernels.training import RecipeError, TrainingReport
 from vision.backbones.checkpoint import save_backbone
 from vision.data.classification import ClassificationData
 from vision.distillation.teacher import load_teacher
-from vision.retrieval import embed_all, retrieval_figures
+from vision.measure.retrieval import embed_all, retrieval_figures
 from vision.tasks.classification import settle_statistics
 from vision.tasks.distillation import DistillationRecipe, prepare, run_lesson
 

@@ -24,16 +24,17 @@ from torch.utils.data import DataLoader
 
 from kernels.training import Metric, RecipeError, TrainingOptions, TrainingReport, check_tables, run, take_table
 from vision.data.faces import DegradedFaces
+from vision.data.image_sources import SOURCES, open_source
 from vision.data.labelled_faces import BalancedSampler, FaceAugmentation, LabelledFaceData, collate_faces
-from vision.data.sources import SOURCES, DataError, InMemorySource, open_source
+from vision.data.sources import DataError, InMemorySource
 from vision.distillation.kd import KDLoss
-from vision.evaluate import default_device
 from vision.face_quality.checkpoint import DEFAULT_SCALE, ScorerConfig, load_scorer, save_scorer
 from vision.face_quality.evaluate import EvaluationError, spearman
 from vision.face_quality.labelling import CACHE_FILE, LabelledFaces, LabelOptions, label_faces, label_rule
 from vision.face_quality.recognition import Recogniser, RecogniserOptions, load_recogniser
 from vision.face_quality.scale import QualityScale
 from vision.face_quality.tinyfqnet import TinyFQNet, normalize_faces
+from vision.measure.classification import default_device
 from vision.tasks.averaging import KeepAverage, MovingAverage, training_batches
 
 logger = logging.getLogger(__name__)

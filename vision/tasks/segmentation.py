@@ -36,7 +36,7 @@ from kernels.training import (
 from vision.data.segmentation import FolderMasks, MaskSource, SegmentationData, ShapeScenes, collate_masks
 from vision.distillation.teacher import Teacher
 from vision.distillation.terms import Answers, DecoupledTerm, MimicTerm, Term, parse_terms, wants_pairs
-from vision.evaluate import default_device
+from vision.measure.classification import default_device
 from vision.segmentation.measure import IGNORED, ConfusionMatrix, SegmentationReport
 from vision.segmentation.pspnet import Segmenter, SegmenterConfig, load_segmenter, save_segmenter
 

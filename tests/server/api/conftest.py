@@ -15,7 +15,7 @@ from tiny_detector import write_tiny_detector
 
 from server.app import DrainingServer, create_app
 from server.settings import Settings
-from server.vision_worker import VisionWorker, WorkerOptions
+from server.vision.worker import VisionWorker, WorkerOptions
 from vision.images import ImageLimits
 
 PATIENCE_S = 5.0

@@ -1,5 +1,6 @@
 """The bundled detector: served by default, licensed, and really finding cells, here drawn ones."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -14,10 +15,12 @@ from typer.testing import CliRunner
 from server.cli import app
 from server.launch import ASSETS, vision_worker
 from vision.detection.boxes import box_iou
-from vision.detection.predict import load_torch
 from vision.images import decode_image
-from vision.onnx_runtime import belongs_to
-from vision.predict import load_vision_model
+from vision.serving.batch import answer_pictures
+from vision.serving.folder import file_digest
+from vision.serving.kinds.detector import KIND
+from vision.serving.load import digest_in, load_model
+from vision.serving.networks import TorchNetwork
 
 DETECTOR = ASSETS / "detector"
 CLASSES = ("Platelets", "RBC", "WBC")
@@ -76,12 +79,13 @@ def test_detect_needs_no_path(tmp_path: Path) -> None:
 
 def test_its_export_is_of_its_weights_and_answers_like_torch() -> None:
     pytest.importorskip("onnxruntime")
-    assert belongs_to(DETECTOR / "model.onnx", DETECTOR / "model.safetensors")
-    models = load_vision_model(DETECTOR), load_torch(DETECTOR, 1, "detector")
-    assert [model.info.runtime for model in models] == ["onnxruntime", "torch"]
+    assert digest_in(DETECTOR / "model.onnx") == file_digest(DETECTOR / "model.safetensors")
+    served = load_model(DETECTOR)
+    assert served.info.runtime == "onnxruntime"
+    in_torch = dataclasses.replace(served, network=TorchNetwork(KIND.module(DETECTOR), 1))
     exported, ours = (
-        model.predict([model.prepare(decode_image(smear()), {"score_threshold": 0.3})])[0]["detections"]
-        for model in models
+        answer_pictures(model, [decode_image(smear())], {"score_threshold": 0.3})[0]["detections"]
+        for model in (served, in_torch)
     )
     assert [entry["class_id"] for entry in exported] == [entry["class_id"] for entry in ours]
     for key, tolerance in (("box", 0.05), ("score", 1e-4)):

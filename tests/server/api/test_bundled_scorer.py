@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from server.launch import ASSETS, vision_worker
-from vision.assess import load_scorer_folder
 from vision.data.degradations import degrade
 from vision.data.faces import london_faces
-from vision.onnx_runtime import belongs_to
-from vision.predict import load_vision_model
+from vision.serving.folder import file_digest
+from vision.serving.kinds.face_quality import KIND
+from vision.serving.load import digest_in, load_model
+from vision.serving.networks import TorchNetwork
 
 SCORER = ASSETS / "face_quality"
 LICENCE = "Apache-2.0; trained on the Face Research Lab London Set (CC BY 4.0, DeBruine and Jones 2017)"
@@ -54,11 +55,11 @@ def test_the_command_needs_no_path(tmp_path: Path) -> None:
 
 
 def test_its_export_is_of_its_weights_and_answers_like_torch() -> None:
-    assert belongs_to(SCORER / "model.onnx", SCORER / "model.safetensors")
-    exported, ours = load_vision_model(SCORER), load_scorer_folder(SCORER, 1, "face_quality", use_onnx=False)
-    assert [model.info.runtime for model in (exported, ours)] == ["onnxruntime", "torch"]
+    assert digest_in(SCORER / "model.onnx") == file_digest(SCORER / "model.safetensors")
+    exported, ours = load_model(SCORER).network, TorchNetwork(KIND.module(SCORER), 1)
+    assert exported.runtime == "onnxruntime"
     crops = np.random.default_rng(0).integers(0, 256, (4, 3, 112, 112), dtype=np.uint8)
-    np.testing.assert_allclose(exported.runtime.run(crops), ours.runtime.run(crops), atol=1e-4)
+    np.testing.assert_allclose(exported.run(crops)[0], ours.run(crops)[0], atol=1e-4)
 
 
 def test_its_card_names_the_data_their_licence_and_the_limits() -> None:
@@ -75,10 +76,10 @@ def test_scores_of_withheld_people_fall_with_every_defect(tmp_path: Path) -> Non
         opened.extractall(tmp_path, filter="data")
     source = london_faces(tmp_path / "london_faces", "withheld")
     faces = [source.read(index) for index in range(len(source.labels))]
-    network = load_vision_model(SCORER).runtime
+    network = load_model(SCORER).network
 
     def score(images) -> np.ndarray:
-        return network.run(np.stack([np.asarray(image).transpose(2, 0, 1) for image in images]))
+        return network.run(np.stack([np.asarray(image).transpose(2, 0, 1) for image in images]))[0]
 
     generator = np.random.default_rng(0)
     for kind in ("blur", "downsampling", "jpeg", "occlusion", "darkness", "yaw"):

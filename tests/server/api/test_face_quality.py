@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_detector import encoded, write_tiny_detector
 from tiny_scorer import write_tiny_scorer
 
-from server.vision_worker import VisionWorker, WorkerOptions
+from server.vision.worker import VisionWorker, WorkerOptions
 from vision.images import ImageLimits
 
 pytestmark = [

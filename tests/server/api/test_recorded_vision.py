@@ -17,7 +17,7 @@ from lasting_worker import Lasting
 from tiny_detector import as_part, b64, encoded, halves, write_tiny_detector
 from tiny_scorer import write_tiny_scorer
 
-from server.vision_worker import VisionWorker, WorkerOptions
+from server.vision.worker import VisionWorker, WorkerOptions
 from vision.images import ImageLimits
 
 pytestmark = [

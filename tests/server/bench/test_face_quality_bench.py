@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from server.bench.face_quality import BATCHES, PEER, LightPeer, count, markdown, measure_face_quality
-from vision.export import NEEDED
+from vision.serving.export import NEEDED
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "vision"
 

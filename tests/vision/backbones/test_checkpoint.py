@@ -7,9 +7,10 @@ from torch import Tensor
 
 from vision.backbones import create_backbone, list_backbones
 from vision.backbones.backbone import Backbone
-from vision.backbones.checkpoint import CheckpointError, load_author_weights, load_backbone, load_state, save_backbone
+from vision.backbones.checkpoint import load_author_weights, load_backbone, load_state, save_backbone
 from vision.backbones.menet import MENet, MENetConfig
 from vision.backbones.preprocessing import BGR_255, IMAGENET, Preprocessing
+from vision.serving.folder import CheckpointError
 
 FAMILIES = ["snet49", "shufflenet_v2_x0_5", "menet_108_8x1_g3", "fd_mobilenet_x0_25", "mobilenet_v1_x0_25"]
 

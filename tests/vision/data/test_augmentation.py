@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from vision.backbones.preprocessing import Preprocessing
-from vision.data.augmentation import AugmentationOptions, augment, centre_crop, resize_short_side
+from vision.data.augmentation import AugmentationOptions, augment
+from vision.data.view import centre_crop, resize_short_side
 
 PREPROCESSING = Preprocessing(image_size=16, resize=20)
 
@@ -20,7 +21,7 @@ def draw(options: AugmentationOptions, seed: int = 0, size: tuple[int, int] = (5
 
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (20, 20), (7, 90)])
 def test_centre_crop(size: tuple[int, int]) -> None:
-    image = np.asarray(centre_crop(gradient(*size), PREPROCESSING)).astype(int)
+    image = np.asarray(centre_crop(gradient(*size), PREPROCESSING.resize, PREPROCESSING.image_size)).astype(int)
     assert image.shape == (16, 16, 3)
     assert (image[..., 2] == 255).all()
     assert abs(image[7:9, 7:9, :2].mean() - 130) < 8, "the middle stays in the middle"

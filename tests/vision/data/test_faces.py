@@ -10,7 +10,8 @@ from drawn_faces import LANDMARKS, drawn_face, write_london
 from PIL import Image
 
 from vision.data.faces import DegradedFaces, carry_landmarks, london_faces, orl_faces, people_range, read_landmarks
-from vision.data.sources import ArraySource, DataError, UnreadableImageError, open_source
+from vision.data.image_sources import open_source
+from vision.data.sources import ArraySource, DataError, UnreadableImageError
 from vision.face_quality.alignment import TEMPLATE
 
 

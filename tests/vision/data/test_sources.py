@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from vision.data.sources import DataError, UnreadableImageError, open_source, read_image
+from vision.data.image_sources import open_source
+from vision.data.sources import DataError, UnreadableImageError, read_image
 from vision.images import decode_image
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from vision.backbones import create_backbone
-from vision.backbones.checkpoint import CheckpointError, save_backbone
+from vision.backbones.checkpoint import save_backbone
 from vision.backbones.preprocessing import BGR_255
 from vision.data.view import Resize
 from vision.detection import Detections
@@ -17,6 +17,7 @@ from vision.detection.detector import DetectorConfig, LoadedDetector, build_dete
 from vision.detection.rpn import AnchorGrid, ProposalBudget
 from vision.detection.thundernet import ThunderNetConfig
 from vision.detection.yolo_v2 import YOLOv2Config
+from vision.serving.folder import CheckpointError
 
 THUNDERNET = DetectorConfig(
     "thundernet",

@@ -1,5 +1,6 @@
 """A scorer's life after training: measured, exported in both precisions, recognised by the server."""
 
+import dataclasses
 import json
 from importlib.util import find_spec
 
@@ -8,22 +9,25 @@ import pytest
 import torch
 from drawn_faces import write_colour_recogniser, write_london
 
-from vision.assess import load_scorer_folder
 from vision.backbones import create_backbone
-from vision.backbones.checkpoint import CheckpointError, save_backbone
+from vision.backbones.checkpoint import save_backbone
 from vision.backbones.preprocessing import Preprocessing
 from vision.data.faces import DegradedFaces, london_faces
-from vision.export import NEEDED
-from vision.face_quality import TinyFQNet, export
+from vision.face_quality import TinyFQNet, traced
 from vision.face_quality.checkpoint import ScorerConfig, load_scorer, save_scorer
 from vision.face_quality.evaluate import spearman
-from vision.face_quality.export import Calibration, ExportError, export_scorer
 from vision.face_quality.labelling import LabelOptions, label_faces, label_readable
-from vision.face_quality.recognition import RecogniserError, RecogniserOptions, load_recogniser, run_name
+from vision.face_quality.recognition import RecogniserError, RecogniserOptions, load_recogniser
 from vision.face_quality.report import EvaluationOptions, evaluate_face_quality
 from vision.face_quality.tables import markdown, method_table
+from vision.face_quality.traced import calibration_faces
 from vision.images import Picture
-from vision.predict import load_vision_model
+from vision.serving.batch import answer_pictures
+from vision.serving.export import NEEDED, ExportError, export_model
+from vision.serving.folder import CheckpointError, name_of
+from vision.serving.kinds.face_quality import KIND
+from vision.serving.load import load_model
+from vision.serving.networks import TorchNetwork
 
 MISSING = [name for name in NEEDED if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed (extra vision): {', '.join(MISSING)}")
@@ -57,7 +61,7 @@ def test_a_scorer_comes_back_as_it_was_saved(material, tmp_path):
     with pytest.raises(CheckpointError, match="describes no scorer"):
         load_scorer(tmp_path / "again")
     (tmp_path / "again" / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no quality scorer"):
+    with pytest.raises(CheckpointError, match="does not describe a quality scorer"):
         load_scorer(tmp_path / "again")
 
 
@@ -90,17 +94,15 @@ def test_the_report_holds_every_figure(material, tmp_path):
 def test_an_export_answers_as_torch_does(material, tmp_path):
     model, config = load_scorer(material / "scorer")
     save_scorer(model, config, tmp_path / "served")
-    report = export_scorer(tmp_path / "served")
-    assert report.max_difference <= 1e-4 and (report.precision, report.spearman) == ("fp32", None)
-    served, plain = (load_scorer_folder(tmp_path / "served", 1, "x", use_onnx) for use_onnx in (True, False))
-    assert load_vision_model(tmp_path / "served").info.runtime == "onnxruntime"
-    assert (served.info.licence, served.description.scale) == (plain.info.licence, plain.description.scale)
-    assert served.description.digest == plain.description.digest
+    report = export_model(tmp_path / "served")
+    assert report["max_difference"] <= 1e-4 and (report["precision"], report["spearman"]) == ("fp32", None)
+    served = load_model(tmp_path / "served")
+    plain = dataclasses.replace(served, network=TorchNetwork(KIND.module(tmp_path / "served"), 1))
+    assert (served.info.runtime, served.card.scale) == ("onnxruntime", config.scale)
     source = london_faces(material / "london", "withheld")
     crops = [source.read(index) for index in range(4)]
-    answers = [
-        m.predict([m.prepare(Picture(crop, 112, 112), {"aligned": True}) for crop in crops]) for m in (served, plain)
-    ]
+    pictures = [Picture(crop, 112, 112) for crop in crops]
+    answers = [answer_pictures(model, pictures, {"aligned": True}) for model in (served, plain)]
     raw = [[answer["faces"][0]["raw"] for answer in one] for one in answers]
     np.testing.assert_allclose(raw[0], raw[1], atol=1e-4)
 
@@ -108,17 +110,17 @@ def test_an_export_answers_as_torch_does(material, tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_an_export_in_8_bits_is_written_where_its_promise_is_kept(material, tmp_path, monkeypatch):
     file = tmp_path / "int8.onnx"
-    calibration = Calibration("london_faces", material / "london", "withheld")
+    faces = calibration_faces("london_faces", material / "london", "withheld")
     file.write_bytes(b"the one before")
-    monkeypatch.setattr(export, "INT8_TOLERANCE", -1.0)
+    monkeypatch.setattr(traced, "INT8_TOLERANCE", -1.0)
     with pytest.raises(ExportError, match=r"allowed -1\).*removed"):
-        export_scorer(material / "scorer", file, calibration)
+        export_model(material / "scorer", file, calibration=faces)
     assert file.read_bytes() == b"the one before" and list(tmp_path.iterdir()) == [file]
-    monkeypatch.setattr(export, "INT8_TOLERANCE", 1.0)
-    monkeypatch.setattr(export, "INT8_SPEARMAN", -1.0)
-    report = export_scorer(material / "scorer", file, calibration)
-    assert (report.file, report.precision) == (str(file), "int8") and report.max_difference > 0
-    assert load_vision_model(file).info.licence == "MIT"
+    monkeypatch.setattr(traced, "INT8_TOLERANCE", 1.0)
+    monkeypatch.setattr(traced, "INT8_SPEARMAN", -1.0)
+    report = export_model(material / "scorer", file, calibration=faces)
+    assert (report["file"], report["precision"]) == (str(file), "int8") and report["max_difference"] > 0
+    assert load_model(file).info.licence == "MIT"
 
 
 def test_any_onnx_recogniser_can_judge(material, tmp_path):
@@ -142,7 +144,7 @@ def test_a_recogniser_trained_here_judges_by_its_embedding(tmp_path):
     save_backbone(model, tmp_path / "london" / "model")
     recogniser = load_recogniser(RecogniserOptions(str(tmp_path / "london" / "model")))
     assert recogniser.name == "london" and len(recogniser.digest) == 64
-    assert run_name(tmp_path / "variant" / "seed_3" / "model") == "variant"
+    assert name_of(tmp_path / "variant" / "seed_3" / "model") == "variant"
     faces = torch.randint(256, (2, 3, 72, 72), generator=torch.Generator().manual_seed(0)).byte()
     expected = model.embed(model.normalization(faces[..., 4:68, 4:68].float() / 255))
     torch.testing.assert_close(recogniser.embed(faces), expected.detach())

@@ -16,13 +16,13 @@ from torch.nn import functional
 
 from kernels.losses import BatchTooSmall
 from kernels.training import RecipeError, TrainingReport, callbacks
-from vision.backbones.checkpoint import CheckpointError
 from vision.data.segmentation import SHAPES, FolderMasks, SegmentationData, ShapeScenes
 from vision.data.sources import DataError
 from vision.distillation.kd import KDLoss
 from vision.distillation.teacher import TeacherError
 from vision.segmentation.measure import IGNORED, ConfusionMatrix
 from vision.segmentation.pspnet import Segmenter, SegmenterConfig, load_segmenter, save_segmenter
+from vision.serving.folder import CheckpointError
 from vision.tasks.segmentation import train_segmenter
 
 KD = {"kind": "kd", "weight": 1.0, "temperature": 1.0}

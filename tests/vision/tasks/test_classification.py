@@ -17,7 +17,7 @@ from kernels.training import RecipeError, TrainingReport, callbacks
 from vision.backbones import create_backbone
 from vision.backbones.checkpoint import load_backbone, save_backbone
 from vision.data.sources import DataError
-from vision.evaluate import ClassifierReport, evaluate_classifier
+from vision.measure.classification import ClassifierReport, evaluate_classifier
 from vision.tasks import classification
 from vision.tasks.classification import ClassificationTask, TaskOptions, train_classifier
 

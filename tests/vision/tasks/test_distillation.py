@@ -17,10 +17,11 @@ from torch import Tensor
 from kernels.losses import BatchTooSmall
 from kernels.training import RecipeError, TrainingReport, callbacks
 from vision.backbones import create_backbone
-from vision.backbones.checkpoint import CheckpointError, load_backbone, save_backbone
+from vision.backbones.checkpoint import load_backbone, save_backbone
 from vision.backbones.preprocessing import Preprocessing
 from vision.distillation.teacher import TeacherError, backbone_teacher
 from vision.distillation.terms import Answers, parse_terms
+from vision.serving.folder import CheckpointError
 from vision.tasks.classification import TaskOptions
 from vision.tasks.distillation import DistillationOptions, DistillationTask, train_distilled
 
