@@ -83,6 +83,8 @@ def flag_of(entry: dataclasses.Field[Any], hint: Any) -> Any:
     """The flag of an option, as an annotation; what is given is kept in the context."""
     limits = entry.metadata
     name = "--" + str(limits.get("flag", entry.name)).replace("_", "-")
+    if entry.default is True:
+        name += f"/--no{name[1:]}"
 
     def keep(ctx: typer.Context, value: Any) -> None:
         if value is None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vision.backbones.backbone import Backbone
 from vision.backbones.checkpoint import describe, load_backbone
-from vision.serving.protocol import Outputs, Parity, Traced
+from vision.serving.protocol import Traced, close_logits
 
 TOLERANCE = 1e-4
 
@@ -40,7 +38,7 @@ def trace_classifier(checkpoint: Path, image_size: int | None = None) -> Traced:
         outputs=("logits",),
         image_size=side,
         config=describe(backbone),
-        compare=compare,
+        compare=close_logits(TOLERANCE),
         images=lambda count: torch.rand(count, 3, side, side, generator=generator),
         metadata={
             "class_names": json.dumps(backbone.class_names),
@@ -48,12 +46,3 @@ def trace_classifier(checkpoint: Path, image_size: int | None = None) -> Traced:
             "resize": str(backbone.preprocessing.resize),
         },
     )
-
-
-def compare(pairs: Sequence[tuple[Outputs, Outputs]]) -> Parity:
-    """The largest deviation of a file's logit from torch's, relative to the largest logit of its batch."""
-    worst = max(
-        float(np.abs(found[0] - expected[0]).max() / max(np.abs(expected[0]).max(), 1e-6)) for expected, found in pairs
-    )
-    fault = "" if worst <= TOLERANCE else f"answered {worst:.2e} apart from torch (allowed {TOLERANCE:.0e})"
-    return Parity({"max_difference": worst}, fault)

@@ -32,12 +32,16 @@ BINS = (1, 2, 3, 6)
 
 @dataclass(frozen=True)
 class SegmenterConfig:
-    """What rebuilds a segmenter: a registered backbone, its classes, the head's ``width``, the images' constants."""
+    """What rebuilds a segmenter: a registered backbone, its classes, the head's ``width``, the images' constants.
+
+    Images are stretched to ``image_size`` pixels square.
+    """
 
     backbone: str
     class_names: tuple[str, ...]
     width: int = 128
     normalization: str = "imagenet"
+    image_size: int = 320
 
 
 class PyramidPooling(nn.Module):

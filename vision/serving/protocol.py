@@ -138,6 +138,17 @@ class Parity:
 Compare = Callable[[Sequence[tuple[Outputs, Outputs]]], Parity]
 
 
+def close_logits(tolerance: float) -> Compare:
+    """The largest deviation of a file's logit from torch's, relative to the largest logit of its batch."""
+
+    def compare(pairs: Sequence[tuple[Outputs, Outputs]]) -> Parity:
+        worst = max(float(np.abs(b[0] - a[0]).max() / max(np.abs(a[0]).max(), 1e-6)) for a, b in pairs)
+        fault = "" if worst <= tolerance else f"answered {worst:.2e} apart from torch (allowed {tolerance:.0e})"
+        return Parity({"max_difference": worst}, fault)
+
+    return compare
+
+
 @dataclass(frozen=True)
 class Traced:
     """A network as it is exported: ``module`` maps images [B, 3, H, W] in [0, 1] to ``outputs`` by name.

@@ -174,7 +174,9 @@ def train_segmenter(recipe: dict[str, Any], *, resume: bool = False, console: Co
     train_source, eval_source = data.sources()
     teacher, terms = parse_teacher(recipe, train_source.class_names)
     torch.manual_seed(options.seed)
-    model = Segmenter(SegmenterConfig(shape.backbone, train_source.class_names, shape.width, shape.normalization))
+    model = Segmenter(
+        SegmenterConfig(shape.backbone, train_source.class_names, shape.width, shape.normalization, data.image_size)
+    )
     task = SegmentationTask(model, take_table(recipe, "loss", SegmentationLoss), teacher, terms)
     eval_data = SegmentationData(eval_source, data.image_size)
     report = run(
