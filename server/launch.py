@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.engine.request import SamplingParams
+from server.installation import own_version
 from server.own_models import ASSETS, GGUF_SUFFIX, TINY, OwnModelError, default_target, is_gguf, own_drafter
 from server.sampling_defaults import read_sampling_defaults
 from server.settings import NATIVE, NO_VISION
@@ -355,12 +356,15 @@ def load_model(settings: Settings) -> LoadedModel:
     codec.fit(engine.target.info.vocab_size)
     if fault := codec.check_templates():
         logger.warning("%s; chats are refused, completions are not", fault)
+    thread = EngineThread(engine, settings.max_waiting)
+    if settings.cache_file is not None:
+        thread.at_end = keep_prompts(engine, folder, settings.cache_file)
     by_model = settings.sampling_defaults == "model"
     drafter = engine.drafting.drafter
     return LoadedModel(
         name=settings.served_name,
         created=int(time.time()),
-        engine=EngineThread(engine, settings.max_waiting),
+        engine=thread,
         codec=codec,
         info=engine.target.info,
         sampling=read_sampling_defaults(folder) if by_model else SamplingParams(),
@@ -368,3 +372,18 @@ def load_model(settings: Settings) -> LoadedModel:
         context_length=engine.options.context_length,
         placement=functools.partial(placement_status, engine, placed),
     )
+
+
+def keep_prompts(engine: Engine, folder: Path, file: Path) -> Callable[[], None]:
+    """Take over the prompts that ``file`` holds for this very model; what is to be called to write it at the end."""
+    from kernels.native import ABI, instruction_set
+    from server.engine.cache_file import PromptFile
+    from server.targets.identity import model_identity
+
+    assert engine.prefixes is not None  # the settings refuse a file without a cache
+    drafter = engine.drafting.drafter
+    features = () if drafter is None else drafter.feature_layers
+    computed = (type(engine.target).__name__, engine.target.info, features, instruction_set(), ABI, own_version())
+    prompts = PromptFile(engine.prefixes, file.expanduser(), "|".join(map(str, (model_identity(folder), *computed))))
+    prompts.load()
+    return prompts.save

@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     max_seqs: int = Field(4, ge=1, description="Requests decoded at the same time.")
     max_waiting: int = Field(64, ge=1, description="Requests that may wait; more are answered with 429.")
     cache: Bytes = Field(512 * 2**20, ge=0, description="Memory for prompts already read, such as 1GiB; 0 keeps none.")
+    cache_file: Path | None = Field(
+        None, description="File that prompts already read are kept in from one start to the next; nothing: none."
+    )
     rows: int | None = Field(None, ge=1, description="Most rows of a verify pass for one request, root included.")
     top_k: int | None = Field(None, ge=1, description="Children a drafted node may have.")
     depth: int | None = Field(None, ge=0, description="Draft levels after the first.")
@@ -127,6 +130,14 @@ class Settings(BaseSettings):
         if not re.fullmatch(r"auto|cpu|cuda:\d+", value):
             raise ValueError(f"{value!r} is no device; use auto, cpu or cuda:N")
         return value
+
+    @model_validator(mode="after")
+    def _a_file_of_something(self) -> Settings:
+        if self.cache_file is not None and self.cache == 0:
+            raise ValueError("cache_file and cache 0 contradict each other: nothing would be kept; leave one out")
+        if self.cache_file is not None and self.cache_file.is_dir():
+            raise ValueError(f"cache_file {str(self.cache_file)!r} is a folder; name a file")
+        return self
 
     @model_validator(mode="after")
     def _something_to_serve(self) -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from server.commands.options import (
@@ -42,6 +43,7 @@ def serve(
     max_seqs: Annotated[int | None, flag("max_seqs")] = None,
     max_waiting: Annotated[int | None, flag("max_waiting")] = None,
     cache: Annotated[str | None, flag("cache")] = None,
+    cache_file: Annotated[Path | None, flag("cache_file")] = None,
     rows: Rows = None,
     top_k: TopK = None,
     depth: Depth = None,

@@ -109,6 +109,9 @@ def remembered_costs(
 def replaced(file: Path) -> Iterator[Path]:
     """A file beside ``file`` that takes its place at the end, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    yield partial
-    partial.replace(file)
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

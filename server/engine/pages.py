@@ -62,6 +62,27 @@ class PageTree:
             node = child
         self._shrink()
 
+    def texts(self) -> list[tuple[str, tuple[Page, ...]]]:
+        """Every known text with its salt: its pages in order, up to one that nothing goes on behind.
+
+        Those used longest ago come first.
+        """
+        found: list[tuple[str, tuple[Page, ...]]] = []
+        stack: list[tuple[str, tuple[Page, ...]]] = [
+            (salt, (page,)) for salt, root in self.roots.items() for page in root.children.values()
+        ]
+        while stack:
+            salt, pages = stack.pop()
+            if not pages[-1].children:
+                found.append((salt, pages))
+            stack += [(salt, (*pages, page)) for page in pages[-1].children.values()]
+        return sorted(found, key=lambda text: text[1][-1].used)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of all texts."""
+        return sum(1 for _ in self._pages())
+
     def _keys(self, token_ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
         for start in range(0, len(token_ids) - self.page_size + 1, self.page_size):
             yield tuple(token_ids[start : start + self.page_size])

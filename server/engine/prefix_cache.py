@@ -29,6 +29,11 @@ class CachedRows:
     rows: tuple[Tensor, ...]
     features: Tensor
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all of them."""
+        return sum(part.numel() * part.element_size() for part in (*self.rows, self.features))
+
 
 class PrefixCache:
     """The pages, and for each running request the features of its rows so far."""
@@ -66,7 +71,7 @@ class PrefixCache:
 
         def read(start: int) -> tuple[CachedRows, int]:
             page = CachedRows(self.target.read_rows(slot, start, start + size), features[start : start + size].clone())
-            return page, sum(part.numel() * part.element_size() for part in (*page.rows, page.features))
+            return page, page.num_bytes
 
         self.pages.add(sequence.token_ids[:num_rows], read, sequence.request.cache_salt)
 

@@ -56,6 +56,7 @@ class EngineThread:
         self.unfinished: set[str] = set()
         self.stopping = False
         self.deliver: Deliver | None = None
+        self.at_end: Callable[[], None] | None = None  # called in the thread once it has ended as it should
         self.thread = threading.Thread(target=self._run, name="dovetail-engine", daemon=True)
 
     def start(self, deliver: Deliver) -> None:
@@ -110,6 +111,9 @@ class EngineThread:
                 else:
                     self.engine.check_integrity()
                 self._hand_over(events)
+            self._hand_over(self._cancel_all())
+            if self.at_end is not None:
+                self.at_end()
         except Exception:
             logger.exception("the engine thread died; its requests are cancelled")
         finally:

@@ -100,6 +100,24 @@ def test_stop_ends_what_runs_and_refuses_what_comes(target: TorchTarget) -> None
     assert target.slots.lengths == [0, 0]
 
 
+@pytest.mark.parametrize("dies", [False, True])
+def test_what_is_to_be_done_at_the_end_is_done_when_it_ends_as_it_should(target: TorchTarget, dies: bool) -> None:
+    engine = Engine(target, None, EngineOptions(max_seqs=2, context_length=250))
+    thread = EngineThread(engine, max_waiting=2)
+    found: list[bool] = []
+    thread.at_end = lambda: found.append(engine.scheduler.has_work)
+    if dies:
+        engine.step = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    ended: queue.Queue[list[Event]] = queue.Queue()
+    thread.start(ended.put)
+    thread.submit(Request("r", [1], 200, GREEDY))
+    ended.get(timeout=WAIT_S)
+    thread.stop()
+    thread.thread.join(WAIT_S)
+    assert found == ([] if dies else [False])  # the request was cancelled first
+    assert not thread.alive
+
+
 def test_an_idle_engine_does_not_spin(running: tuple[EngineThread, "queue.Queue[Event]"]) -> None:
     thread, events = running
     thread.submit(Request("r", [1], 2, GREEDY))

@@ -38,6 +38,8 @@ def test_settings_are_frozen_and_keep_the_key_to_themselves() -> None:
         ({"port": 70000}, "port: "),
         ({"visions": "x"}, "unknown setting 'visions'; known are target"),
         ({"no_llm": True, "target": "a"}, "no_llm and target 'a' contradict each other"),
+        ({"cache": 0, "cache_file": "a"}, "cache_file and cache 0 contradict each other"),
+        ({"cache_file": "/"}, "cache_file '/' is a folder"),
         ({"no_llm": True, "vision": ["none"]}, "no_llm and vision none leave nothing to serve"),
     ],
 )
