@@ -15,7 +15,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-ABI = 5  # what `dovetail_abi` of a library built from the same sources answers
+ABI = 6  # what `dovetail_abi` of a library built from the same sources answers
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 
 

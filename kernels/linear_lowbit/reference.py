@@ -5,9 +5,9 @@ Letters: N rows of activations, O output features, I input features, G = I / gro
 A weight group (group_size consecutive inputs of one output) is stored as unsigned codes of `bits` bits with one fp16 or
 fp32 scale: weight = scale * (code - 2^(bits - 1)), or with zero points (a minimum per group) scale * code + minimum, or
 with a table of sixteen signed bytes scale * table[code].
-Activations are quantised per row and span of 128 inputs to signed bytes: value = scale * byte, scale = largest
-magnitude / 127. Products of codes and bytes are summed exactly, as integers, over a group, then in fp32 over the groups
-of a span, then over spans.
+Activations are quantised per row and span (32 inputs, or a weight group where that is longer) to signed bytes:
+value = scale * byte, scale = largest magnitude / 127. Products of codes and bytes are summed exactly, as integers, over
+a group, then in fp32 over the groups of a span, then over spans.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ACTIVATION_SPAN = 128  # ours: wide enough to cost little, narrow enough to keep an outlier's damage local
+ACTIVATION_SPAN = 32  # inputs that share an activation scale, where the weight's groups are not longer
 _TINY = 1e-30  # spans below it are zero: 127 / largest would overflow
 _CHUNK_ELEMENTS = 1 << 16  # weights searched at once: some eight temporaries of it live at a time, in L2
 
@@ -121,32 +121,30 @@ def _search_with_minimum(groups: Tensor, cost: Tensor, bits: int) -> tuple[Tenso
     return codes.to(torch.uint8), scale, minimum
 
 
-def quantise_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x fp32 [N, I] -> bytes int8 [N, I], scale fp32 [N, spans].
+def quantise_activations(x: Tensor, span: int) -> tuple[Tensor, Tensor]:
+    """x fp32 [N, I] -> bytes int8 [N, I], scale fp32 [N, I / span].
 
     A span with NaN or infinity has scale NaN and bytes 0: the row's outputs are all NaN, other rows are untouched.
     """
-    num_rows, in_features = x.shape
-    num_spans = -(-in_features // ACTIVATION_SPAN)
-    padded = torch.nn.functional.pad(x, (0, num_spans * ACTIVATION_SPAN - in_features))
-    spans = padded.reshape(num_rows, num_spans, ACTIVATION_SPAN)
+    spans = x.reshape(len(x), -1, span)
     largest = spans.abs().amax(-1, keepdim=True)
     finite, used = largest.isfinite(), largest > _TINY
     inverse = torch.where(finite & used, 127.0 / largest, 0.0)
     values = torch.where(finite, spans * inverse, 0.0).round().to(torch.int8)
     scale = torch.where(finite, torch.where(used, largest / 127.0, 0.0), torch.nan)
-    return values.reshape(num_rows, -1)[:, :in_features], scale.squeeze(-1)
+    return values.flatten(1), scale.squeeze(-1)
 
 
 def linear_integer(x: Tensor, weight: QuantisedWeight) -> Tensor:
     """x fp32 [N, I] times the quantised weight: fp32 [N, O], through the integer sums that the native kernels take."""
-    values, activation_scale = quantise_activations(x)
+    activation_span = max(ACTIVATION_SPAN, weight.group_size)
+    values, activation_scale = quantise_activations(x, activation_span)
     levels = weight.levels().to(torch.float64)
     grouped = values.to(torch.float64).reshape(len(x), -1, weight.group_size)
     # float64 holds every integer sum exactly.
     dots = torch.einsum("ngi,ogi->gno", grouped, levels.reshape(len(levels), -1, weight.group_size)).float()
     sums = grouped.sum(-1).float()
-    span_groups = ACTIVATION_SPAN // weight.group_size
+    span_groups = activation_span // weight.group_size
     out = torch.zeros(len(x), len(weight.codes))
     for first in range(0, len(dots), span_groups):
         span = torch.zeros_like(out)

@@ -91,28 +91,27 @@ def evaluate_perplexity(
 ) -> None:
     """Perplexity of a text under a target, and its change with the weights' format.
 
-    A packed folder has one format: name it alone, as in --weights int4.
+    A packed folder has one format: name it alone, as in --weights int4. `stored` is a model's own, such as a
+    GGUF file's codes.
     """
-    from tokenizers import Tokenizer
-
     from server.bench.perplexity import Windows, compare_weights
-    from server.launch import resolve_target
+    from server.launch import load_codec, resolve_target
     from server.targets.loading import load_own_target
 
     folder = resolve_target(target)
-    codec = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    token_ids = codec.encode(text.read_text(encoding="utf-8")).ids[:limit]
+    token_ids = load_codec(folder).encode(text.read_text(encoding="utf-8"))[:limit]
     found = compare_weights(
         folder,
         token_ids,
-        weights.split(","),
+        [None if name == "stored" else name for name in weights.split(",")],
         Windows(window, stride),
         lambda folder, weights, capacity: load_own_target(folder, weights, 1, capacity, threads),
     )
     results = [
         dataclasses.asdict(each) | {"change": round(each.perplexity / found[0].perplexity - 1, 5)} for each in found
     ]
-    typer.echo(json.dumps({"target": folder.name, "window": window, "stride": stride, "results": results}))
+    head = {"target": folder.name, "text": text.name, "tokens": len(token_ids), "window": window, "stride": stride}
+    typer.echo(json.dumps(head | {"results": results}))
 
 
 @app.command("detector")

@@ -61,6 +61,7 @@ TARGET DOVETAIL_INLINE void half_rows(const Step& s, int half, int first) {
   constexpr int8_t counted[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
   const int8x16_t table = vld1q_s8(K == kTable ? s.table : counted);
   const uint8_t* w = s.weights;
+  const float* activation_scale = s.scales + first;
   float32x4_t sum[kVectors][U];
   for (int v = 0; v < kVectors; ++v)
     for (int u = 0; u < U; ++u) sum[v][u] = vdupq_n_f32(0.0f);
@@ -89,10 +90,15 @@ TARGET DOVETAIL_INLINE void half_rows(const Step& s, int half, int first) {
       }
     }
     w = minima + (K == kMinimum ? kPanel * s.scale_bytes : 0);
-  }
-  for (int u = 0; u < U; ++u) {
-    float* out = s.sums + (first + u) * kPanel + half * kHalf;
-    for (int v = 0; v < kVectors; ++v) vst1q_f32(out + v * kRows, vfmaq_n_f32(vld1q_f32(out + v * kRows), sum[v][u], s.scales[first + u]));
+    if (!s.ends_span(g)) continue;
+    for (int u = 0; u < U; ++u) {
+      float* out = s.sums + (first + u) * kPanel + half * kHalf;
+      for (int v = 0; v < kVectors; ++v) {
+        vst1q_f32(out + v * kRows, vfmaq_n_f32(vld1q_f32(out + v * kRows), sum[v][u], activation_scale[u]));
+        sum[v][u] = vdupq_n_f32(0.0f);
+      }
+    }
+    activation_scale += T;
   }
 }
 

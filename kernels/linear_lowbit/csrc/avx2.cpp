@@ -76,7 +76,7 @@ template <int Bits, Kind K>
 TARGET DOVETAIL_INLINE int32_t first_sum(int32_t offset) {
   if constexpr (K == kTable) return 0;
   if constexpr (K == kMinimum) return Bits == 8 ? 128 * static_cast<int32_t>(bits_float(static_cast<uint32_t>(offset))) : 0;
-  return Bits == 8 ? 0 : offset;
+  return Bits == 8 ? 0 : offset - kWhole;
 }
 
 template <int Bits, Kind K, int T, int U>
@@ -86,6 +86,7 @@ TARGET DOVETAIL_INLINE void quarter_rows(const Step& s, int quarter, int first) 
   const __m256i table =
       K == kTable ? _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s.table))) : _mm256_setzero_si256();
   const uint8_t* w = s.weights;
+  const float* activation_scale = s.scales + first;
   __m256 sum[U];
   for (int u = 0; u < U; ++u) sum[u] = _mm256_setzero_ps();
   for (int g = 0; g < s.groups(); ++g) {
@@ -102,10 +103,13 @@ TARGET DOVETAIL_INLINE void quarter_rows(const Step& s, int quarter, int first) 
       for (int u = 0; u < U; ++u) sum[u] = _mm256_fmadd_ps(minimum, _mm256_castsi256_ps(_mm256_set1_epi32(offset[u])), sum[u]);
       w += kPanel * s.scale_bytes;
     }
-  }
-  for (int u = 0; u < U; ++u) {
-    float* out = s.sums + (first + u) * kPanel + quarter * kQuarter;
-    _mm256_storeu_ps(out, _mm256_fmadd_ps(sum[u], _mm256_set1_ps(s.scales[first + u]), _mm256_loadu_ps(out)));
+    if (!s.ends_span(g)) continue;
+    for (int u = 0; u < U; ++u) {
+      float* out = s.sums + (first + u) * kPanel + quarter * kQuarter;
+      _mm256_storeu_ps(out, _mm256_fmadd_ps(sum[u], _mm256_set1_ps(activation_scale[u]), _mm256_loadu_ps(out)));
+      sum[u] = _mm256_setzero_ps();
+    }
+    activation_scale += T;
   }
 }
 

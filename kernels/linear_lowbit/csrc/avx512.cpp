@@ -86,15 +86,27 @@ TARGET DOVETAIL_INLINE void dot_columns(__m512i (&d)[2][T], const uint8_t* w, co
   }
 }
 
-// Where a step stands: the next group, its weights and offsets, and the fp32 sums of the span so far, [T][32].
+// Where a step stands: the next group and span, and the fp32 sums of the first of a span's two groups, [T][32].
 // Those live in L1 and are touched once per group: the registers belong to the int32 sums.
 struct Position {
   int group;
   const uint8_t* w;
   const int32_t* offset;
+  const float* activation_scale;
   float* span;
   __m512i table;  // entries plus 128, unsigned as the instruction wants them
 };
+
+// The int32 sums of a group, which began at kWhole, times their scale, plus `sum` unless this is the span's First group. An
+// fp16 scale times 1.5 * 2^23 is exact, so that one instruction takes kWhole off again and multiplies, with one rounding.
+template <bool First>
+TARGET DOVETAIL_INLINE __m512 scaled(__m512i dot, __m512 scale, int scale_bytes, __m512 sum) {
+  const __m512 whole = _mm512_castsi512_ps(_mm512_set1_epi32(kWhole));
+  const __m512 shifted = _mm512_castsi512_ps(dot);
+  if (First && scale_bytes == 2) return _mm512_fmsub_ps(shifted, scale, _mm512_mul_ps(whole, scale));
+  const __m512 product = _mm512_sub_ps(shifted, whole);
+  return First ? _mm512_mul_ps(product, scale) : _mm512_fmadd_ps(product, scale, sum);
+}
 
 // One group of columns: exact int32 sums, folded into the span's sums; the last group's span goes into the panel's sums.
 // First and Last are known when compiling, so that the int32 sums of one group never outlive it; so are the columns of short
@@ -103,7 +115,7 @@ template <int Bits, Kind K, int Columns, bool First, bool Last, int T>
 TARGET DOVETAIL_INLINE void take_group(const Step& s, Position& at) {
   __m512i d[2][T];
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) d[0][t] = d[1][t] = K == kMinimum ? _mm512_setzero_si512() : _mm512_set1_epi32(at.offset[t]);
+  for (int t = 0; t < T; ++t) d[0][t] = d[1][t] = _mm512_set1_epi32(K == kMinimum ? kWhole : at.offset[t]);
   const int columns = Columns != 0 ? Columns : s.group;
   constexpr int together = Columns == 16 ? 16 : kChunk;
   constexpr int bytes = kPanel * together * Bits / 8;
@@ -121,12 +133,11 @@ TARGET DOVETAIL_INLINE void take_group(const Step& s, Position& at) {
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       float* span = at.span + (t * 2 + half) * kHalf;
-      const __m512 dot = _mm512_cvtepi32_ps(d[half][t]);
-      __m512 sum = First ? _mm512_mul_ps(dot, scale) : _mm512_fmadd_ps(dot, scale, _mm512_load_ps(span));
+      __m512 sum = scaled<First>(d[half][t], scale, scale_bytes, First ? scale : _mm512_load_ps(span));
       if constexpr (K == kMinimum) sum = _mm512_fmadd_ps(minimum, _mm512_castsi512_ps(_mm512_set1_epi32(at.offset[t])), sum);
       if constexpr (Last) {
         float* out = s.sums + t * kPanel + half * kHalf;
-        _mm512_storeu_ps(out, _mm512_fmadd_ps(sum, _mm512_set1_ps(s.scales[t]), _mm512_loadu_ps(out)));
+        _mm512_storeu_ps(out, _mm512_fmadd_ps(sum, _mm512_set1_ps(at.activation_scale[t]), _mm512_loadu_ps(out)));
       } else {
         _mm512_store_ps(span, sum);
       }
@@ -138,28 +149,30 @@ TARGET DOVETAIL_INLINE void take_group(const Step& s, Position& at) {
 }
 
 template <int Bits, Kind K, int Columns, int T>
-TARGET DOVETAIL_INLINE void take_span(const Step& s) {
+TARGET DOVETAIL_INLINE void take_spans(const Step& s) {
   alignas(64) float span[T * kPanel];
-  Position at{0, s.weights, s.offsets, span, _mm512_setzero_si512()};
+  Position at{0, s.weights, s.offsets, s.scales, span, _mm512_setzero_si512()};
   if constexpr (K == kTable) {
     const __m128i entries = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(s.table)), _mm_set1_epi8(-128));
     at.table = _mm512_broadcast_i32x4(entries);
   }
   const int groups = s.groups();
-  if (groups == 1) {
-    take_group<Bits, K, Columns, true, true, T>(s, at);
-    return;
+  while (at.group < groups) {
+    if (s.span_groups == 1) {
+      take_group<Bits, K, Columns, true, true, T>(s, at);
+    } else {
+      take_group<Bits, K, Columns, true, false, T>(s, at);
+      take_group<Bits, K, Columns, false, true, T>(s, at);
+    }
+    at.activation_scale += T;
   }
-  take_group<Bits, K, Columns, true, false, T>(s, at);
-  for (int g = 1; g + 1 < groups; ++g) take_group<Bits, K, Columns, false, false, T>(s, at);
-  take_group<Bits, K, Columns, false, true, T>(s, at);
 }
 
 template <int Bits, Kind K, int T>
 TARGET void step_integer(const Step& s) {
-  if (s.group == 16) return take_span<Bits, K, 16, T>(s);
-  if (s.group == 32) return take_span<Bits, K, 32, T>(s);
-  take_span<Bits, K, 0, T>(s);
+  if (s.group == 16) return take_spans<Bits, K, 16, T>(s);
+  if (s.group == 32) return take_spans<Bits, K, 32, T>(s);
+  take_spans<Bits, K, 0, T>(s);
 }
 
 // The sums of a tile between memory and registers. Unrolled by hand-written pragma: left to itself GCC keeps the arrays on the

@@ -45,7 +45,7 @@ constexpr int kPiece = 16;  // columns of the shortest group
 DOVETAIL_INLINE int32_t encode_piece(const float* x, float inverse, int8_t* values) {
   int32_t sum = 0;
   for (int i = 0; i < kPiece; ++i) {
-    const int32_t value = static_cast<int32_t>(float_bits(x[i] * inverse + 12582912.0f)) - 0x4b400000;
+    const int32_t value = static_cast<int32_t>(float_bits(x[i] * inverse + 12582912.0f)) - kWhole;
     values[i] = static_cast<int8_t>(value);
     sum += value;
   }
@@ -58,10 +58,9 @@ DOVETAIL_INLINE void encode_integer_row(const float* x, const Packed& w, int wid
   float inverse = 0.0f;
   for (int64_t column = 0; column < w.in; column += kPiece) {
     const float* piece = x + column;
-    if (column % kSpan == 0) {
-      const int64_t span = column / kSpan;
-      const int64_t left = w.in - column;
-      const uint32_t bits = largest_magnitude(piece, static_cast<int>(left < kSpan ? left : kSpan));
+    if (column % w.span() == 0) {
+      const int64_t span = column / w.span();
+      const uint32_t bits = largest_magnitude(piece, w.span());
       const float largest = bits_float(bits);
       const bool finite = bits < 0x7f800000u;
       inverse = finite && largest > tiny ? 127.0f / largest : 0.0f;
@@ -76,7 +75,7 @@ DOVETAIL_INLINE void encode_integer_row(const float* x, const Packed& w, int wid
     const int64_t end = column + kPiece;
     if (end % w.group == 0) {
       const int32_t middle = sum * (1 << w.middle_bits());
-      tile.offsets[column / w.group * width + t] = w.kind == kMinimum ? static_cast<int32_t>(float_bits(static_cast<float>(sum))) : -middle;
+      tile.offsets[column / w.group * width + t] = w.kind == kMinimum ? static_cast<int32_t>(float_bits(static_cast<float>(sum))) : kWhole - middle;
       sum = 0;
     }
   }

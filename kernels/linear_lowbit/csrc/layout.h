@@ -4,7 +4,7 @@
 // per pass, made of groups of `group` input columns:
 //
 //   int4, int8   codes, then 32 scales (and 32 minima where the weight has zero points), all fp16 or all fp32
-//   bf16, fp32   codes only; `group` is then the span below and the columns are padded with zeros to whole chunks
+//   bf16, fp32   codes only; the columns are padded with zeros to whole chunks
 //
 // Codes are stored in the order in which the dot-product instructions want them (a "half" is 16 output rows):
 //
@@ -26,7 +26,9 @@ namespace dovetail {
 constexpr int kPanel = 32;  // output rows of a panel
 constexpr int kHalf = 16;   // output rows of one 64-byte vector of sums
 constexpr int kChunk = 32;  // input columns of one tile-interleaved piece of an activation row
-constexpr int kSpan = 128;  // input columns that share one activation scale
+constexpr int kSpan = 32;   // input columns that share one activation scale, where the weight's groups are not longer
+constexpr int kStride = 128;  // input columns of one step: a whole number of spans
+constexpr int32_t kWhole = 0x4b400000;  // the bits of 1.5 * 2^23: this plus a whole number below 2^22 is, as float bits, their sum
 constexpr int kTile = 8;    // activation rows that a step takes at most
 constexpr int kBlock = 64;  // activation rows of one pass over the weights
 
@@ -48,7 +50,8 @@ struct Packed {
   int64_t panels() const { return (out + kPanel - 1) / kPanel; }
   int64_t chunks() const { return (in + kChunk - 1) / kChunk; }
   int64_t columns() const { return chunks() * kChunk; }
-  int64_t spans() const { return (in + kSpan - 1) / kSpan; }
+  int span() const { return group > kSpan ? group : kSpan; }
+  int64_t spans() const { return integer() ? in / span() : 0; }
   int64_t groups() const { return integer() ? in / group : 0; }
   int64_t chunk_bytes() const { return int64_t{kPanel} * kChunk * bits / 8; }
   int64_t group_bytes() const { return chunk_bytes() * group / kChunk + kPanel * scale_bytes * (kind == kMinimum ? 2 : 1); }
@@ -60,7 +63,7 @@ struct Packed {
 // Rows of activations in the number format that a weight wants, in tiles of up to kTile rows.
 // A tile of width T that starts at row r holds, for t in [0, T):
 //   values  + r * columns * element_bytes : [chunk][T][32]     int8 (round(x / scale)), bf16 or fp32
-//   offsets + r * groups                  : [group][T]         int32: -2^middle_bits * sum of the group's values; with minima the sum as float bits
+//   offsets + r * groups                  : [group][T]         int32: kWhole - 2^middle_bits * sum of the group's values; with minima the sum as float bits
 //   scales  + r * spans                   : [span][T]          fp32: largest magnitude / 127 of the span; NaN if the span is not finite
 struct Activations {
   uint8_t* values;
@@ -68,19 +71,22 @@ struct Activations {
   float* scales;
 };
 
-// One step: the sums of one panel over one span for one tile.
+// One step: the sums of one panel over up to kStride columns for one tile.
 struct Step {
   const uint8_t* weights;
   const uint8_t* values;
   const int32_t* offsets;
   const float* scales;
   float* sums;       // [T][32], read and written
-  int chunks;  // of this span
+  int chunks;  // of this step
   int group;   // columns of a group
+  int span_groups;  // that share an activation scale: one, or two of 16 columns
   int scale_bytes;
   const int8_t* table;
 
   int groups() const { return chunks * kChunk / group; }
+  // Whether group g is the last that shares its activation scale.
+  bool ends_span(int g) const { return span_groups == 1 || g % 2 == 1; }
   // Where group g of a tile of `width` rows has its first column.
   const uint8_t* group_values(int g, int width) const {
     const int column = g * group;

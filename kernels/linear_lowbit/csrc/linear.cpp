@@ -63,7 +63,7 @@ void encode_rows(Pool& pool, const Packed& w, const float* x, int64_t stride, in
 
 namespace {
 
-// A tile on its way through the spans of one panel.
+// A tile on its way through the columns of one panel.
 struct Cursor {
   StepFunction step;
   Step at;
@@ -76,25 +76,26 @@ int start_tiles(const Packed& w, const Activations& activations, int rows, float
     const TileRange range = tile_range(rows, tile);
     const Activations part = tile_at(activations, w, range.first);
     tiles[tile] = {steps[range.width - 1],
-                   {nullptr, part.values, part.offsets, part.scales, sums + range.first * kPanel, 0, w.group, w.scale_bytes, w.table},
+                   {nullptr, part.values, part.offsets, part.scales, sums + range.first * kPanel, 0, w.group, w.span() / w.group, w.scale_bytes, w.table},
                    range.width};
   }
   return tile_count(rows);
 }
 
-// The sums of one panel. All tiles take a span before any takes the next: its weights come from L1 for all but the first.
+// The sums of one panel. All tiles take a step before any takes the next: its weights come from L1 for all but the first.
 void multiply_panel(const Packed& w, const uint8_t* weights, Cursor* tiles, int num_tiles) {
   const int64_t chunks = w.chunks();
-  for (int64_t c = 0; c < chunks; c += kSpan / kChunk) {
-    const int width = static_cast<int>(std::min<int64_t>(kSpan / kChunk, chunks - c));
+  for (int64_t c = 0; c < chunks; c += kStride / kChunk) {
+    const int width = static_cast<int>(std::min<int64_t>(kStride / kChunk, chunks - c));
     const int groups = w.integer() ? width * kChunk / w.group : 0;
+    const int spans = w.integer() ? width * kChunk / w.span() : 0;
     for (Cursor* tile = tiles; tile < tiles + num_tiles; ++tile) {
       tile->at.weights = weights;
       tile->at.chunks = width;
       tile->step(tile->at);
       tile->at.values += width * tile->width * kChunk * w.element_bytes();
       tile->at.offsets += groups * tile->width;
-      tile->at.scales += tile->width;
+      tile->at.scales += spans * tile->width;
     }
     weights += w.integer() ? groups * w.group_bytes() : width * w.chunk_bytes();
   }
@@ -146,7 +147,7 @@ extern "C" {
 using namespace dovetail;
 
 // What dovetail_abi answers: raised with every change of a structure or signature below.
-int dovetail_abi() { return 5; }
+int dovetail_abi() { return 6; }
 
 const char* dovetail_instruction_set() { return instruction_set().name; }
 

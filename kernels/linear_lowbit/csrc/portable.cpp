@@ -49,21 +49,27 @@ void step_integer(const Step& s) {
   const int code_bytes = kPanel * s.group * Bits / 8;
   const int64_t group_bytes = code_bytes + kPanel * s.scale_bytes * (K == kMinimum ? 2 : 1);
   for (int t = 0; t < T; ++t) {
+    const float* activation_scale = s.scales + t;
     float sum[kPanel] = {};
     for (int g = 0; g < s.groups(); ++g) {
       const uint8_t* w = s.weights + g * group_bytes;
       const uint8_t* scales = w + code_bytes;
       const int32_t offset = s.offsets[g * T + t];
       int32_t d[kPanel];
-      for (int row = 0; row < kPanel; ++row) d[row] = K == kSymmetric ? offset : 0;
+      for (int row = 0; row < kPanel; ++row) d[row] = K == kSymmetric ? offset - kWhole : 0;
       dot_group<Bits, K>(d, w, reinterpret_cast<const int8_t*>(s.group_values(g, T)) + t * kChunk, T * kChunk, s);
       for (int row = 0; row < kPanel; ++row) sum[row] += static_cast<float>(d[row]) * scale_at(scales, s.scale_bytes, row);
       if constexpr (K == kMinimum) {
         const uint8_t* minima = scales + kPanel * s.scale_bytes;
         for (int row = 0; row < kPanel; ++row) sum[row] += scale_at(minima, s.scale_bytes, row) * bits_float(static_cast<uint32_t>(offset));
       }
+      if (!s.ends_span(g)) continue;
+      for (int row = 0; row < kPanel; ++row) {
+        s.sums[t * kPanel + row] += sum[row] * *activation_scale;
+        sum[row] = 0.0f;
+      }
+      activation_scale += T;
     }
-    for (int row = 0; row < kPanel; ++row) s.sums[t * kPanel + row] += sum[row] * s.scales[t];
   }
 }
 
