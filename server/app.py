@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from server.api import health, models
 from server.api.errors import install_error_handlers
 from server.api.gate import Gate
-from server.api.language import anthropic, chat, completions, responses
+from server.api.language import anthropic, chat, completions, embeddings, responses, tokenizer
 from server.api.openapi import App
 from server.api.serving import Load, Serving
 from server.installation import own_version
@@ -52,8 +52,10 @@ def create_app(
     app = App(title="Dovetail", version=own_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, api_key=settings.api_key.get_secret_value() if settings.api_key else None)
     install_error_handlers(app)
-    for routes in (completions, chat, responses, anthropic, vision_routes, models, health):
+    language = (completions, chat, responses, anthropic, embeddings, tokenizer)
+    for routes in (*language, vision_routes, models, health):
         app.include_router(routes.router)
+    app.include_router(tokenizer.facts)
     return app
 
 

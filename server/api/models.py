@@ -40,8 +40,8 @@ async def retrieve_model(model_id: str, serving: CurrentServing) -> dict[str, An
 def describe(serving: Serving, name: str) -> dict[str, Any]:
     """OpenAI's model object, with ``kind`` as far as it is known.
 
-    Once the model is loaded, the context length and the drafter join it; licence, classes, input size and runtime for a
-    vision model.
+    Once the model is loaded, its size (``meta``), the context length and the drafter join it; licence, classes, input
+    size and runtime for a vision model.
     """
     entry: dict[str, Any] = {"id": name, "object": "model", "created": serving.created, "owned_by": "dovetail"}
     for info in serving.vision.models if serving.vision is not None else ():
@@ -53,8 +53,15 @@ def describe(serving: Serving, name: str) -> dict[str, Any]:
     model = serving.loaded
     if model is None:
         return entry
+    facts = model.info
+    meta = {
+        "n_vocab": facts.vocab_size, "n_embd": facts.hidden_size, "n_params": facts.num_parameters,
+        "n_layer": facts.num_layers, "n_ctx_train": facts.context_length, "weights": facts.weights,
+        "architecture": facts.architecture,
+    }  # fmt: skip
     return entry | {
         "created": model.created,
+        "meta": meta,
         "max_model_len": model.context_length,
         "drafter": model.drafter_name,
     }

@@ -112,6 +112,10 @@ class ServedModel(Protocol):
         """Where its parts are now, and why they are not where they were to be."""
 
     @property
+    def info(self) -> Any:
+        """What it is: a ``server.targets.target.TargetInfo``."""
+
+    @property
     def sampling(self) -> SamplingParams:
         """How a request is sampled that does not say."""
 

@@ -6,7 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from server.engine.request import EngineError, Event, FinishedEvent, FinishReason, PromptEvent, Ranked, Request
+from server.engine.request import (
+    EngineError,
+    Event,
+    FinishedEvent,
+    FinishReason,
+    PooledEvent,
+    PromptEvent,
+    Ranked,
+    Request,
+)
 from server.engine.stop import TextOutput
 
 if TYPE_CHECKING:
@@ -46,7 +55,7 @@ class Completion:
 
     token_ids, drafted and, where asked, ranked hold what counts: nothing behind the token that completed a stop string.
     ``stopped``: such a string was met, so the engine may be told to end the request. prompt_ranked: of the prompt's
-    tokens, from the second on.
+    tokens, from the second on; vector: of the whole prompt.
     """
 
     def __init__(self, request: Request, output: TextOutput | None = None) -> None:
@@ -56,6 +65,7 @@ class Completion:
         self.drafted: list[bool] = []
         self.ranked: list[Ranked] = []
         self.prompt_ranked: list[Ranked] = []
+        self.vector: tuple[float, ...] = ()
         self.stopped = False
         self.ending: FinishedEvent | None = None
 
@@ -76,6 +86,9 @@ class Completion:
             return self._finish(event)
         if isinstance(event, PromptEvent):
             self.prompt_ranked += event.ranked
+            return Delta()
+        if isinstance(event, PooledEvent):
+            self.vector = event.vector
             return Delta()
         pieces: list[Piece] = []
         ranks = event.ranked or [None] * len(event.token_ids)

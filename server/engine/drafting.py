@@ -179,9 +179,9 @@ class Drafting:
 
     def _copy(self, sequence: RunningSequence) -> Copied:
         """What followed the same words before, as much of it as the request may still get."""
-        if self.lookup is None:
+        if self.lookup is None or not sequence.request.lookup:
             return Copied()
-        count = min(self.options.budget.rows - 1, sequence.num_left - 1)
+        count = min(self._rows(sequence) - 1, sequence.num_left - 1)
         return self.lookup.lookup(DraftState(sequence.slot, sequence.token_ids), count)
 
     def _merge(self, sequence: RunningSequence, tree: Proposal, copied: Copied) -> Candidates:
@@ -189,7 +189,11 @@ class Drafting:
         # The last token of a request is the target's own, so a draft at that depth would be thrown away.
         tree = tree.cut(sequence.num_left - 1)
         merged = merge(tree, copied.token_ids, copied.match_length, self.calibration, sequence.record)
-        return merged.best(self.options.budget.rows - 1)
+        return merged.best(self._rows(sequence) - 1)
+
+    def _rows(self, sequence: RunningSequence) -> int:
+        """The largest tree of a request, the root included."""
+        return min(self.options.budget.rows, sequence.request.max_rows or self.options.budget.rows)
 
     def _depth(self, num_requests: int, drafted: Sequence[RunningSequence], copied: Sequence[Candidates]) -> int | None:
         """How many levels behind the first to ask the drafter for; None where it is not to be asked."""

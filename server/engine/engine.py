@@ -29,6 +29,7 @@ from server.engine.candidates import NOTHING, Candidates
 from server.engine.cost import Costs, PrefillPace
 from server.engine.drafting import Drafting, DraftingOptions
 from server.engine.logprobs import rank, rank_prompt
+from server.engine.pooling import pool_prompt
 from server.engine.prefix_cache import PrefixCache
 from server.engine.request import (
     ContextTooLong,
@@ -170,7 +171,7 @@ class Engine:
             self.prefixes.extend(sequence, result.features)
             if sequence.status is Status.DECODING:
                 self.prefixes.keep(sequence)
-        events: list[Event] = [*rank_prompt(sequence, start, result)]
+        events: list[Event] = [*rank_prompt(sequence, start, result), *pool_prompt(sequence, start, result.last)]
         if sequence.status is Status.DECODING and sequence.num_output == 0:
             events += self._begin_answer(sequence, result)
         if sequence.is_running:
@@ -191,9 +192,9 @@ class Engine:
     def _restore(self, sequence: RunningSequence) -> None:
         """Take over what is known of a text; the drafter learns of it as of anything else.
 
-        A prompt whose own tokens are still to be ranked is read whole, since its rows are wanted.
+        A prompt whose every row is wanted is read whole.
         """
-        if sequence.request.prompt_logprobs is not None and sequence.num_ranked < sequence.num_prompt - 1:
+        if sequence.request.wants_prompt_rows and sequence.num_output == 0:
             return
         features = None if self.prefixes is None else self.prefixes.restore(sequence)
         if self.prefixes is not None and features is not None:

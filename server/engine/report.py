@@ -33,6 +33,27 @@ def timings_json(
     }
 
 
+def metrics_json(stats: DraftStats, timings: Timings, num_tokens: int) -> dict[str, object]:
+    """One request's ``metrics``, with vLLM's names."""
+    first = timings.first_token if timings.first_token is not None else timings.submitted
+    admitted = timings.admitted if timings.admitted is not None else timings.submitted
+    drafted = stats.drafted
+    return {
+        "speculative_decoding": {
+            "mean_acceptance_length": round(stats.acceptance_length, 4),
+            "draft_acceptance_rate": round(stats.accepted / drafted, 4) if drafted else 0.0,
+            "num_spec_steps": stats.rounds,
+            "num_draft_tokens": drafted,
+            "num_accepted_draft_tokens": stats.accepted,
+        },
+        "queue_time_ms": round(1000 * (admitted - timings.submitted), 3),
+        "time_to_first_token_ms": round(1000 * (first - timings.submitted), 3),
+        "generation_time_ms": round(1000 * timings.decode_s, 3),
+        "mean_itl_ms": round(1000 * timings.decode_s / max(num_tokens - 1, 1), 3),
+        "tokens_per_second": round(rate(num_tokens - 1, timings.decode_s), 3),
+    }
+
+
 def rate(count: int, seconds: float) -> float:
     """Per second; 0 where there is nothing to measure."""
     return count / seconds if count > 0 and seconds > 0 else 0.0

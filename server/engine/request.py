@@ -92,12 +92,13 @@ class Request:
     """One choice of one API call. ``choice`` numbers the choices that share a prompt and a seed.
 
     stop_ids end the text when the target emits one of them; the stop id itself is the last token reported.
-    max_tokens 0 reads the prompt and ends. ``draft`` False asks for plain decoding. grammar: what the answer follows;
-    min_tokens: before a stop id may come. num_logprobs: each answer token's log-probability is told with so many of the
-    likeliest; prompt_logprobs: the same of the prompt's tokens; None: not told. Cached prompts are shared only among
-    requests of one ``cache_salt``. priority: requests of a smaller number go first and may take the place of those of a
-    larger one, which wait; deadline_s: seconds within which the first token is wanted, None: the longer the prompt, the
-    later.
+    max_tokens 0 reads the prompt and ends. ``draft`` False asks for plain decoding; max_rows: of its trees, the root
+    included; lookup: whether drafts may be copied from its text. grammar: what the answer follows; min_tokens: before a
+    stop id may come. num_logprobs: each answer token's log-probability is told with so many of the likeliest;
+    prompt_logprobs: the same of the prompt's tokens; None: not told. pools: the prompt's features are told as one
+    vector. Cached prompts are shared only among requests of one ``cache_salt``. priority: requests of a smaller number
+    go first and may take the place of those of a larger one, which wait; deadline_s: seconds within which the first
+    token is wanted, None: the longer the prompt, the later.
     """
 
     request_id: str
@@ -111,9 +112,17 @@ class Request:
     min_tokens: int = 0
     num_logprobs: int | None = None
     prompt_logprobs: int | None = None
+    pools: bool = False
+    max_rows: int | None = None
+    lookup: bool = True
     cache_salt: str = ""
     priority: int = 0
     deadline_s: float | None = None
+
+    @property
+    def wants_prompt_rows(self) -> bool:
+        """Whether every row of the prompt must be read, though it be known."""
+        return self.prompt_logprobs is not None or self.pools
 
     @property
     def takes_argmax(self) -> bool:
@@ -177,6 +186,14 @@ class PromptEvent:
 
 
 @dataclass(frozen=True)
+class PooledEvent:
+    """The vector of a whole prompt [hidden], of length 1."""
+
+    request_id: str
+    vector: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class TokensEvent:
     """Tokens committed for a request in one round, in order; ``drafted[i]`` says whether token i was a draft.
 
@@ -200,4 +217,4 @@ class FinishedEvent:
     error: str | None = None
 
 
-Event = PromptEvent | TokensEvent | FinishedEvent
+Event = PromptEvent | PooledEvent | TokensEvent | FinishedEvent

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import secrets
 from dataclasses import dataclass, field
+from typing import Any
 
 from server.engine.calibration import RequestRecord
 from server.engine.penalties import Penalties
@@ -27,8 +28,9 @@ class RunningSequence:
     token_ids: every committed token, prompt first; num_rows: tokens whose rows the target holds; reserved: rows of the
     pool that are kept for it; seed: of its sampling, drawn when the request names none; held_slot: None while it waits
     and once it has ended; drafts: whether it is drafted for, as it asked and until its rows in the drafter are spoilt;
-    num_ranked: tokens of its prompt whose log-probabilities were told; urgency: the scheduler's order, the smallest
-    first; penalties: what its tokens take from the logits; record: how its drafts fared.
+    num_ranked: tokens of its prompt whose log-probabilities were told; pooled: the sum of its last features so far;
+    urgency: the scheduler's order, the smallest first; penalties: what its tokens take from the logits; record: how its
+    drafts fared.
     """
 
     request: Request
@@ -41,6 +43,7 @@ class RunningSequence:
     num_rows: int = 0
     reserved: int = 0
     num_ranked: int = 0
+    pooled: Any = None
     urgency: tuple[int, float, int] = (0, 0.0, 0)
     stats: DraftStats = field(default_factory=DraftStats)
     timings: Timings = field(default_factory=Timings)

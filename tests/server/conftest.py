@@ -15,6 +15,7 @@ from server.engine.request import (
     Event,
     FinishedEvent,
     FinishReason,
+    PooledEvent,
     PromptEvent,
     QueueFull,
     Ranked,
@@ -24,6 +25,7 @@ from server.engine.request import (
     TokensEvent,
 )
 from server.settings import Settings
+from server.targets.target import TargetInfo
 from server.text import TextCodec
 
 END, TURN_START, TURN_END = "<|end|>", "<|im_start|>", "<|im_end|>"
@@ -174,6 +176,8 @@ class ScriptedEngine:
         if not entry.timings.first_token and entry.request.prompt_logprobs is not None:
             ranked = ranks(entry.request.prompt_ids[1:], entry.request.prompt_logprobs)
             events.append(PromptEvent(entry.request.request_id, ranked))
+        if entry.request.pools:
+            events.append(PooledEvent(entry.request.request_id, (0.6, 0.8, 0.0, -0.0)))
         if entry.request.max_tokens == 0:
             return [*events, self._end(entry, FinishReason.LENGTH)]
         burst = next(entry.bursts, ())
@@ -217,6 +221,7 @@ class ScriptedModel:
     drafter_name: str = "scripted"
     context_length: int = 200
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    info: TargetInfo = field(default_factory=lambda: TargetInfo("tiny", "Scripted", 300, 4, 1, 200, 1000, "fp32"))
     placement: Callable[[], dict[str, Any]] = lambda: {"reason": "", "drafter": {"device": "cpu", "reason": ""}}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -10,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from server.api.errors import ApiError, from_engine, internal_error
 from server.api.language.generation import Generation
 from server.api.language.pieces import Answer, Parser, Piece, PlainText, with_tokens
-from server.api.leaving import CLIENT_CLOSED_REQUEST, client_left
+from server.api.leaving import unless_left
 from server.api.sse import KEEPALIVE, EventStream
 from server.engine.request import EngineError
 
@@ -70,18 +69,10 @@ class Reply:
         generation = self.generation
         if stream:
             return EventStream(self.events(request.state.request_id), generation.close)
-        collecting = asyncio.ensure_future(self.collect())
-        leaving = asyncio.ensure_future(client_left(request))
         try:
-            await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if collecting.done():
-                return JSONResponse(collecting.result())
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+            return await unless_left(request, self.collect())
         finally:
             generation.close()
-            for task in (collecting, leaving):
-                task.cancel()
-            await asyncio.gather(collecting, leaving, return_exceptions=True)
 
     async def collect(self) -> dict[str, Any]:
         """The whole answer."""

@@ -132,19 +132,27 @@ async def answer_chat(
 
 def chat_prompt(codec: TextCodec, body: ChatBody, tools: Sequence[Tool]) -> list[int]:
     """Token ids of the conversation. Errors: TextError."""
+    return codec.chat(**conversation(codec, body, tools))
+
+
+def chat_text(codec: TextCodec, body: ChatBody, tools: Sequence[Tool]) -> str:
+    """The conversation as its template writes it. Errors: TextError."""
+    return "".join(codec.render_chat(**conversation(codec, body, tools)))
+
+
+def conversation(codec: TextCodec, body: ChatBody, tools: Sequence[Tool]) -> dict[str, Any]:
+    """What the codec is given of a chat."""
     turns = [message.for_template() for message in body.messages]
     variables = dict(body.chat_template_kwargs)
     if body.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", body.reasoning_effort)
-    if not knows_tools(codec):
-        turns = told_in_text(turns, tools)
-    return codec.chat(
-        turns,
-        tools=[tool.for_template() for tool in tools] or None,
-        variables=variables,
-        add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
-        continue_final=body.continue_final_message,
-    )
+    return {
+        "messages": turns if knows_tools(codec) else told_in_text(turns, tools),
+        "tools": [tool.for_template() for tool in tools] or None,
+        "variables": variables,
+        "add_generation_prompt": body.add_generation_prompt and not body.continue_final_message,
+        "continue_final": body.continue_final_message,
+    }
 
 
 def family_format(codec: TextCodec) -> CallFormat:

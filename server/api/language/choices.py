@@ -58,20 +58,23 @@ class ChoicesWire:
     num_finished: int = 0
     n: int = 1
     best_of: int = 1
+    metrics: bool = False
 
     @classmethod
     def to(cls, body: GenerationBody, model: str, format: ChoiceFormat) -> ChoicesWire:
         """The answer that this body asks for."""
         usage = body.stream_options.include_usage
         continuous = usage and body.stream_options.continuous_usage_stats
-        return cls(format, model, usage, continuous, n=body.n or 1, best_of=body.num_choices)
+        return cls(
+            format, model, usage, continuous, n=body.n or 1, best_of=body.num_choices, metrics=body.return_metrics
+        )
 
     def whole(self, answers: Sequence[Answer], generation: Generation) -> dict[str, Any]:
         """A complete answer."""
         completions = [choice.completion for choice in generation.choices.values()]
         chosen = self.chosen(answers, len(completions))
         choices = [self.format.whole(index, answers[i], completions[i]) for index, i in enumerate(chosen)]
-        return self.head() | {"choices": choices, "usage": generation.usage(), "timings": generation.timings()}
+        return self.head() | {"choices": choices} | self.figures(generation)
 
     def chosen(self, answers: Sequence[Answer], count: int) -> list[int]:
         """Which answers are given, in order: of each prompt's ``best_of`` the ``n`` likeliest a token."""
@@ -104,8 +107,15 @@ class ChoicesWire:
         """The usage where it is wanted, and [DONE]."""
         if not self.include_usage:
             return [DONE]
-        figures = {"choices": [], "usage": generation.usage(), "timings": generation.timings()}
-        return [event(self.head(chunk=True) | figures), DONE]
+        return [event(self.head(chunk=True) | {"choices": []} | self.figures(generation)), DONE]
+
+    def figures(self, generation: Generation) -> dict[str, Any]:
+        """What stands at the end: usage, timings and, where they are asked for, metrics."""
+        usage, more = generation.usage(), dict[str, Any]()
+        if self.metrics:
+            usage["completion_tokens_details"] = generation.usage_details()
+            more["metrics"] = generation.metrics()
+        return {"usage": usage, "timings": generation.timings()} | more
 
     def error(self, error: ApiError) -> bytes:
         """The error object; no [DONE] follows."""

@@ -12,13 +12,14 @@ from server.api.errors import internal_error
 from server.api.language.tokens import ShownToken, TokenTrack
 from server.api.serving import EngineHandle, ServedModel, Serving
 from server.engine.completion import Completion, Completions, Delta
-from server.engine.report import rate, timings_json
+from server.engine.report import metrics_json, rate, timings_json
 from server.engine.request import (
     DraftStats,
     EngineStopped,
     Event,
     FinishedEvent,
     FinishReason,
+    PooledEvent,
     PromptEvent,
     Ranked,
     Request,
@@ -167,7 +168,7 @@ class Generation:
             elif completion.stopped:
                 self.engine.cancel(event.request_id)
             choice = self.choices[event.request_id]
-            for shown in [] if isinstance(event, PromptEvent) else choice.begin() + choice.grow(delta):
+            for shown in [] if isinstance(event, PromptEvent | PooledEvent) else choice.begin() + choice.grow(delta):
                 yield shown
 
     def check(self, completion: Completion, event: FinishedEvent) -> None:
@@ -201,6 +202,22 @@ class Generation:
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+
+    def usage_details(self) -> dict[str, int]:
+        """Drafted tokens that were kept and those that were not, under OpenAI's names for predicted ones."""
+        figures = [choice.figures()[0] for choice in self.choices.values()]
+        accepted = sum(stats.accepted for stats in figures)
+        return {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": sum(stats.drafted for stats in figures) - accepted,
+        }
+
+    def metrics(self) -> dict[str, Any] | None:
+        """The request's own figures; None for several choices, whose times run beside each other."""
+        if len(self.choices) > 1:
+            return None
+        choice = next(iter(self.choices.values()))
+        return metrics_json(*choice.figures(), choice.num_tokens)
 
     def timings(self) -> dict[str, float | int]:
         """Draft statistics and times of all choices together."""

@@ -85,11 +85,15 @@ class StreamOptions(Body):
 
 
 class Speculative(Body):
-    """Extension. ``enabled`` false asks for plain decoding of this request."""
+    """Extension: how this request is drafted for. It changes the speed, never the text."""
 
     neutral: ClassVar[NeutralValues] = {"n_max": (), "n_min": (), "p_min": ()}
 
-    enabled: bool = True
+    enabled: bool = Field(default=True, description="false: plain decoding")
+    max_rows: WholeNumber | None = Field(
+        default=None, ge=1, description="Rows of a verify pass, the root included; 1 is plain."
+    )
+    lookup: bool = Field(default=True, description="false: no drafts are copied from the text itself")
 
 
 class GenerationBody(RequestBody):
@@ -154,6 +158,7 @@ class GenerationBody(RequestBody):
     json_schema: dict[str, Any] | None = None
     grammar: str | None = Field(None, description="GBNF or Lark")
     speculative: Speculative = Speculative()
+    return_metrics: bool = Field(False, description="metrics, and completion_tokens_details in the usage")
     cache_salt: CacheSalt = ""
 
     @property

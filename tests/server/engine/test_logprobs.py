@@ -92,6 +92,30 @@ def test_a_prompt_that_is_read_again_says_nothing_twice(target):
     assert rest == whole[10:]
 
 
+@pytest.mark.parametrize("chunk", [5, 256])
+def test_a_prompts_vector_is_the_mean_of_its_last_features(model, target, chunk):
+    vector = torch.tensor(run(target, Request("r", PROMPT, 0, pools=True), chunk=chunk).vector)
+    with torch.inference_mode():
+        mean = model.base_model(torch.tensor([PROMPT])).last_hidden_state[0].mean(dim=0)
+    assert torch.allclose(vector, mean / mean.norm(), atol=1e-5)
+
+
+def test_a_request_bounds_its_own_trees(target):
+    text = run(target, Request("r", PROMPT, 24, SamplingParams(temperature=0), draft=False)).token_ids
+    seen = []
+    verify = target.verify
+    for max_rows in (None, 3, 1):
+        oracle = OracleDrafter([PROMPT + text], 67)
+        target.verify = lambda rows: seen.append(max(part.proposal.num_rows for part in rows)) or verify(rows)
+        try:
+            request = Request("r", PROMPT, 24, SamplingParams(temperature=0), max_rows=max_rows)
+            assert run(target, request, oracle).token_ids == text
+        finally:
+            del target.verify
+        assert max(seen) == {None: 16, 3: 3, 1: 1}[max_rows]
+        seen.clear()
+
+
 def test_a_token_that_cannot_come_has_a_number_all_the_same():
     ranked = rank(torch.tensor([[0.0, float("-inf")]]), [1], 5)[0]
     assert (ranked.log_prob, ranked.place) == (-9999.0, 2)

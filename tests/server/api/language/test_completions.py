@@ -282,3 +282,36 @@ async def test_no_text_breaks_the_lines_of_a_stream(connect, make_model, read_ev
         answer = await client.post("/v1/completions", json=ask(stream=True))
     assert answer.content.isascii()
     assert "".join(event["choices"][0]["text"] for event in read_events(answer.text)[:-1]) == LINE_ENDS
+
+
+async def test_drafting_is_the_requests_own_affair(connect, make_model):
+    model = make_model()
+    async with connect(model) as client:
+        await complete(client, speculative={"max_rows": 3, "lookup": False})
+        await complete(client)
+        refused = await client.post("/v1/completions", json=ask(speculative={"max_rows": 0}))
+    first, second = model.engine.submitted
+    assert (first.draft, first.max_rows, first.lookup) == (True, 3, False)
+    assert (second.draft, second.max_rows, second.lookup) == (True, None, True)
+    assert refused.json()["error"]["param"] == "speculative.max_rows"
+
+
+async def test_metrics_are_told_where_they_are_asked_for(connect, make_model, read_events):
+    async with connect(make_model()) as client:
+        plain = await complete(client)
+        told = await complete(client, return_metrics=True)
+        several = await complete(client, return_metrics=True, n=2)
+        options = {"stream": True, "stream_options": {"include_usage": True}, "return_metrics": True}
+        last = read_events((await client.post("/v1/completions", json=ask(**options))).text)[-2]
+    assert "metrics" not in plain
+    assert "completion_tokens_details" not in plain["usage"]
+    timings, drafts = told["timings"], told["metrics"]["speculative_decoding"]
+    assert drafts["num_spec_steps"] == timings["draft_rounds"]
+    assert drafts["draft_acceptance_rate"] == round(timings["draft_n_accepted"] / timings["draft_n"], 4)
+    assert told["usage"]["completion_tokens_details"] == {
+        "accepted_prediction_tokens": timings["draft_n_accepted"],
+        "rejected_prediction_tokens": timings["draft_n"] - timings["draft_n_accepted"],
+    }
+    assert told["metrics"]["mean_itl_ms"] > 0
+    assert several["metrics"] is None
+    assert last["metrics"].keys() == told["metrics"].keys()

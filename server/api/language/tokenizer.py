@@ -1,0 +1,141 @@
+"""The model's tokenizer and chat template over HTTP: /tokenize, /detokenize, /apply-template, /tokenizer_info."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from fastapi import APIRouter, Depends
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse
+from pydantic import Field, model_validator
+
+from server.api.body import NeutralValues, RequestBody, Text, WholeNumber
+from server.api.errors import InvalidValue
+from server.api.fields import check_fields
+from server.api.gate import require_json
+from server.api.language.chat import chat_prompt, chat_text
+from server.api.language.messages import ChatBody
+from server.api.language.schemas import check_ids
+from server.api.language.tools import chosen_tools
+from server.api.language.translated import as_chat
+from server.api.openapi import ASKING, LOOKING, failures
+from server.api.serving import CurrentServing
+from server.text import TextCodec
+
+MAX_TOKENS_IN_BODY = 1_000_000
+
+router = APIRouter(dependencies=[Depends(require_json)], responses=ASKING)
+facts = APIRouter(responses=LOOKING | failures(503))
+
+
+class ConversationBody(RequestBody):
+    """A conversation and what its template is given."""
+
+    model: Text | None = None
+    messages: list[dict[str, Any]] = Field([], description="As those of a chat.")
+    tools: list[dict[str, Any]] = Field([])
+    chat_template_kwargs: dict[str, Any] = Field({})
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    def chat(self) -> ChatBody:
+        """The chat it stands for. Errors: RequestValidationError."""
+        names = ("messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+        return as_chat({name: getattr(self, name) for name in names if name in self.model_fields_set})
+
+
+class TokenizeBody(ConversationBody):
+    """POST /tokenize: a text, as ``prompt`` (vLLM's name) or ``content`` (llama.cpp's), or a conversation."""
+
+    neutral: ClassVar[NeutralValues] = {"parse_special": (True,)}
+
+    prompt: Text | None = None
+    content: Text | None = None
+    add_special_tokens: bool = Field(True, description="Whether a prompt gets what the tokenizer puts around a text.")
+    add_special: bool = Field(False, description="The same of content.")
+    with_pieces: bool = Field(
+        False, description="tokens are objects of id and piece: text, or bytes within a character"
+    )
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> TokenizeBody:
+        given = [name for name in ("prompt", "content", "messages") if name in self.model_fields_set]
+        if len(given) != 1:
+            raise InvalidValue("prompt", "Send one of prompt, content and messages.")
+        return self
+
+    def encode(self, codec: TextCodec) -> list[int]:
+        """Token ids. Errors: TextError, RequestValidationError."""
+        if self.prompt is not None:
+            return codec.encode(self.prompt, add_special_tokens=self.add_special_tokens)
+        if self.content is not None:
+            return codec.encode(self.content, add_special_tokens=self.add_special)
+        chat = self.chat()
+        return chat_prompt(codec, chat, chosen_tools(chat.tools, chat.tool_choice)[0])
+
+
+class DetokenizeBody(RequestBody):
+    """POST /detokenize."""
+
+    model: Text | None = None
+    tokens: list[WholeNumber] = Field(max_length=MAX_TOKENS_IN_BODY)
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeBody, request: HttpRequest, serving: CurrentServing) -> JSONResponse:
+    """The tokens of a text or of a conversation."""
+    check_fields(body, request, serving)
+    model = serving.model_named(body.model)
+    ids = await asyncio.to_thread(body.encode, model.codec)
+    answer: dict[str, Any] = {"tokens": pieces(model.codec, ids) if body.with_pieces else ids}
+    answer |= {"count": len(ids), "max_model_len": model.context_length}
+    if body.return_token_strs:
+        answer["token_strs"] = [model.codec.tokenizer.id_to_token(token_id) for token_id in ids]
+    return JSONResponse(answer)
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeBody, request: HttpRequest, serving: CurrentServing) -> JSONResponse:
+    """The text of tokens, special ones included, under vLLM's name and llama.cpp's."""
+    check_fields(body, request, serving)
+    codec = serving.model_named(body.model).codec
+    check_ids("tokens", body.tokens, codec.vocab_size)
+    text = await asyncio.to_thread(codec.tokenizer.decode, body.tokens, skip_special_tokens=False)
+    return JSONResponse({"prompt": text, "content": text})
+
+
+@router.post("/apply-template")
+async def apply_template(body: ConversationBody, request: HttpRequest, serving: CurrentServing) -> JSONResponse:
+    """A conversation as the model's chat template writes it."""
+    check_fields(body, request, serving)
+    codec, chat = serving.model_named(body.model).codec, body.chat()
+    tools = chosen_tools(chat.tools, chat.tool_choice)[0]
+    return JSONResponse({"prompt": await asyncio.to_thread(chat_text, codec, chat, tools)})
+
+
+@facts.get("/tokenizer_info")
+async def tokenizer_info(serving: CurrentServing) -> JSONResponse:
+    """The special tokens and the chat template."""
+    codec = serving.model().codec
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    known = {name: codec.template_variables.get(name) for name in names}
+    ends = [codec.tokenizer.id_to_token(token_id) for token_id in sorted(codec.stop_ids)]
+    known["eos_token"] = known["eos_token"] or next(iter(ends), None)
+    templates = {name: template.source for name, template in codec.templates.items()}
+    template = templates.get("default") or next(iter(templates.values()), None)
+    return JSONResponse(known | {"chat_template": template, "vocab_size": codec.vocab_size, "stop_tokens": ends})
+
+
+def pieces(codec: TextCodec, ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Each token with its text, or with its bytes where they are no whole characters."""
+    told: list[dict[str, Any]] = []
+    for token_id in ids:
+        own = codec.token_bytes.of(token_id)
+        try:
+            told.append({"id": token_id, "piece": own.decode()})
+        except UnicodeDecodeError:
+            told.append({"id": token_id, "piece": list(own)})
+    return told
