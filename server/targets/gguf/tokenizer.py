@@ -6,6 +6,7 @@ of text come from the same metadata. No torch here.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ ENDS = frozenset(
         "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "</s>",
     )
 )  # fmt: skip
+# Phi-3's special tokens take the space behind them along, but for these; nothing in the file says so but its name.
+STRIPS_SPACE = re.compile("phi-?3")
+KEEP_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def read_codec(path: Path) -> TextCodec:
@@ -94,12 +98,11 @@ def build_tokenizer(file: GGUFFile, tokens: list[str], types: list[int], special
         tokenizer, adds_bos = sentencepiece(file, tokens, special.get("unk")), True
     else:
         raise TextError(f"{file.path}: a tokenizer of kind {kind!r} is not read; {BYTE_LEVEL} and {SENTENCEPIECE} are")
-    tokenizer.add_special_tokens(
-        [added(token, True) for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, UNKNOWN) and token]
-    )
-    tokenizer.add_tokens(
-        [added(token, False) for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
-    )
+    strips = STRIPS_SPACE.search(file.get("general.name", str, "").lower()) is not None
+    by_kind = {kind: [token for token, one in zip(tokens, types, strict=True) if one == kind] for kind in set(types)}
+    special_texts = [token for kind in (CONTROL, UNKNOWN) for token in by_kind.get(kind, []) if token]
+    tokenizer.add_special_tokens([added(token, True, strips) for token in special_texts])
+    tokenizer.add_tokens([added(token, False, strips) for token in by_kind.get(USER_DEFINED, [])])
     frame = {
         "bos": file.get(f"{PREFIX}add_bos_token", bool, adds_bos),
         "eos": file.get(f"{PREFIX}add_eos_token", bool, False),
@@ -116,9 +119,10 @@ def build_tokenizer(file: GGUFFile, tokens: list[str], types: list[int], special
     return tokenizer
 
 
-def added(token: str, special: bool) -> AddedToken:
-    """A token that is found in a text before anything else, as it stands."""
-    return AddedToken(token, special=special, normalized=False, lstrip=False, rstrip=False)
+def added(token: str, special: bool, strips: bool) -> AddedToken:
+    """A token that is found in a text before anything else; ``strips``: with the space behind it, in most cases."""
+    rstrip = strips and token not in KEEP_SPACE
+    return AddedToken(token, special=special, normalized=False, lstrip=False, rstrip=rstrip)
 
 
 def byte_level(file: GGUFFile, tokens: list[str], cut: Cut) -> Tokenizer:
