@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from server.placement.devices import Placement
     from server.placement.serving import Placed
     from server.settings import Settings
+    from server.targets.context import DrafterRoom
     from server.targets.target import Target, TargetInfo
     from server.vision.worker import VisionWorker
 
@@ -108,7 +109,7 @@ def load_codec(path: Path) -> TextCodec:
 
 
 def load_drafter(
-    target: Target, target_folder: Path, name: str | None, place: Placement, num_slots: int, capacity: int,
+    target: Target, target_folder: Path, name: str | None, place: Placement, room: DrafterRoom,
     head_rows: int | None = None,
 ) -> Drafter | None:  # fmt: skip
     """A drafter by name, checked against the target; ``head_rows`` trims what it may draft to the first tokens.
@@ -135,7 +136,7 @@ def load_drafter(
         raise LaunchError(f"{target.info.name} has no drafter of its own here; name one, or use ngram")
 
     def make(place: Placement) -> Drafter:
-        return load_drafter_folder(target, target_folder, folder, place, num_slots, capacity, head_rows)
+        return load_drafter_folder(target, target_folder, folder, place, room, head_rows)
 
     drafter = make(place) if place.device.type == "cpu" else MovingDrafter(make, place, on_cpu())
     missing = set(drafter.feature_layers) - set(target.info.feature_layers)
@@ -149,16 +150,21 @@ def load_drafter(
 
 
 def load_drafter_folder(
-    target: Target, target_folder: Path, folder: Path, place: Placement, num_slots: int, capacity: int,
-    head_rows: int | None,
-) -> Drafter:  # fmt: skip
-    """A folder of a trained drafter or of a causal language model; its config.json says which."""
+    target: Target, target_folder: Path, folder: Path, place: Placement, room: DrafterRoom, head_rows: int | None
+) -> Drafter:
+    """A folder of a trained drafter or of a causal language model; its config.json says which.
+
+    Errors: DrafterError, also for one that does not fit into what is left of the memory.
+    """
     from drafters.checkpoint import NETWORKS, read_fields
     from drafters.dovetail import load_drafter as load_dovetail
     from drafters.native import NotNative, load_native
     from drafters.small_lm import load_small_lm
 
-    if read_fields(folder).get("model_type") not in NETWORKS:
+    fields = read_fields(folder)
+    room.check(folder, fields, place.device)
+    num_slots, capacity = room.num_slots, room.capacity
+    if fields.get("model_type") not in NETWORKS:
         return load_small_lm(
             folder, target_folder, target.info.vocab_size, place.device, place.dtype, num_slots, capacity
         )
@@ -189,14 +195,16 @@ def load_parts(settings: Settings) -> tuple[Engine, Placed]:
     from drafters.proposal import Budget
     from server.engine.ahead import AheadDrafter, ahead_budget
     from server.engine.engine import Engine, EngineOptions
-    from server.targets.loading import choose_engine, context_length, load_target
+    from server.targets.context import DrafterRoom, Wanted
+    from server.targets.loading import choose_engine, load_target, memory_plan
 
     folder = resolve_target(settings.target)
     engine = choose_engine(folder, settings.engine, settings.weights)
-    context = context_length(folder, settings.context, settings.max_seqs, settings.kv_cache, engine)
+    wanted = Wanted(settings.context, settings.cache)
+    memory = memory_plan(folder, wanted, settings.max_seqs, settings.kv_cache, engine)
     # Up to 8 rows share every load of a weight, and a draft level costs little: trees are small, narrow and deep.
     budget = Budget(settings.rows or 8, settings.top_k or 2, 6 if settings.depth is None else settings.depth)
-    capacity = slot_capacity(context, [budget, ahead_budget(budget)])
+    capacity = slot_capacity(memory.context, [budget, ahead_budget(budget)])
     drafter_name = settings.drafter
     if drafter_name is None and own_drafter(folder) is None:
         if settings.target is not None:
@@ -208,11 +216,16 @@ def load_parts(settings: Settings) -> tuple[Engine, Placed]:
         folder, settings.weights, settings.max_seqs, capacity, settings.threads, settings.kv_cache, engine,
         settings.gpu_layers, placed.split if engine == NATIVE else None,
     )  # fmt: skip
-    drafter = load_drafter(target, folder, drafter_name, placed.drafter, settings.max_seqs, capacity, placed.head_rows)
+    pool_rows = memory.pool_rows + settings.max_seqs * budget.rows
+    room = DrafterRoom(settings.max_seqs, capacity, pool_rows, memory.left_bytes)
+    drafter = load_drafter(target, folder, drafter_name, placed.drafter, room, placed.head_rows)
     # What is loaded stays; without this every full collection walks all of transformers' and the model's objects.
     gc.collect()
     gc.freeze()
-    options = EngineOptions(settings.max_seqs, context, budget, lookup=settings.lookup, cache_bytes=settings.cache)
+    options = EngineOptions(
+        settings.max_seqs, memory.context, budget, lookup=settings.lookup, cache_bytes=memory.cache_bytes,
+        pool_rows=pool_rows,
+    )  # fmt: skip
     drafts = settings.trees == "cost" and (drafter is not None or settings.lookup)
     costs = load_costs(target, drafter, budget, capacity, str(placed.drafter)) if drafts else None
     if drafter is not None and drafter.feature_layers:
@@ -282,28 +295,30 @@ def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budge
     TargetError, DrafterError, LaunchError.
     """
     from server.placement.devices import drafter_placement
-    from server.targets.loading import choose_engine, context_length, load_target
+    from server.targets.context import DrafterRoom, Wanted
+    from server.targets.loading import choose_engine, load_target, memory_plan
 
     folder = resolve_target(settings.target)
     if not names and own_drafter(folder) is None:
         raise LaunchError(f"name the drafters to measure on {folder.name}; it has none of its own here")
     engine = choose_engine(folder, settings.engine, settings.weights)
-    context = context_length(folder, settings.context, 1, settings.kv_cache, engine)
-    capacity = slot_capacity(context, grid)
+    memory = memory_plan(folder, Wanted(settings.context, 0), 1, settings.kv_cache, engine)
+    capacity = slot_capacity(memory.context, grid)
+    room = DrafterRoom(1, capacity, capacity, memory.left_bytes)
     target = load_target(
         folder, settings.weights, 1, capacity, settings.threads, settings.kv_cache, engine, settings.gpu_layers
     )
     drafters: dict[str, Drafter] = {}
     wanted: Sequence[str | None] = names or [None]
     for name in wanted:
-        drafter = load_drafter(target, folder, name, drafter_placement(settings.drafter_device), 1, capacity)
+        drafter = load_drafter(target, folder, name, drafter_placement(settings.drafter_device), room)
         label = name or BUNDLED_DRAFTER
         if drafter is None or label in drafters:
             raise LaunchError(f"{label!r} cannot be measured: name drafters, each once")
         drafters[label] = drafter
     gc.collect()
     gc.freeze()
-    return LoadedDrafters(target, drafters, load_codec(folder), context)
+    return LoadedDrafters(target, drafters, load_codec(folder), memory.context)
 
 
 def bundled_vision(kind: str) -> Path:

@@ -99,7 +99,11 @@ class Settings(BaseSettings):
     context: int | None = Field(None, ge=2, description="Longest prompt and answer, in tokens.")
     max_seqs: int = Field(4, ge=1, description="Requests decoded at the same time.")
     max_waiting: int = Field(64, ge=1, description="Requests that may wait; more are answered with 429.")
-    cache: Bytes = Field(512 * 2**20, ge=0, description="Memory for prompts already read, such as 1GiB; 0 keeps none.")
+    cache: Bytes | None = Field(
+        None,
+        ge=0,
+        description="Memory for prompts already read, such as 1GiB; 0 keeps none; nothing: 512MiB if it fits.",
+    )
     cache_file: Path | None = Field(
         None, description="File that prompts already read are kept in from one start to the next; nothing: none."
     )

@@ -1,4 +1,4 @@
-"""Storage of keys and values: one preallocated row block per slot and layer, committed in place.
+"""Storage of keys and values: one row block per slot and layer in a fixed place, committed in place.
 
 A slot's rows 0 .. length-1 are committed. A pass appends rows behind them; ``keep`` moves the accepted ones to the
 front of that tail and drops the rest by setting the length. Nothing grows by concatenation.
@@ -7,13 +7,44 @@ front of that tail and drops the rest by setting the length. Nothing grows by co
 from __future__ import annotations
 
 import itertools
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+NO_RESERVE = 0x4000  # Linux' MAP_NORESERVE, which Python names from 3.13 on
+KEPT_ROWS = 256  # of an empty slot: their memory stays, so that short texts find it there
 SMALLEST_MAGNITUDE = 1e-30  # below it a row of int8 counts as zero: 127 / largest would overflow
+
+
+class Storage:
+    """One tensor whose memory the system gives as it is written, and takes back where ``discard`` is called.
+
+    The tensor may be larger than the machine's memory, as long as what is written is not.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.memory: mmap.mmap | None = None
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if device.type == "cpu" and hasattr(mmap, "MADV_DONTNEED"):
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+            self.memory = mmap.mmap(-1, max(num_bytes, 1), flags=flags)
+            self.tensor = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(shape)).view(*shape)
+        else:
+            self.tensor = torch.empty(*shape, dtype=dtype, device=device)
+
+    def discard(self, view: Tensor) -> None:
+        """Give back the memory behind a contiguous part of the tensor; it holds nothing that counts any more."""
+        if self.memory is None:
+            return
+        start = view.storage_offset() * view.element_size()
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (start + view.numel() * view.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            self.memory.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 @dataclass(frozen=True)
@@ -141,7 +172,7 @@ class KVSlots:
     One tensor for all layers, so that keeping a path is one gather instead of one for each layer. With `dtype` int8 a
     row of a head is `quantise_rows` of it, with its scales in key_scales and value_scales [num_layers, num_slots,
     num_kv_heads, capacity]; else those are None. Nothing is written in advance: the system gives memory page by page as
-    rows come.
+    rows come, and gets back what a released slot held beyond its first ``KEPT_ROWS``.
     """
 
     def __init__(
@@ -157,17 +188,19 @@ class KVSlots:
         shape = (num_layers, num_slots, num_kv_heads, capacity, head_dim)
         self.capacity = capacity
         self.num_slots = num_slots
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.key_scales = torch.empty(shape[:-1], device=device) if dtype == torch.int8 else None
-        self.value_scales = torch.empty(shape[:-1], device=device) if dtype == torch.int8 else None
+        kinds = [(shape, dtype)] * 2 + [(shape[:-1], torch.float32)] * 2 * (dtype == torch.int8)
+        self.storages = [Storage(size, kind, device) for size, kind in kinds]
+        self.keys, self.values, *scales = (storage.tensor for storage in self.storages)
+        self.key_scales: Tensor | None = scales[0] if scales else None
+        self.value_scales: Tensor | None = scales[1] if scales else None
         self.by_slot = [[store.select(1, slot) for store in self.stores] for slot in range(num_slots)]
         self.lengths = [0] * num_slots
+        self.written = [0] * num_slots
 
     @property
     def stores(self) -> list[Tensor]:
         """All tensors; rows are their fourth dimension."""
-        return [s for s in (self.keys, self.values, self.key_scales, self.value_scales) if s is not None]
+        return [storage.tensor for storage in self.storages]
 
     @property
     def bytes_per_position(self) -> int:
@@ -180,6 +213,7 @@ class KVSlots:
             raise SlotError(f"slot {segment.slot} does not exist; there are {self.num_slots}")
         if segment.num_keys > self.capacity:
             raise SlotError(f"slot {segment.slot} holds {self.capacity} rows; {segment.num_keys} are asked for")
+        self.written[segment.slot] = max(self.written[segment.slot], segment.num_keys)
 
     def views(self, segment: Segment) -> SegmentViews:
         """The segment's keys and values in all layers."""
@@ -233,7 +267,15 @@ class KVSlots:
         for store, part in zip(self.stores, rows, strict=True):
             store[:, slot, :, start:stop] = part
         self.lengths[slot] = stop
+        self.written[slot] = max(self.written[slot], stop)
 
     def release(self, slot: int) -> None:
-        """Empty a slot; its memory stays."""
+        """Empty a slot; memory of a long text goes back to the system."""
         self.lengths[slot] = 0
+        if self.written[slot] <= KEPT_ROWS:
+            return
+        for storage in self.storages:
+            for layer in storage.tensor.select(1, slot):
+                for head in layer:
+                    storage.discard(head[KEPT_ROWS : self.written[slot]])
+        self.written[slot] = KEPT_ROWS

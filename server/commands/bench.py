@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from server.commands.bench_face_quality import bench_face_quality
 from server.commands.bench_kernels import diagonalwise, kernels
+from server.commands.bench_streams import streams
 from server.commands.bench_vision import distillation, vision
 from server.commands.options import (
     Config,
@@ -58,6 +59,7 @@ app = typer.Typer(cls=BenchGroup, help="Measure speed against plain decoding, tr
 
 app.command("kernels")(kernels)
 app.command("diagonalwise")(diagonalwise)
+app.command("streams")(streams)
 app.command("vision")(vision)
 app.command("distillation")(distillation)
 app.command("face-quality")(bench_face_quality)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 DRIFT_RATE, SHAPE_RATE = 0.1, 0.03
 WILDEST_RATIO = 2.0  # one pass that took longer than this times what was expected says that much and no more
-PACE_RATE = 0.5
-UNKNOWN_ROW_S, FEWEST_ROWS = 0.002, 16  # of a prompt's token before any was read; of a chunk that tells
+PACE_RATE = 0.3
+UNKNOWN_ROW_S, FEWEST_ROWS = 0.002, 8  # of a prompt's token before any was read; of a chunk that tells
 UNKNOWN_SLOPE = 0.1  # of T(1) for each further row, where nothing but T(1) is known
 
 

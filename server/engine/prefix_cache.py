@@ -19,7 +19,7 @@ from server.engine.pages import PageTree
 from server.engine.sequence import RunningSequence
 from server.targets.target import Target
 
-EXACT_PAGE = 32
+EXACT_PAGE = 16
 
 
 @dataclass(frozen=True)

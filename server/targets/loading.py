@@ -14,7 +14,7 @@ from server.own_models import is_gguf
 from server.placement.machine import available_bytes, compute_with
 from server.settings import LLAMA_CPP, NATIVE
 from server.targets.checkpoint import context_limit, read_config
-from server.targets.context import cache_shape, served_context
+from server.targets.context import MemoryPlan, Wanted, cache_shape, plan_memory
 from server.targets.gguf.configuration import BeyondNative, read_configuration
 from server.targets.gguf.header import open_gguf
 from server.targets.gguf.loading import load_gguf_target, why_not_native
@@ -118,8 +118,8 @@ def load_own_target(
     return target
 
 
-def context_length(path: Path, wanted: int | None, num_slots: int, kv_cache: str | None, engine: str = NATIVE) -> int:
-    """What the model's positions allow and the memory holds, or the shorter context asked for. Errors: TargetError."""
+def memory_plan(path: Path, wanted: Wanted, num_slots: int, kv_cache: str | None, engine: str = NATIVE) -> MemoryPlan:
+    """What is served of what the model's positions allow and the memory holds. Errors: TargetError."""
     files = [path] if is_gguf(path) else list(path.glob("*.safetensors"))
     free_bytes = available_bytes() - sum(file.stat().st_size for file in files)
     if engine == LLAMA_CPP:
@@ -127,7 +127,7 @@ def context_length(path: Path, wanted: int | None, num_slots: int, kv_cache: str
     else:
         config = model_config(path)
         limit, shape = context_limit(config, path), cache_shape(config.get_text_config(), num_slots, kv_cache)
-    return served_context(path.name, limit, wanted, shape, free_bytes)
+    return plan_memory(path.name, limit, wanted, shape, free_bytes)
 
 
 def model_config(path: Path) -> Any:

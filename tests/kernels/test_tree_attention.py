@@ -1,11 +1,14 @@
 """Attention over slots against its slow twin, and the bookkeeping of rows."""
 
+import mmap
+from pathlib import Path
+
 import pytest
 import torch
 
 from kernels.tree_attention import KVSlots, Segment, SlotError, causal_segment, tree_attention, tree_segment
 from kernels.tree_attention.reference import tree_attention_reference
-from kernels.tree_attention.slots import quantise_rows
+from kernels.tree_attention.slots import KEPT_ROWS, quantise_rows
 
 CPU = torch.device("cpu")
 
@@ -132,6 +135,26 @@ def test_int8_slots_store_attend_keep_and_copy() -> None:
     for store in slots.stores:
         assert torch.equal(store[1, 0, :, :3], store[1, 1, :, :3])
     assert torch.equal(slots.key_scales[1, 0, :, 1], quantise_rows(keys)[1][:, 4])  # type: ignore[index]
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell what is resident")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_memory_comes_with_rows_and_goes_with_their_request(dtype: torch.dtype) -> None:
+    slots = KVSlots(4, 2**20, 2, 2, 64, dtype, CPU)  # far more than the machine might have
+    row_bytes, before = slots.bytes_per_position, resident_bytes()
+    for _ in range(3):
+        slots.check(causal_segment(1, 0, 40_000))
+        for store in slots.stores:
+            store[:, 1, :, :40_000] = 1
+        assert resident_bytes() - before > 39_000 * row_bytes
+        slots.release(1)
+        assert resident_bytes() - before < 8_000 * row_bytes
+        for store in slots.stores:
+            assert store[:, 1, :, :KEPT_ROWS].eq(1).all()  # and nothing of its neighbours is touched
 
 
 def test_bytes_of_a_position() -> None:

@@ -15,6 +15,7 @@ from server.engine.engine import Engine, EngineOptions
 from server.engine.request import Request, SamplingParams
 from server.launch import ASSETS, load_drafter
 from server.placement.devices import on_cpu
+from server.targets.context import DrafterRoom
 from server.targets.torch_target import TorchTarget
 from server.text import TextCodec
 
@@ -33,7 +34,7 @@ def target() -> TorchTarget:
 
 @pytest.fixture(scope="module")
 def drafter(target: TorchTarget) -> Drafter:
-    drafter = load_drafter(target, TARGET, None, on_cpu(), 4, CAPACITY)
+    drafter = load_drafter(target, TARGET, None, on_cpu(), DrafterRoom(4, CAPACITY, 4 * CAPACITY, 1e9))
     assert drafter is not None
     return drafter
 

@@ -23,11 +23,13 @@ from server.engine.engine import Engine, EngineOptions
 from server.engine.request import Request, SamplingParams
 from server.launch import LaunchError, load_drafter
 from server.placement.devices import on_cpu
+from server.targets.context import DrafterRoom
 from server.targets.torch_target import TorchTarget
 
 PROMPTS = ([1, 2, 3, 4, 5], [9], [30, 31, 32, 30, 31, 32, 30], [5, 4, 3, 2, 1, 0, 66])
 NUM_TOKENS = 20
 CAPACITY = 160
+ROOM = DrafterRoom(4, CAPACITY, 4 * CAPACITY, 1e9)
 MODES = {"greedy": SamplingParams(temperature=0), "sampled": SamplingParams(temperature=1.2, top_p=0.95, seed=7)}
 
 
@@ -53,7 +55,7 @@ def dovetail_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def load(target: TorchTarget, folder: Path) -> Callable[[str], Drafter | None]:
-    return lambda name: load_drafter(target, folder, name, on_cpu(), 4, CAPACITY)
+    return lambda name: load_drafter(target, folder, name, on_cpu(), ROOM)
 
 
 def run(
@@ -134,7 +136,7 @@ def test_an_eagle_3_drafter_reads_three_layers_of_a_deep_target_and_none_of_a_sh
     folder = save_model(tiny_llama(num_layers=8), "deep")
     deep = TorchTarget.load(folder, "fp32", num_slots=4, capacity=CAPACITY)
     want = [result.token_ids for result in run(deep, None, "greedy")]
-    results = run(deep, load_drafter(deep, folder, str(tmp_path), on_cpu(), 4, CAPACITY), "greedy")
+    results = run(deep, load_drafter(deep, folder, str(tmp_path), on_cpu(), ROOM), "greedy")
     assert [result.token_ids for result in results] == want
     assert sum(result.finished.stats.drafted for result in results) > 0
 

@@ -20,7 +20,8 @@ def context_and_cache(file: GGUFFile, num_slots: int, kv_cache: str | None) -> t
     head_size = max(1, number(file, f"{name}.embedding_length") // max(heads))
     vectors = sum(number(file, f"{name}.attention.{part}_length", head_size) for part in ("key", "value"))
     values = sum(kv_heads) * vectors
-    return number(file, f"{name}.context_length"), CacheShape(max(1, int(values * VALUE_BYTES[kv_cache])), num_slots)
+    shape = CacheShape(max(1, int(values * VALUE_BYTES[kv_cache])), num_slots, shared=False)
+    return number(file, f"{name}.context_length"), shape
 
 
 def per_layer(file: GGUFFile, key: str, default: list[int] | None) -> list[int]:

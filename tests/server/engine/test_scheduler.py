@@ -8,7 +8,7 @@ import pytest
 
 from server.engine.cost import PrefillPace
 from server.engine.request import EngineError, FinishReason, Request
-from server.engine.scheduler import CHUNK_S, Limits, Scheduler
+from server.engine.scheduler import CHUNK_S, CHUNK_STEP, Limits, Scheduler
 from server.engine.sequence import RunningSequence, Status
 
 ROW_S = 0.002
@@ -175,10 +175,10 @@ def test_chunks_take_the_time_they_may_or_end_at_fixed_borders() -> None:
     free, fixed = scheduler(), scheduler(fixed_chunk=64)
     reading = sequence("r", 1000)
     rows = free.chunk_rows(reading)
-    assert CHUNK_S / ROW_S - 16 < rows <= CHUNK_S / ROW_S
+    assert CHUNK_S / ROW_S - CHUNK_STEP < rows <= CHUNK_S / ROW_S
     for _ in range(20):
         free.pace.record(64, 0.64)  # a slow machine, or a long text before it
-    assert free.chunk_rows(reading) == 16  # never less
+    assert free.chunk_rows(reading) == CHUNK_STEP  # never less
     reading.num_rows = 40
     assert fixed.chunk_rows(reading) == 24
     reading.num_rows = 990

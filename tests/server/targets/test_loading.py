@@ -11,9 +11,10 @@ from server.engine.engine import Engine, EngineOptions
 from server.engine.request import Request, SamplingParams
 from server.launch import load_codec
 from server.targets import loading
+from server.targets.context import Wanted
 from server.targets.gguf.header import open_gguf
 from server.targets.llama_cpp.memory import context_and_cache
-from server.targets.loading import choose_engine, context_length, load_target
+from server.targets.loading import choose_engine, load_target, memory_plan
 from server.targets.native_target import NativeTarget
 from server.targets.target import PrefillChunk, TargetError
 
@@ -48,7 +49,7 @@ def test_llama_cpp_computes_the_rest(beyond: Path, tiny_gguf: Any, tmp_path: Pat
     target = load_target(beyond, None, 1, 64, 1)
     assert type(target).__name__ == "LlamaCppTarget"
     assert target.prefill(PrefillChunk(0, [1, 2, 3])).features.shape == (3, target.info.hidden_size)
-    assert context_length(beyond, None, 1, None, "llama.cpp") == 256
+    assert memory_plan(beyond, Wanted(), 1, None, "llama.cpp").context == 256
 
 
 def test_without_the_package_the_one_command_is_said(

@@ -25,7 +25,7 @@ from transformers import (
 
 from drafters.proposal import Proposal
 from server.targets.checkpoint import INDEX, check_files, context_limit, read_config, stored_weights
-from server.targets.context import CacheShape, cache_shape, served_context
+from server.targets.context import CacheShape, MemoryPlan, Wanted, cache_shape, plan_memory
 from server.targets.native_target import NativeTarget, load_target
 from server.targets.target import PrefillChunk, TargetError, VerifyRows
 from server.targets.torch_target import TorchTarget
@@ -194,15 +194,33 @@ def test_limits_have_many_names(tmp_path: Path) -> None:
 
 def test_a_context_is_what_positions_allow_and_memory_holds() -> None:
     shape = CacheShape(bytes_per_position=1000, num_slots=4)
-    assert served_context("m", 8192, None, shape, 1e9) == 8192
-    assert served_context("m", 8192, 4096, shape, 4096 * 4000) == 4096
-    assert served_context("m", 8192, None, shape, 16e6) == 768, "a quarter of the memory, in steps of 256"
+    assert plan_memory("m", 8192, Wanted(None, 0), shape, 1e9) == MemoryPlan(8192, 4 * 8192, 0, 1e9 - 4 * 8192e3)
+    assert plan_memory("m", 8192, Wanted(4096, 0), shape, 4096 * 4000).pool_rows == 4 * 4096
+    few = plan_memory("m", 8192, Wanted(None, 0), shape, 16e6)
+    assert (few.context, few.pool_rows) == (3840, 4000), "a quarter of the memory, in steps of 256, for all together"
+    tight = plan_memory("m", 8192, Wanted(4096, 0), shape, 5e6)
+    assert (tight.context, tight.pool_rows) == (4096, 5000), "one such request fits, the others wait"
     with pytest.raises(TargetError, match="4000 positions would fit"):
-        served_context("m", 8192, 4096, shape, 16e6)
+        plan_memory("m", 8192, Wanted(4096, 0), shape, 4e6)
     with pytest.raises(TargetError, match="end at 8192"):
-        served_context("m", 8192, 9000, shape, 1e12)
+        plan_memory("m", 8192, Wanted(9000, 0), shape, 1e12)
     with pytest.raises(TargetError, match="does not fit"):
-        served_context("m", 8192, None, shape, -5)
+        plan_memory("m", 8192, Wanted(None, 0), shape, -5)
+    whole = CacheShape(1000, 4, shared=False)
+    assert plan_memory("m", 8192, Wanted(None, 0), whole, 16e6).context == 768, "llama.cpp takes all slots at once"
+    with pytest.raises(TargetError, match=r"4 requests takes .* 2000 positions would fit"):
+        plan_memory("m", 8192, Wanted(4096, 0), whole, 8e6)
+
+
+def test_a_page_cache_leaves_room_for_a_request() -> None:
+    shape = CacheShape(bytes_per_position=1000, num_slots=1)
+    assert plan_memory("m", 512, Wanted(), shape, 1e10).cache_bytes == 512 * 2**20
+    assert plan_memory("m", 512, Wanted(), shape, 8e6).cache_bytes == 1_000_000, "less where memory is short"
+    assert plan_memory("m", 512, Wanted(None, 7 * 10**6), shape, 8e6).context == 256
+    with pytest.raises(TargetError, match=r"--cache 8 MiB is asked for, and 8 MiB are free .* 7 MiB would fit"):
+        plan_memory("m", 512, Wanted(None, 8 * 10**6), shape, 8e6)
+    with pytest.raises(TargetError, match="1000 positions would fit, more with a smaller --cache"):
+        plan_memory("m", 8192, Wanted(4096, 7 * 10**6), shape, 8e6)
 
 
 def test_a_cache_s_shape_counts_scales_of_int8() -> None:

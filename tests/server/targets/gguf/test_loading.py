@@ -10,12 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from drafters.proposal import Proposal
 from kernels.linear_lowbit import dequantise
 from server.launch import load_codec
+from server.targets.context import Wanted
 from server.targets.gguf.blocks import DECODERS, FLOATS
 from server.targets.gguf.configuration import read_configuration
 from server.targets.gguf.header import open_gguf
 from server.targets.gguf.loading import load_gguf_target, pack_stored
 from server.targets.gguf.weights import GGUFWeights
-from server.targets.loading import context_length
+from server.targets.loading import memory_plan
 from server.targets.native_target import NativeTarget
 from server.targets.packed_model import model_of
 from server.targets.target import PrefillChunk, VerifyRows
@@ -160,7 +161,7 @@ def test_heads_that_the_native_layers_do_not_compute_run_on_transformers(
 def test_codec_context_and_stop_ids_come_from_the_file(tiny_gguf: Any, tmp_path: Path) -> None:
     file = tiny_gguf.write(tmp_path / "tiny.gguf")
     codec = load_codec(file)
-    assert context_length(file, None, 1, None) == 256
+    assert memory_plan(file, Wanted(), 1, None).context == 256
     assert codec.stop_ids == {0, 2}
     ids = codec.encode("the 12<|im_end|>")
     assert [tiny_gguf.tokens[i] for i in ids] == ["the", "Ġ", "1", "2", "<|im_end|>"]

@@ -1,0 +1,136 @@
+"""``dovetail bench streams``: many requests at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from server.commands.options import Config, Drafter, Target, Threads, Weights, check_folder, settings_from
+
+if TYPE_CHECKING:
+    from drafters.drafter import Drafter as AnyDrafter
+    from server.bench.streams import Setup
+    from server.bench.texts import Texts
+    from server.settings import Settings
+    from server.text import TextCodec
+
+MEASUREMENTS = ("decode", "waits", "trees")
+ROWS, TOP_K, DEPTH = 8, 2, 6  # the serving default
+MOST_ROWS = 32
+CONTEXT = 4096
+CHAT_TOKENS, LONG_TOKENS = 1499, 2999
+FOLLOW_UP = "\nThank you. Now say the same in one short sentence, please.\n"
+STREAM = "The history of the steam engine begins"
+
+
+def streams(
+    target: Target = None,
+    measure: Annotated[str, typer.Option(help=f"{', '.join(MEASUREMENTS)}, by commas.")] = ",".join(MEASUREMENTS),
+    streams: Annotated[str, typer.Option(help="Numbers of streams, by commas.")] = "1,2,4,8,16",
+    suite: Annotated[str, typer.Option(help="humaneval, mt-bench, gsm8k or a JSONL file.")] = "humaneval",
+    limit: Annotated[int, typer.Option(min=1, help="Texts for trees.")] = 6,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Tokens of each stream or text.")] = 64,
+    turns: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 5,
+    drafter: Drafter = None,
+    weights: Weights = None,
+    threads: Threads = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Also write the report here.", show_default=False)
+    ] = None,
+    config: Config = None,
+) -> None:
+    """Several streams beside plain decoding, what a request waits for, and rows by cost beside fixed trees.
+
+    Figures are medians of alternating turns. The last line printed is the report as JSON.
+    """
+    check_folder(json_file, "--json")
+    wanted, counts = measure.split(","), [int(count) for count in streams.split(",")]
+    if unknown := set(wanted) - set(MEASUREMENTS):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: known are {', '.join(MEASUREMENTS)}")
+    settings = settings_from(
+        config, target=target, drafter=drafter, weights=weights, threads=threads, max_seqs=max(counts), context=CONTEXT,
+        rows=MOST_ROWS, top_k=TOP_K, depth=MOST_ROWS - 2, trees="fixed",
+    )  # fmt: skip
+    report = run(settings, wanted, counts, Plan(suite, limit, max_tokens, turns))
+    line = json.dumps(report)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    typer.echo(line)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """suite: where prompts come from; limit: texts for trees; max_tokens: of each; turns: times each is measured."""
+
+    suite: str
+    limit: int
+    max_tokens: int
+    turns: int
+
+
+def run(settings: Settings, wanted: list[str], counts: list[int], plan: Plan) -> dict[str, Any]:
+    """Load once and measure what is wanted."""
+    from drafters.proposal import Budget
+    from server.bench.prompts import load_prompts
+    from server.bench.streams import Setup, contestants, decode_report, trees_report, useless_drafter
+    from server.launch import load_codec, load_engine, resolve_target, slot_capacity
+    from server.placement.machine import measure_machine
+
+    loaded = load_engine(settings)
+    codec = load_codec(resolve_target(settings.target))
+    context, target, drafter = loaded.options.context_length, loaded.target, loaded.drafting.drafter
+    setup = Setup(target, settings.max_seqs, context, Budget(ROWS, TOP_K, DEPTH))
+    report: dict[str, Any] = {
+        "hardware": measure_machine().json(),
+        "target": dataclasses.asdict(target.info),
+        "drafter": None if drafter is None else drafter.name,
+        "conditions": dataclasses.asdict(plan),
+    }
+    if "decode" in wanted:
+        useless = useless_drafter(target, settings.max_seqs, slot_capacity(context, [loaded.options.budget]))
+        prompts = [codec.encode(prompt.text or prompt.turns[0]) for prompt in load_prompts(plan.suite, max(counts))]
+        engines = contestants(setup, drafter, useless)
+        report["decode"] = decode_report(engines, prompts, counts, plan.max_tokens, plan.turns, tell)
+    if "waits" in wanted:
+        report["waits"] = waits(setup, drafter, codec, plan.turns)
+    if "trees" in wanted:
+        report["trees"] = trees_report(setup, drafter, texts(setup, codec, plan), plan.turns, tell)
+    return report
+
+
+def waits(setup: Setup, drafter: AnyDrafter | None, codec: TextCodec, turns: int) -> dict[str, Any]:
+    """What a request waits for, on prompts made of the chats of a suite."""
+    from server.bench.prompts import load_prompts
+    from server.bench.streams import choices_report, gap_report, second_turn_report
+
+    words = " ".join(turn for prompt in load_prompts("mt-bench") for turn in prompt.turns)
+    token_ids = codec.encode(words * (1 + 2 * LONG_TOKENS // len(words.split())))
+    chat, long, follow = token_ids[:CHAT_TOKENS], token_ids[-LONG_TOKENS:], codec.encode(FOLLOW_UP)
+    engine = setup.engine(drafter, lookup=True)
+    return {
+        "second_turn": second_turn_report(engine, chat, follow, turns),
+        "choices": choices_report(engine, chat, turns),
+        "gap": gap_report(setup.engine(drafter, lookup=True), codec.encode(STREAM), long, turns),
+    }
+
+
+def texts(setup: Setup, codec: TextCodec, plan: Plan) -> Texts:
+    """Prompts of a suite, and what the target alone writes after them."""
+    from server.bench.contestants import EngineContestant
+    from server.bench.prompts import load_prompts
+    from server.bench.streams import PLAIN
+    from server.bench.texts import generate_references
+
+    plain = EngineContestant(PLAIN, setup.engine(None, lookup=False, by_cost=False))
+    return generate_references(
+        plain, codec, load_prompts(plan.suite, plan.limit), plan.max_tokens, True, lambda *_: None
+    )
+
+
+def tell(what: str) -> None:
+    """What has just been measured."""
+    typer.echo(what, err=True)
