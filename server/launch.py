@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import gc
 import logging
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
     from drafters.drafter import Drafter
     from drafters.proposal import Budget
-    from server.engine.cost import Costs
     from server.engine.engine import Engine
     from server.engine.thread import EngineThread
     from server.placement.devices import Placement
@@ -195,6 +192,7 @@ def load_parts(settings: Settings) -> tuple[Engine, Placed]:
     from drafters.proposal import Budget
     from server.engine.ahead import AheadDrafter, ahead_budget
     from server.engine.engine import Engine, EngineOptions
+    from server.engine.measure import load_costs
     from server.targets.context import DrafterRoom, Wanted
     from server.targets.loading import choose_engine, load_target, memory_plan
 
@@ -267,20 +265,6 @@ def placement_status(engine: Engine, placed: Placed) -> dict[str, Any]:
     if isinstance(target, SplitTarget):
         found["gpu_layers"] = dataclasses.asdict(target.upper_state)
     return found
-
-
-def load_costs(target: Target, drafter: Drafter | None, budget: Budget, capacity: int, place: str) -> Costs:
-    """What passes and drafts cost: remembered in the user's cache folder, or measured now. ``place``: the drafter's."""
-    from kernels.native import ABI, instruction_set, num_threads
-    from server.engine.measure import CONTEXT, remembered_costs
-
-    info = target.info
-    model = (info.name, info.architecture, info.num_layers, info.hidden_size, info.num_parameters, info.weights)
-    drafts = ("none",) if drafter is None else (drafter.name, place, *dataclasses.astuple(budget))
-    machine = (platform.node(), os.cpu_count(), instruction_set(), num_threads(), ABI)
-    key = "|".join(map(str, (*machine, type(target).__name__, *model, *drafts)))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dovetail"
-    return remembered_costs(folder / "costs.json", key, target, drafter, budget, capacity - CONTEXT - 1)
 
 
 def slot_capacity(context: int, budgets: Sequence[Budget]) -> int:

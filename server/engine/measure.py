@@ -7,14 +7,18 @@ next time; while it runs they are refined. Slots of target and drafter must be e
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
+import os
+import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from drafters.drafter import Drafter, DraftState, Observation
 from drafters.proposal import Budget, Proposal
+from kernels.native import ABI, instruction_set, num_threads
 from server.engine.cost import Costs, DraftCost, VerifyCost
 from server.targets.target import PrefillChunk, Target, VerifyRows
 
@@ -80,6 +84,17 @@ def draft_cost(drafter: Drafter, state: DraftState, budget: Budget, row_s: float
             break
     level_s = max(deep - shallow, 0.0) / budget.depth if budget.depth else 0.0
     return DraftCost(max(shallow - level_s, 0.0), level_s, row_s)
+
+
+def load_costs(target: Target, drafter: Drafter | None, budget: Budget, capacity: int, place: str) -> Costs:
+    """What passes and drafts cost: remembered in the user's cache folder, or measured now. ``place``: the drafter's."""
+    info = target.info
+    model = (info.name, info.architecture, info.num_layers, info.hidden_size, info.num_parameters, info.weights)
+    drafts = ("none",) if drafter is None else (drafter.name, place, *dataclasses.astuple(budget))
+    machine = (platform.node(), os.cpu_count(), instruction_set(), num_threads(), ABI)
+    key = "|".join(map(str, (*machine, type(target).__name__, *model, *drafts)))
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dovetail"
+    return remembered_costs(folder / "costs.json", key, target, drafter, budget, capacity - CONTEXT - 1)
 
 
 def remembered_costs(
