@@ -11,7 +11,7 @@ RUN pip install --constraint constraints.txt torch --index-url "$TORCH_INDEX"
 # The llama.cpp peer is compiled here (10 to 15 minutes); --build-arg LLAMA_CPP= leaves it out.
 ARG LLAMA_CPP=llama-cpp-python
 RUN if [ -n "$LLAMA_CPP" ]; then CMAKE_ARGS="-DGGML_NATIVE=OFF" pip install --constraint constraints.txt "$LLAMA_CPP" gguf; fi
-COPY pyproject.toml setup.py README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE NOTICE ./
 COPY server server
 COPY drafters drafters
 COPY kernels kernels

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel's files, built without native kernels and weights, which take minutes and megabytes."""
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
     for package in ("server", "drafters", "kernels", "vision"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "csrc", "assets", "suites")
