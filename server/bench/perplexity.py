@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from server.targets.target import PrefillChunk, TargetError
-from server.targets.torch_target import TorchTarget
+from drafters.proposal import chain
+from server.targets.target import Target, TargetError, VerifyRows
 
 SLOT = 0
 
@@ -43,35 +41,33 @@ class Windows:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood (nats) of ``num_tokens`` tokens."""
+    """exp of the mean negative log-likelihood (nats) of ``num_tokens`` tokens; weights: as asked for, held: as held."""
 
     weights: str
+    held: str
     perplexity: float
     num_tokens: int
 
 
-def perplexity(target: TorchTarget, token_ids: Sequence[int], windows: Windows) -> Perplexity:
+def perplexity(target: Target, weights: str, token_ids: Sequence[int], windows: Windows) -> Perplexity:
     """Score a text; slot 0 is used and left empty. Errors: TargetError for a text of fewer than two tokens."""
     if len(token_ids) < 2:
         raise TargetError(f"a perplexity needs at least 2 tokens, got {len(token_ids)}")
     total, count = 0.0, 0
     for begin, end, first in windows.spans(len(token_ids)):
-        features = target.prefill(PrefillChunk(SLOT, token_ids[begin:end])).features
-        target.release(SLOT)
+        rows = VerifyRows(SLOT, token_ids[begin], chain(token_ids[begin + 1 : end]))
+        (verified,) = target.verify([rows])
         # The row before a token predicts it.
-        logits: Tensor = target.head(features[first - begin - 1 : -1])
+        logits = verified.outputs.logits(range(first - begin - 1, end - begin - 1))
+        target.release(SLOT)
         wanted = torch.tensor(token_ids[first:end])
         total += float(torch.nn.functional.cross_entropy(logits.double(), wanted, reduction="sum"))
         count += len(wanted)
-    return Perplexity(target.info.weights, math.exp(total / count), count)
+    return Perplexity(weights, target.info.weights, math.exp(total / count), count)
 
 
 def compare_weights(
-    folder: Path,
-    token_ids: Sequence[int],
-    formats: Sequence[str | None],
-    windows: Windows,
-    load: Callable[[Path, str | None, int], TorchTarget],
+    token_ids: Sequence[int], formats: Sequence[str], windows: Windows, load: Callable[[str, int], Target]
 ) -> list[Perplexity]:
-    """The same text in each format, one target in memory at a time; ``load`` takes folder, format and capacity."""
-    return [perplexity(load(folder, weights, windows.length), token_ids, windows) for weights in formats]
+    """The same text in each format, one target in memory at a time; ``load`` takes format and capacity."""
+    return [perplexity(load(weights, windows.length), weights, token_ids, windows) for weights in formats]

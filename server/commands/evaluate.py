@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -92,25 +92,26 @@ def evaluate_perplexity(
     """Perplexity of a text under a target, and its change with the weights' format.
 
     A packed folder has one format: name it alone, as in --weights int4. `stored` is a model's own, such as a
-    GGUF file's codes.
+    GGUF file's codes; `llama.cpp` is a GGUF file as llama.cpp computes it.
     """
     from server.bench.perplexity import Windows, compare_weights
     from server.launch import load_codec, resolve_target
-    from server.targets.loading import load_own_target
+    from server.settings import LLAMA_CPP, NATIVE
+    from server.targets.loading import load_target
 
-    folder = resolve_target(target)
-    token_ids = load_codec(folder).encode(text.read_text(encoding="utf-8"))[:limit]
-    found = compare_weights(
-        folder,
-        token_ids,
-        [None if name == "stored" else name for name in weights.split(",")],
-        Windows(window, stride),
-        lambda folder, weights, capacity: load_own_target(folder, weights, 1, capacity, threads),
-    )
+    path = resolve_target(target)
+    token_ids = load_codec(path).encode(text.read_text(encoding="utf-8"))[:limit]
+
+    def load(name: str, capacity: int) -> Any:
+        if name == LLAMA_CPP:
+            return load_target(path, None, 1, capacity, threads, engine=LLAMA_CPP)
+        return load_target(path, None if name == "stored" else name, 1, capacity, threads, engine=NATIVE)
+
+    found = compare_weights(token_ids, weights.split(","), Windows(window, stride), load)
     results = [
         dataclasses.asdict(each) | {"change": round(each.perplexity / found[0].perplexity - 1, 5)} for each in found
     ]
-    head = {"target": folder.name, "text": text.name, "tokens": len(token_ids), "window": window, "stride": stride}
+    head = {"target": path.name, "text": text.name, "tokens": len(token_ids), "window": window, "stride": stride}
     typer.echo(json.dumps(head | {"results": results}))
 
 

@@ -33,12 +33,12 @@ def test_perplexity_is_that_of_the_models_own_loss(save_model: Callable[..., Pat
     with torch.no_grad():
         loss = model(input_ids=token_ids[None], labels=token_ids[None]).loss
     target = TorchTarget.load(folder, "fp32", 1, 64)
-    found = perplexity(target, token_ids.tolist(), Windows(64, 32))
+    found = perplexity(target, "fp32", token_ids.tolist(), Windows(64, 32))
     assert found.num_tokens == 29 and math.isclose(found.perplexity, math.exp(loss), rel_tol=1e-4)
     both = compare_weights(
-        folder, token_ids.tolist(), ("fp32", "bf16"), Windows(16, 8), lambda f, w, n: TorchTarget.load(f, w or "", 1, n)
+        token_ids.tolist(), ("fp32", "bf16"), Windows(16, 8), lambda weights, n: TorchTarget.load(folder, weights, 1, n)
     )
-    assert [each.weights for each in both] == ["fp32", "bf16"]
+    assert [each.held for each in both] == [each.weights for each in both] == ["fp32", "bf16"]
     assert both[0].perplexity == pytest.approx(both[1].perplexity, rel=0.05)
     with pytest.raises(TargetError, match="at least 2 tokens"):
-        perplexity(target, [1], Windows())
+        perplexity(target, "fp32", [1], Windows())

@@ -80,6 +80,7 @@ class TinyGGUF:
         split: int = 0,
         architecture: str = "llama",
         heads: int = HEADS,
+        without: tuple[str, ...] = (),
     ) -> Path:
         writer = gguf.GGUFWriter(file, architecture, split_max_tensors=split)
         writer.add_context_length(256)
@@ -101,7 +102,8 @@ class TinyGGUF:
         if extra is not None:
             extra(writer)
         for name, (kind, data) in self.tensors(kinds or {}, default, tied).items():
-            writer.add_tensor(name, data, raw_dtype=kind)
+            if not any(part in name for part in without):
+                writer.add_tensor(name, data, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
