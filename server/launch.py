@@ -156,15 +156,16 @@ def load_drafter_folder(
     from drafters.checkpoint import NETWORKS, read_fields
     from drafters.dovetail import load_drafter as load_dovetail
     from drafters.native import NotNative, load_native
-    from drafters.small_lm import load_small_lm
+    from server.language_drafter import check_vocabulary, load_language_drafter
+    from server.targets.loading import model_config
 
-    fields = read_fields(folder)
+    fields = model_config(folder).get_text_config().to_dict() if is_gguf(folder) else read_fields(folder)
     room.check(folder, fields, place.device)
     num_slots, capacity = room.num_slots, room.capacity
-    if fields.get("model_type") not in NETWORKS:
-        return load_small_lm(
-            folder, target_folder, target.info.vocab_size, place.device, place.dtype, num_slots, capacity
-        )
+    if is_gguf(folder) or fields.get("model_type") not in NETWORKS:
+        own, wanted = (load_codec(path).tokenizer.get_vocab(with_added_tokens=True) for path in (folder, target_folder))
+        check_vocabulary(own, wanted, folder.name, target_folder.name)
+        return load_language_drafter(folder, target.info.vocab_size, place, num_slots, capacity)
     embedding, lm_head = target.embedding(), head_at(target, place)
     if place.native:
         try:

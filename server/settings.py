@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     )
     drafter: str | None = Field(
         None,
-        description="Folder or hub id of a drafter or a small language model, or 'none'.",
+        description="Folder or hub id of a drafter, or a small language model (.gguf files too), or 'none'.",
     )
     lookup: bool = Field(True, description="Draft what followed the same words before, beside the drafter.")
     trees: Literal["cost", "fixed"] = Field(

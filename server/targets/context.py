@@ -143,16 +143,20 @@ class DrafterRoom:
     pool_rows: int
     left_bytes: float
 
-    def check(self, folder: Path, fields: Mapping[str, Any], device: torch.device) -> None:
-        """``fields``: its config.json. Errors: DrafterError, by its name, where it does not fit beside the target."""
+    def check(self, path: Path, fields: Mapping[str, Any], device: torch.device) -> None:
+        """``path``: a folder or a GGUF file; ``fields``: its configuration.
+
+        Errors: DrafterError, by its name, where it does not fit beside the target.
+        """
         rows, left = self.pool_rows, self.left_bytes
         if device.type == "cuda":
             rows, left = self.num_slots * self.capacity, torch.cuda.mem_get_info(device)[0]
-        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        files = [path] if path.is_file() else path.glob("*.safetensors")
+        weights = sum(file.stat().st_size for file in files)
         needed = weights + rows * drafter_row_bytes(fields)
         if needed > left:
             raise DrafterError(
-                f"the drafter {folder.name} takes {_size(needed)} on {device} with {self.num_slots} requests of "
+                f"the drafter {path.name} takes {_size(needed)} on {device} with {self.num_slots} requests of "
                 f"{self.capacity} rows, and {_size(max(left, 0.0))} are left; a shorter --context, a smaller "
                 "--max-seqs or --cache, or --drafter none leaves room"
             )

@@ -17,7 +17,7 @@ from server.targets.checkpoint import context_limit, read_config
 from server.targets.context import MemoryPlan, Wanted, cache_shape, plan_memory
 from server.targets.gguf.configuration import BeyondNative, read_configuration
 from server.targets.gguf.header import open_gguf
-from server.targets.gguf.loading import load_gguf_target, why_not_native
+from server.targets.gguf.loading import load_dequantised, load_gguf_target, why_not_native
 from server.targets.gguf.weights import GGUFWeights
 from server.targets.llama_cpp.library import INSTALL
 from server.targets.llama_cpp.memory import context_and_cache
@@ -27,7 +27,7 @@ from server.targets.native_target import load_target as load_folder
 from server.targets.packed_model import model_of
 from server.targets.split_target import SplitTarget
 from server.targets.target import Target, TargetError
-from server.targets.torch_target import TorchTarget
+from server.targets.torch_target import TorchTarget, load_transformers_model
 from server.targets.upper_layers import Split
 
 logger = logging.getLogger(__name__)
@@ -133,3 +133,8 @@ def memory_plan(path: Path, wanted: Wanted, num_slots: int, kv_cache: str | None
 def model_config(path: Path) -> Any:
     """transformers' configuration of a folder or a GGUF file. Errors: TargetError."""
     return read_configuration(open_gguf(path)) if is_gguf(path) else read_config(path)
+
+
+def transformers_model(path: Path, dtype: torch.dtype) -> Any:
+    """transformers' own model of a folder or a GGUF file, with our attention plugged in. Errors: TargetError."""
+    return load_dequantised(path, dtype) if is_gguf(path) else load_transformers_model(path, dtype)

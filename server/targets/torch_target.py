@@ -114,7 +114,8 @@ class TorchTarget:
     ) -> None:
         """``model`` must have been created with ``ATTENTION_NAME``; ``capacity`` counts rows a slot can hold.
 
-        ``kv_cache`` is one of ``KV_CACHES``; None holds keys and values in the model's own type.
+        It stays on its device, where the slots are made. ``kv_cache`` is one of ``KV_CACHES``; None holds keys and
+        values in the model's own type.
         """
         config = model.config.get_text_config()
         for setting in (
@@ -130,10 +131,13 @@ class TorchTarget:
                     "attention in every layer and positions given by number can"
                 )
         self.model = model.eval().requires_grad_(False)
+        self.device: torch.device = model.get_input_embeddings().weight.device
         if (note := by_position(model.base_model)) is not None:
             logger.warning("%s: %s", name, note)
         self.head = LogitsHead(model)
-        self.slots = create_slots(model, num_slots, capacity, CPU, None if kv_cache is None else KV_CACHES[kv_cache])
+        self.slots = create_slots(
+            model, num_slots, capacity, self.device, None if kv_cache is None else KV_CACHES[kv_cache]
+        )
         self.tap = FeatureTap(model.base_model, config.num_hidden_layers)
         self.info = TargetInfo(
             name=name,
@@ -197,6 +201,12 @@ class TorchTarget:
             positions += [length, *(length + depth for depth in part.proposal.depths)]
         return segments, token_ids, positions
 
+    def logits_after(
+        self, segments: Sequence[Segment], token_ids: list[int], positions: list[int], wanted: Sequence[int]
+    ) -> Tensor:
+        """Logits [wanted, vocabulary] fp32 of rows anywhere behind the committed ones; it commits nothing."""
+        return self.head(self._forward(segments, token_ids, positions)[list(wanted)])
+
     def select_features(self, layers: Sequence[str]) -> None:
         """Capture these layers from now on."""
         self.tap.select(layers)
@@ -234,8 +244,8 @@ class TorchTarget:
             self.slots.check(segment)
         row_pass = RowPass(self.slots, segments)
         output = self.model.base_model(
-            input_ids=torch.tensor([token_ids]),
-            position_ids=torch.tensor([positions]),
+            input_ids=torch.tensor([token_ids], device=self.device),
+            position_ids=torch.tensor([positions], device=self.device),
             use_cache=False,
             row_pass=row_pass,
         )
@@ -250,13 +260,13 @@ class TorchTarget:
         the model's own forward must give the same logits.
         """
         ids = [1 % self.info.vocab_size, 2 % self.info.vocab_size, 3 % self.info.vocab_size]
-        tree = self._forward([tree_segment(0, 0, [-1, 0, 0], CPU)], ids, [0, 1, 1])[2:]
+        tree = self._forward([tree_segment(0, 0, [-1, 0, 0], self.device)], ids, [0, 1, 1])[2:]
         chain = [causal_segment(0, 0, 2)]
         alone = self._forward(chain, [ids[0], ids[2]], [0, 1])[1:]
         with torch.inference_mode():
             whole = self.model(
-                input_ids=torch.tensor([[ids[0], ids[2]]]),
-                position_ids=torch.tensor([[0, 1]]),
+                input_ids=torch.tensor([[ids[0], ids[2]]], device=self.device),
+                position_ids=torch.tensor([[0, 1]], device=self.device),
                 use_cache=False,
                 row_pass=RowPass(self.slots, chain),
             ).logits[0, 1:]

@@ -1,31 +1,28 @@
-"""A language model as drafter: its trees against plain forward passes, its slots, whom it refuses."""
+"""A language model as drafter: its trees against plain forward passes, its slots."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from doubles import save_word_tokenizer, tiny_llama, tiny_qwen3
+from doubles import tiny_llama, tiny_qwen3
 from drafters import small_lm
-from drafters.drafter import DrafterError, DraftState
+from drafters.drafter import DraftState
 from drafters.proposal import Budget, Proposal
-from drafters.small_lm import SmallLMDrafter, load_small_lm
+from drafters.small_lm import SmallLMDrafter
+from server.targets.torch_target import TorchTarget
 
-CPU = torch.device("cpu")
 MODELS = {"llama": tiny_llama, "qwen3": tiny_qwen3}
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
 def folder(request: pytest.FixtureRequest, save_model: Callable[..., Path]) -> Path:
-    folder = save_model(MODELS[request.param](), request.param)
-    save_word_tokenizer(folder)
-    return folder
+    return save_model(MODELS[request.param](), request.param)
 
 
-def load(folder: Path, target_folder: Path | None = None, vocab_size: int = 67, capacity: int = 64) -> SmallLMDrafter:
-    return load_small_lm(folder, target_folder or folder, vocab_size, CPU, torch.float32, 3, capacity)
+def load(folder: Path, vocab_size: int = 67, capacity: int = 64) -> SmallLMDrafter:
+    return SmallLMDrafter(TorchTarget.load(folder, "fp32", 3, capacity), vocab_size)
 
 
 def plain_log_probs(folder: Path, token_ids: list[int]) -> torch.Tensor:
@@ -93,24 +90,3 @@ def test_ids_the_target_lacks_are_not_drafted(folder: Path) -> None:
     drafter = load(folder, vocab_size=5)
     (proposal,) = drafter.propose([DraftState(0, [1, 2, 3])], Budget(16, 4, 2))
     assert set(proposal.token_ids) <= set(range(5))
-
-
-def test_another_vocabulary_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
-    target = tmp_path / "big-model"
-    save_word_tokenizer(target, words=[f"word{i}" for i in range(66)] + ["other"])
-    with pytest.raises(DrafterError, match=r"another vocabulary than big-model: token 66 is 'word66'.*'other'"):
-        load(folder, target)
-    (target / "tokenizer.json").unlink()
-    with pytest.raises(DrafterError, match=r"tokenizer\.json does not exist"):
-        load(folder, target)
-
-
-def test_bad_folders_are_refused(folder: Path, tmp_path: Path) -> None:
-    broken = shutil.copytree(folder, tmp_path / "broken")
-    whole = (broken / "model.safetensors").read_bytes()
-    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DrafterError, match="cannot be loaded"):
-        load(broken)
-    (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
-    with pytest.raises(DrafterError, match=r"pytorch_model\.bin is a pickle.*weights_only"):
-        load(broken)

@@ -33,11 +33,8 @@ def load_gguf_target(
 
     Errors: TargetError naming the file and what in it is wrong or not read.
     """
-    file = open_gguf(path)
     name = path.name.removesuffix(".gguf")
-    model = model_of(read_configuration(file), path)
-    source = GGUFWeights(file, model.config)
-    scale_frequencies(model.base_model.rotary_emb, source)
+    model, source = open_model(path)
     reason = why_not_native(model)
     if reason is None:
         packed = pack_stored(model, source) if weights is None else pack_from(model, source, weights)
@@ -50,6 +47,20 @@ def load_gguf_target(
     weights = weights or "fp32"
     model = dequantised_model(model, source, WEIGHTS[weights])
     return TorchTarget.checked(model, name, weights, num_slots, capacity, kv_cache)
+
+
+def load_dequantised(path: Path, dtype: torch.dtype) -> Any:
+    """transformers' model with every weight of the file in ``dtype``. Errors: TargetError."""
+    return dequantised_model(*open_model(path), dtype)
+
+
+def open_model(path: Path) -> tuple[Any, GGUFWeights]:
+    """transformers' model without weights, and where they come from. Errors: TargetError."""
+    file = open_gguf(path)
+    model = model_of(read_configuration(file), path)
+    source = GGUFWeights(file, model.config)
+    scale_frequencies(model.base_model.rotary_emb, source)
+    return model, source
 
 
 def why_not_native(model: Any) -> str | None:
