@@ -24,11 +24,13 @@ from server.bench.contestants import (
 from server.bench.prompts import Prompt
 from server.bench.simulated import SimulatedDrafter
 from server.bench.texts import Advance, BenchError, Texts, generate_references
-from server.bench.verify_curve import verify_ms
+from server.bench.verify_curve import predicted_ms, verify_ms
 from server.engine.cost import Costs, DraftCost, VerifyCost
 from server.engine.engine import Engine, RoundClock
 from server.engine.request import SamplingParams
 from server.placement.machine import measure_machine
+from server.targets.native_target import NativeTarget
+from server.targets.target import Target
 from server.text import TextCodec
 
 PLAIN, LOOKUP, DOVETAIL = "plain", "lookup", "dovetail"
@@ -105,6 +107,7 @@ def measure(
     report["peers"] |= {name: {"skipped": reason} for name, reason in skipped.items()}
     report |= {
         "verify_ms": curve,
+        "predicted": predicted_json(engine.target),
         "repeated_4gram_share": round(repeated_4gram_share(texts.references), 3),
         "ngram_acceptance_length": round(acceptance_length(ngram), 3),
     }
@@ -117,6 +120,15 @@ def lookup_engine(engine: Engine) -> Engine:
     if costs is not None:
         costs = Costs(VerifyCost(costs.verify.points), DraftCost(0.0, 0.0, 0.0), costs.overhead_s)
     return Engine(engine.target, None, dataclasses.replace(engine.options, lookup=True), costs)
+
+
+def predicted_json(target: Target) -> dict[str, Any] | None:
+    """What a plan for this machine expects of the target, beside what was measured; None for other engines' targets."""
+    if not isinstance(target, NativeTarget):
+        return None
+    found = predicted_ms(target)
+    times = {str(rows): round(taken, 3) for rows, taken in found.items()}
+    return {"verify_ms": times, "plain_tokens_per_s": round(1e3 / found[1], 3)}
 
 
 def ngram_runs(engine: Engine, cases: Sequence[Case], sampling: SamplingParams, advance: Advance) -> list[Timed]:

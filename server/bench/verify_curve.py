@@ -1,4 +1,4 @@
-"""T(n): how long the target takes to verify n rows."""
+"""T(n): how long the target takes to verify n rows, measured, and as the costs of plans predict it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import time
 from collections.abc import Sequence
 
 from drafters.proposal import chain
+from server.placement.cost import PASS_MS, between
+from server.placement.probe import probe
+from server.targets.native_target import NativeTarget
 from server.targets.target import PrefillChunk, Target, VerifyRows
 
 ROWS = (1, 2, 4, 8, 16)
@@ -33,3 +36,13 @@ def verify_ms(target: Target, rows: Sequence[int] = ROWS, context: int = CONTEXT
     finally:
         target.release(0)
     return {str(num_rows): round(statistics.median(taken) * 1e3, 3) for num_rows, taken in times.items()}
+
+
+def predicted_ms(target: NativeTarget, context: int = CONTEXT, rows: Sequence[int] = ROWS) -> dict[int, float]:
+    """The same as a plan for this machine expects it: from the first, the middle and the last layer, and the head.
+
+    What a second device computes of the target is not in it.
+    """
+    layers, count = target.stack.layers, len(target.stack)
+    found = probe((layers[0], layers[count // 2], layers[-1]), target.packed_head, count, context)
+    return {n: PASS_MS + count * between(found.layer_ms, n) + between(found.head_ms, n) for n in rows}

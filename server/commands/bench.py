@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from server.commands.bench_face_quality import bench_face_quality
 from server.commands.bench_kernels import diagonalwise, kernels
+from server.commands.bench_shape import run_shape
 from server.commands.bench_streams import streams
 from server.commands.bench_vision import distillation, vision
 from server.commands.options import (
@@ -111,6 +112,15 @@ def bench(
             help="Pretend this acceptance length: drafts are the true text, made to fail.", show_default=False
         ),
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="No target but random weights of this shape, such as llama2-7b.", show_default=False),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Of a shape: at most so many layers, where memory is short.", show_default=False)
+    ] = None,
+    blocks: Annotated[int, typer.Option(min=0, help="Of a shape: blocks of a drafter whose time is taken.")] = 0,
+    shape_gpu_layers: Annotated[int, typer.Option(min=0, help="Of a shape: last layers on the GPU.")] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Also write the report here.", show_default=False)
     ] = None,
@@ -150,6 +160,12 @@ def bench(
         trees=trees,
         max_seqs=1,
     )
+    if shape is not None:
+        simulated = run_shape(
+            settings, shape, simulate_acceptance, layers, blocks, shape_gpu_layers, max_tokens, repeats
+        )
+        write(simulated, json_file)
+        return
     from server.bench.report import PLAIN, BenchOptions
     from server.engine.request import SamplingParams
 
@@ -158,11 +174,16 @@ def bench(
     options = BenchOptions(suite, max_tokens, repeats, peers, simulate_acceptance, ignore_eos, sampling, chat)
     report = run_bench(settings, options, limit)
     show(report, Console(stderr=True, markup=False))
-    line = json.dumps(report)
-    if json_file is not None:
-        json_file.write_text(line + "\n", encoding="utf-8")
-    typer.echo(line)
+    write(report, json_file)
     check_lossless(report)
+
+
+def write(report: dict[str, Any], file: Path | None) -> None:
+    """The report as the last line, and into a file where one is named."""
+    line = json.dumps(report)
+    if file is not None:
+        file.write_text(line + "\n", encoding="utf-8")
+    typer.echo(line)
 
 
 def run_bench(settings: Settings, options: BenchOptions, limit: int) -> dict[str, Any]:
@@ -202,6 +223,9 @@ def show(report: dict[str, Any], console: Console) -> None:
     )
     curve = ", ".join(f"T({rows}) {taken:.1f}" for rows, taken in report["verify_ms"].items())
     console.print(f"verify, ms: {curve}")
+    if (predicted := report["predicted"]) is not None:
+        expected = ", ".join(f"T({rows}) {taken:.1f}" for rows, taken in predicted["verify_ms"].items())
+        console.print(f"predicted from one layer: {expected}; plain {predicted['plain_tokens_per_s']:.1f} tokens/s")
     console.print(
         f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads for everyone, "
         f"{hardware['stream_gb_per_s']:.0f} GB/s; weights {report['target']['weights']}; "

@@ -6,6 +6,8 @@ docs/placement.md has the formulas and says where each constant comes from.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from server.placement.shape import FP16, STORED, WEIGHT_BYTES, TargetShape
@@ -17,6 +19,7 @@ REACHED_SHARE = 0.7
 TORCH_ROWS_FACTOR = 2.42
 GPU_CALL_MS = 0.2  # a drafter's level on the GPU: launches, and the choice of tokens
 CPU_CALL_MS = 0.05
+PASS_MS = 0.3  # of a pass beside layers and head: rows put together, embedded, handed out (measured on two cores)
 # Acceptance length at 16 rows by number of blocks: five and six are the paper's (HumanEval), the others assumed.
 ACCEPTANCE = {0: 1.0, 1: 5.0, 2: 5.3, 3: 5.55, 4: 5.75, 5: 5.9, 6: 5.98}
 TRIMMED_LOSS = 0.05  # of the drafted tokens, where a trimmed head cannot draft all of them (assumed)
@@ -27,7 +30,8 @@ ACCEPTANCE_ROWS, ROW_DECAY = 16, 0.83  # a further row is worth that share of th
 class Rates:
     """A machine as costs see it; the bus is the GPU's. ``native``: our kernels, else torch's eager products.
 
-    acceptance: the acceptance length at 16 rows where it is known, instead of the assumption.
+    acceptance: the acceptance length at 16 rows where it is known, instead of the assumption; layer_ms and head_ms:
+    milliseconds of one layer and of the head by rows, where they were measured, instead of the roofline.
     """
 
     stream_gb_per_s: float
@@ -38,6 +42,8 @@ class Rates:
     bus_latency_us: float = 20.0
     native: bool = True
     acceptance: float | None = None
+    layer_ms: Mapping[int, float] | None = None
+    head_ms: Mapping[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,21 +84,36 @@ def predict(shape: TargetShape, weights: str, context: int, rates: Rates, choice
 
 def verify_ms(shape: TargetShape, weights: str, context: int, rates: Rates, choice: Choice, rows: int) -> float:
     """One pass over the target: the CPU's layers, then the GPU's."""
-    cpu_layers = shape.num_layers - choice.gpu_layers
     head_on_gpu = choice.gpu_layers > 0
-    parameters = cpu_layers * shape.layer_parameters + (0 if head_on_gpu else shape.head_parameters)
-    kv_bytes = context * shape.kv_bytes(cpu_layers, weights)
-    streaming = (parameters * shape.weight_bytes(weights) + kv_bytes) / rates.stream_gb_per_s / 1e6
-    if rates.native:
-        peak = rates.dot_gmac_per_s * DOT_SHARE[weights] * REACHED_SHARE
-        cpu = max(streaming, rows * parameters / peak / 1e6)
-    else:
-        cpu = streaming * (1.0 if rows == 1 else TORCH_ROWS_FACTOR)
+    cpu = cpu_ms(shape, weights, context, rates, shape.num_layers - choice.gpu_layers, not head_on_gpu, rows)
     if not head_on_gpu:
         return cpu
     gpu_parameters = choice.gpu_layers * shape.layer_parameters + shape.head_parameters
     gpu_kv = context * shape.kv_elements(choice.gpu_layers) * FP16
     return cpu + gpu_ms(gpu_parameters, gpu_kv, rows, rates)
+
+
+def cpu_ms(
+    shape: TargetShape, weights: str, context: int, rates: Rates, cpu_layers: int, has_head: bool, rows: int
+) -> float:
+    """The CPU's layers, and the head where it is there: as measured, else bound by memory or by arithmetic."""
+    if rates.layer_ms is not None and rates.head_ms is not None:
+        return PASS_MS + cpu_layers * between(rates.layer_ms, rows) + has_head * between(rates.head_ms, rows)
+    parameters = cpu_layers * shape.layer_parameters + (shape.head_parameters if has_head else 0)
+    kv_bytes = context * shape.kv_bytes(cpu_layers, weights)
+    streaming = (parameters * shape.weight_bytes(weights) + kv_bytes) / rates.stream_gb_per_s / 1e6
+    if not rates.native:
+        return streaming * (1.0 if rows == 1 else TORCH_ROWS_FACTOR)
+    peak = rates.dot_gmac_per_s * DOT_SHARE[weights] * REACHED_SHARE
+    return max(streaming, rows * parameters / peak / 1e6)
+
+
+def between(measured: Mapping[int, float], rows: int) -> float:
+    """Linear between measured numbers of rows, and on along the last two beyond them."""
+    known = sorted(measured)
+    place = min(max(bisect_left(known, rows), 1), len(known) - 1)
+    low, high = known[place - 1], known[place]
+    return measured[low] + (measured[high] - measured[low]) * (rows - low) / (high - low)
 
 
 def draft_ms(shape: TargetShape, context: int, rates: Rates, choice: Choice) -> float:
