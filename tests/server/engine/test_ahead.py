@@ -29,6 +29,7 @@ from server.engine.engine import Engine, EngineOptions
 from server.engine.request import Request, SamplingParams
 from server.launch import load_drafter
 from server.placement.devices import on_cpu
+from server.targets.context import DrafterRoom
 from server.targets.torch_target import TorchTarget
 
 PROMPTS = ([1, 2, 3, 4, 5], [9], [30, 31, 32, 30, 31], [5, 4, 3])
@@ -93,7 +94,7 @@ def test_the_text_is_that_of_the_plain_loop(
     if kind == "dovetail":
         torch.manual_seed(0)
         save_drafter(DovetailNetwork(DovetailConfig(64, 67, 96, 4, 2, 16)), tmp_path)
-        drafter = load_drafter(target, folder, str(tmp_path), on_cpu(), 2, 120)
+        drafter = load_drafter(target, folder, str(tmp_path), on_cpu(), DrafterRoom(2, 120, 240, 1e9))
     else:
         drafter = {"oracle": OracleDrafter, "wrong": lambda t, v: OracleDrafter(t, v, wrong=True),
                    "forgetful": Forgetful}[kind](texts, 67)  # fmt: skip
