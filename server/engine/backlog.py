@@ -20,15 +20,12 @@ class Backlog:
         self.drafter = drafter
         self.max_rows = max_rows
         self.waiting: dict[int, deque[Observation]] = {}
+        self.num_rows = 0  # positions that wait, of all slots
 
     def add(self, observation: Observation) -> None:
         """Queue committed positions of one slot."""
         self.waiting.setdefault(observation.slot, deque()).append(observation)
-
-    @property
-    def num_rows(self) -> int:
-        """Positions that wait, of all slots."""
-        return sum(len(observation.next_ids) for queue in self.waiting.values() for observation in queue)
+        self.num_rows += len(observation.next_ids)
 
     def show(self) -> None:
         """Show everything, in calls of at most ``max_rows`` positions for each slot.
@@ -41,12 +38,13 @@ class Backlog:
             for observation in batch:
                 queue = self.waiting[observation.slot]
                 queue.popleft()
+                self.num_rows -= len(observation.next_ids)
                 if not queue:
                     del self.waiting[observation.slot]
 
     def release(self, slot: int) -> None:
         """Forget what waits for a slot."""
-        self.waiting.pop(slot, None)
+        self.num_rows -= sum(len(observation.next_ids) for observation in self.waiting.pop(slot, ()))
 
     def _join(self, slot: int) -> Observation:
         """As many of the slot's queued positions as one call may hold, put together at the head of its queue."""

@@ -9,6 +9,7 @@ OPT-Tree (arXiv 2406.17276); ranking over all requests, on a curve that is measu
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,13 +34,18 @@ class VerifyCost:
             raise ValueError(f"T(n) needs times above 0 for 1 row or more, got {dict(measured)}")
         self.points = dict(measured)
         self.drift = 1.0
-        self.table: list[float] = []
+        self._order()
 
     def seconds(self, rows: int) -> float:
         """T(rows); never less than for fewer rows."""
-        while len(self.table) < rows:
-            self._extend()
-        return self.drift * self.table[rows - 1]
+        known, times = self.known, self.times
+        if rows < known[0]:
+            return self.drift * times[0] * rows / known[0]
+        if len(known) == 1:
+            return self.drift * times[0] * (1 + UNKNOWN_SLOPE * (rows - known[0]))
+        high = min(max(bisect_left(known, rows), 1), len(known) - 1)
+        share = (rows - known[high - 1]) / (known[high] - known[high - 1])
+        return self.drift * (times[high - 1] + share * (times[high] - times[high - 1]))
 
     def record(self, rows: int, seconds: float) -> None:
         """A pass over so many rows took so long."""
@@ -48,24 +54,12 @@ class VerifyCost:
         shape = expected / self.drift
         self.drift *= ratio**DRIFT_RATE
         self.points[rows] = shape * ratio**SHAPE_RATE
-        self.table = []
+        self._order()
 
-    def _extend(self) -> None:
-        rows = len(self.table) + 1
-        self.table.append(max(self._between(rows), self.table[-1] if self.table else 0.0))
-
-    def _between(self, rows: int) -> float:
-        known = sorted(self.points)
-        place = bisect_left(known, rows)
-        if place < len(known) and known[place] == rows:
-            return self.points[rows]
-        if len(known) == 1:
-            (only,) = known
-            return self.points[only] * (1 + UNKNOWN_SLOPE * (rows - only) if rows > only else rows / only)
-        high = min(max(place, 1), len(known) - 1)
-        first, second = known[high - 1], known[high]
-        slope = (self.points[second] - self.points[first]) / (second - first)
-        return max(self.points[first] + slope * (rows - first), self.points[known[0]] * min(1.0, rows / known[0]))
+    def _order(self) -> None:
+        """The points in order, each at least as long as those of fewer rows."""
+        self.known = sorted(self.points)
+        self.times = list(itertools.accumulate((self.points[rows] for rows in self.known), max))
 
 
 class PrefillPace:

@@ -22,9 +22,10 @@ from drafters.ngram import Copied, NGramDrafter
 from drafters.proposal import Budget, Proposal
 from server.engine.acceptance import Accepted
 from server.engine.backlog import Backlog
-from server.engine.calibration import DRAFTER, Calibration
+from server.engine.calibration import DRAFTER, LOOKUP, Calibration
 from server.engine.candidates import NOTHING, Candidates, choose_rows, learn_unused, merge, sorted_gains
 from server.engine.cost import Costs, best_count
+from server.engine.ledger import Ledger
 from server.engine.sequence import RunningSequence
 from server.placement.recovery import Recovery
 
@@ -87,6 +88,7 @@ class Drafting:
         self.lookup = NGramDrafter() if options.lookup else None
         self.backlog = None if drafter is None else Backlog(drafter, options.max_rows)
         self.calibration = Calibration()
+        self.ledger = Ledger()
         self.recovery = Recovery()
         self.pays = True
 
@@ -118,6 +120,7 @@ class Drafting:
             started = self.now()
             trees = self._attempt(lambda: self._trees(drafted, depth)) or []
             draft_s = self.now() - started
+            self.ledger.drafted(DRAFTER, draft_s)
             found |= {s.slot: self._merge(s, tree, copied[s.slot]) for s, tree in zip(drafted, trees, strict=False)}
         return self._choose([found.get(s.slot, NOTHING) for s in batch], draft_s)
 
@@ -132,15 +135,19 @@ class Drafting:
             for cell, prior in draft.cells:
                 self.calibration.add(cell, prior, is_accepted, sequence.record)
         self.calibration.add_levels(drafts.followed(accepted))
+        self.ledger.verified(drafts, accepted)
 
     def catch_up(self) -> None:
         """Show the drafter what it has not seen, where it is expected to draft."""
         if self.backlog is not None and self.pays and self.now() >= self.recovery.until:
+            started = self.now()
             self._attempt(self.backlog.show)
+            self.ledger.drafted(DRAFTER, self.now() - started)
 
-    def record(self, rows: int, verify_s: float, other_s: float) -> None:
-        """A finished round: the rows of its verify pass, how long that took, and everything beside it and drafting."""
-        if self.costs is not None and rows:
+    def record(self, num_requests: int, rows: int, verify_s: float, other_s: float) -> None:
+        """A finished round: its requests, all rows of its verify pass, its seconds, and those beside it and drafting."""
+        if self.costs is not None and num_requests:
+            self.ledger.close(self.costs, num_requests, rows, verify_s + other_s)
             self.costs.record(rows, verify_s, other_s)
 
     def release(self, slot: int) -> None:
@@ -179,10 +186,14 @@ class Drafting:
 
     def _copy(self, sequence: RunningSequence) -> Copied:
         """What followed the same words before, as much of it as the request may still get."""
-        if self.lookup is None or not sequence.request.lookup:
+        if self.lookup is None or not sequence.request.lookup or not self._may(LOOKUP):
             return Copied()
         count = min(self._rows(sequence) - 1, sequence.num_left - 1)
         return self.lookup.lookup(DraftState(sequence.slot, sequence.token_ids), count)
+
+    def _may(self, stage: str) -> bool:
+        """Whether a stage may cost anything now; without costs nobody counts."""
+        return self.costs is None or self.ledger.may_draft(stage)
 
     def _merge(self, sequence: RunningSequence, tree: Proposal, copied: Copied) -> Candidates:
         """One request's drafts of both stages, the best of them where they are more than the budget's rows."""
@@ -198,6 +209,9 @@ class Drafting:
     def _depth(self, num_requests: int, drafted: Sequence[RunningSequence], copied: Sequence[Candidates]) -> int | None:
         """How many levels behind the first to ask the drafter for; None where it is not to be asked."""
         if self.drafter is None or self.backlog is None or not drafted or self.now() < self.recovery.until:
+            return None
+        if not self._may(DRAFTER):
+            self.pays = False
             return None
         deepest = min(self.options.budget.depth, max(s.num_left for s in drafted) - 2)
         costs = self.costs

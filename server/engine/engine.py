@@ -329,4 +329,4 @@ class Engine:
         rows = sum(turn.drafts.tree.num_rows for turn in turns)
         self.clock.rows += rows
         self.clock.tokens += num_tokens
-        self.drafting.record(rows, checked - drafted, ended - checked)
+        self.drafting.record(len(turns), rows, checked - drafted, ended - checked)

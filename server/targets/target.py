@@ -89,7 +89,10 @@ class Verified:
 
     def features(self, rows: Sequence[int]) -> Tensor:
         """[len(rows), feature width] of these rows."""
-        return self.outputs.features[[self.first_row + row for row in rows]]
+        first = self.first_row
+        if all(row == place for place, row in enumerate(rows)):  # plain rounds and followed chains: no gather
+            return self.outputs.features[first : first + len(rows)].clone()
+        return self.outputs.features[[first + row for row in rows]]
 
 
 def share_out(outputs: RowOutputs, rows: Sequence[VerifyRows]) -> list[Verified]:

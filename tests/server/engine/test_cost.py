@@ -10,8 +10,9 @@ import pytest
 from drafters.proposal import Proposal, chain
 from server.engine.acceptance import Accepted
 from server.engine.calibration import DRAFTER, LOOKUP, Calibration, RequestRecord, drafter_cell, lookup_cell
-from server.engine.candidates import NOTHING, Candidates, choose_rows, learn_unused, merge, sorted_gains
+from server.engine.candidates import NOTHING, Candidates, Draft, choose_rows, learn_unused, merge, sorted_gains
 from server.engine.cost import Costs, DraftCost, VerifyCost, best_count
+from server.engine.ledger import Ledger
 
 CURVE = {1: 10.0, 2: 11.0, 4: 12.0, 8: 14.0, 16: 26.0, 32: 52.0}
 
@@ -223,3 +224,44 @@ def test_costs_are_measured_once_and_remembered(tmp_path: Path, monkeypatch: pyt
     for damaged in ("not JSON", "[1]", '{"this machine": {"verify": {"1": -3}}}'):
         file.write_text(damaged)
         assert measure.remembered_costs(file, "this machine", None, None, None, 9).verify.points == CURVE  # type: ignore[arg-type]
+
+
+def rounds_tried(ledger: Ledger, rule: Costs, num_accepted: int, count: int = 4000) -> tuple[int, float]:
+    """Rounds of one request in which a drafter of four drafts and 0.2 s took part, and seconds lost by all of them."""
+    draft = Draft((drafter_cell(1, -1.0),))
+    tree = chain([1, 2, 3, 4])
+    tried, lost_s = 0, 0.0
+    for _ in range(count):
+        if ledger.may_draft(DRAFTER):
+            tried += 1
+            ledger.drafted(DRAFTER, 0.2)
+            rows = tuple(range(num_accepted + 1))
+            ledger.verified(Candidates(tree, (draft,) * 4, (0.5,) * 4), Accepted(rows, tuple(range(len(rows)))))
+            lost_s += 0.2 + rule.verify.seconds(5) - (1 + num_accepted) * rule.verify.seconds(1)
+            ledger.close(rule, 1, 5, rule.verify.seconds(5))
+        else:
+            ledger.close(rule, 1, 1, rule.verify.seconds(1))
+    return tried, lost_s
+
+
+def test_a_stage_that_never_brings_anything_costs_a_hundredth_of_the_time_and_its_credit() -> None:
+    rule = Costs(VerifyCost({1: 1.0, 5: 1.5}), DraftCost(0.2, 0.0, 0.0))
+    tried, lost_s = rounds_tried(Ledger(), rule, num_accepted=0)
+    assert lost_s <= 0.01 * 4000 * 1.02 + 8 + 1
+    assert 20 < tried < 80
+    always, gained_s = rounds_tried(Ledger(), rule, num_accepted=2)
+    assert (always, gained_s < 0) == (4000, True)
+
+
+def test_a_ledger_asks_nobody_to_pay_for_what_both_stages_drafted() -> None:
+    ledger, rule = Ledger(), Costs(VerifyCost({1: 1.0, 2: 9.0}), DraftCost(0.0, 0.0, 0.0))
+    both = Draft((drafter_cell(1, -1.0), lookup_cell(1, 2)))
+    for _ in range(50):
+        ledger.verified(Candidates(chain([1]), (both,), (0.5,)), Accepted((0,), (7,)))
+        ledger.close(rule, 1, 2, 9.0)
+    assert ledger.may_draft(DRAFTER) and ledger.may_draft(LOOKUP)
+    copied = Draft((lookup_cell(1, 2),))
+    for _ in range(3):
+        ledger.verified(Candidates(chain([1]), (copied,), (0.5,)), Accepted((0,), (7,)))
+        ledger.close(rule, 1, 2, 9.0)
+    assert ledger.may_draft(DRAFTER) and not ledger.may_draft(LOOKUP)
