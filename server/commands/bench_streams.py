@@ -41,6 +41,9 @@ def streams(
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Also write the report here.", show_default=False)
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Draw the streams' speeds here.", show_default=False)
+    ] = None,
     config: Config = None,
 ) -> None:
     """Several streams beside plain decoding, what a request waits for, and rows by cost beside fixed trees.
@@ -48,6 +51,9 @@ def streams(
     Figures are medians of alternating turns. The last line printed is the report as JSON.
     """
     check_folder(json_file, "--json")
+    check_folder(plot, "--plot")
+    if plot is not None and "decode" not in measure:
+        raise typer.BadParameter("only decode has a picture", param_hint="--plot")
     wanted, counts = measure.split(","), [int(count) for count in streams.split(",")]
     if unknown := set(wanted) - set(MEASUREMENTS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: known are {', '.join(MEASUREMENTS)}")
@@ -57,6 +63,10 @@ def streams(
     )  # fmt: skip
     report = run(settings, wanted, counts, Plan(suite, limit, max_tokens, turns))
     line = json.dumps(report)
+    if plot is not None:
+        from server.bench.streams_plot import plot_streams
+
+        plot_streams(report, plot)
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     typer.echo(line)

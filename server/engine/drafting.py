@@ -145,7 +145,7 @@ class Drafting:
             self.ledger.drafted(DRAFTER, self.now() - started)
 
     def record(self, num_requests: int, rows: int, verify_s: float, other_s: float) -> None:
-        """A finished round: its requests, all rows of its verify pass, its seconds, and those beside it and drafting."""
+        """A finished round: its requests and rows, seconds of its verify pass and of all beside it and drafting."""
         if self.costs is not None and num_requests:
             self.ledger.close(self.costs, num_requests, rows, verify_s + other_s)
             self.costs.record(rows, verify_s, other_s)

@@ -1,8 +1,8 @@
 """What each stage of drafting cost and brought, in seconds: one that loses may lose a hundredth of the time. Pure.
 
-Expectations can be wrong and what was learnt fades, so that a drafter is tried again in time. The ledger bounds what all
-such trials may cost: drafting and the rows of its drafts are spent, the rounds that accepted drafts make needless are
-earned, and a stage that owes more than its share rests until time has paid for it. The rule is ours.
+Expectations can be wrong, and what was learnt fades so that a drafter is tried again in time. The ledger bounds what
+all such trials may cost: drafting and the rows of its drafts are spent, the rounds that accepted drafts make needless
+are earned, and a stage that owes more than its share rests until time has paid for it. The rule is ours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CREDIT_ROUNDS = 8  # what a stage may lose before it must have earned, in plain 
 
 @dataclass
 class Stage:
-    """A stage's account. debt_s: seconds lost beyond its allowance, below 0 where credit is left, None at the beginning.
+    """A stage's account. debt_s: seconds lost beyond its allowance, below 0 where credit is left, None at the start.
     The rest is of the current round: drafts that only this stage made, those accepted, and seconds of drafting."""
 
     debt_s: float | None = None
