@@ -17,10 +17,12 @@ from server.engine.completion import Completion, Completions, generate, step
 from server.engine.cost import Costs, DraftCost, VerifyCost
 from server.engine.engine import Engine, EngineOptions
 from server.engine.request import Request, SamplingParams
+from server.engine.sequence import RunningSequence
 from server.targets.native_target import NativeTarget, load_target
 from server.targets.torch_target import TorchTarget
 
 VOCAB, NUM_TOKENS, CONTEXT, SLOTS = 67, 24, 96, 3
+LATE, URGENT = 8, -1  # the step before which the last request comes, and its priority
 SYSTEM = [(7 * i) % VOCAB for i in range(35)]
 MODES = {
     "greedy": SamplingParams(temperature=0),
@@ -100,7 +102,7 @@ def target(request: pytest.FixtureRequest, folder: Path) -> TorchTarget:
 
 
 def requests() -> list[Request]:
-    """Three ways to choose, prompts that begin alike, one that is asked twice, and one that fills its context."""
+    """Three ways to choose, prompts that begin alike, one asked twice, and an urgent one that fills its context."""
     tails = ([1], [2, 3, 4, 2, 3, 4, 2], [9] * 5)
     made = [
         Request(f"{mode} {i}", [*SYSTEM, *tail], NUM_TOKENS, params)
@@ -108,24 +110,39 @@ def requests() -> list[Request]:
         for i, tail in enumerate(tails)
     ]
     made.append(Request("again", [*SYSTEM, 1], NUM_TOKENS, MODES["seeded"]))
-    made.append(Request("full", [*SYSTEM, 5], CONTEXT - len(SYSTEM) - 1, MODES["seeded"], choice=1))
+    room = CONTEXT - len(SYSTEM) - 1
+    made.append(Request("full", [*SYSTEM, 5], room, MODES["seeded"], choice=1, priority=URGENT))
     return made
 
 
 def served(target: TorchTarget, drafter: TwinDrafter) -> tuple[dict[str, Completion], set[str]]:
     """Every request's text as it is served, and the states that drafting was in."""
-    options = EngineOptions(SLOTS, CONTEXT, Budget(20, 2, 2), prefill_chunk=16, lookup=True, cache_bytes=10**8)
+    pool_rows = 2 * CONTEXT  # the urgent one has no room beside three others, so somebody has to give way
+    options = EngineOptions(SLOTS, CONTEXT, Budget(20, 2, 2), 16, lookup=True, cache_bytes=10**8, pool_rows=pool_rows)
     engine = Engine(target, drafter, options, changing_costs())
+    preempt = engine.scheduler.preempt
+    gave_way: list[str] = []
+
+    def noted(sequence: RunningSequence) -> int:
+        gave_way.append(sequence.request_id)
+        return preempt(sequence)
+
+    engine.scheduler.preempt = noted  # type: ignore[method-assign]
     times = itertools.count()
     engine.drafting.now = lambda: next(times) / 40
     completions = Completions(Completion(request) for request in requests())
     results, states = dict(completions.by_id), set[str]()
-    for completion in results.values():
-        engine.submit(completion.request)
-    while completions.num_open:
+    for request in requests()[:-1]:
+        engine.submit(request)
+    for number in itertools.count():
+        if number == LATE:
+            engine.submit(requests()[-1])
+        if not completions.num_open:
+            break
         step(engine, completions)
         states.add(engine.drafting.status.state)
     engine.check_integrity()
+    assert gave_way, "nobody had to give way"
     return results, states
 
 
