@@ -96,6 +96,7 @@ class TaskTrainer(Trainer):
             batch_sampler=self.batch_sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
         )
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
@@ -196,7 +197,7 @@ def create_trainer(
     trainer = TaskTrainer(
         batch_sampler=batch_sampler,
         model=task,
-        args=training_arguments(options, evaluates=eval_data is not None),
+        args=training_arguments(options, evaluates=eval_data is not None, data=train_data),
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=collate,
@@ -241,8 +242,13 @@ def last_checkpoint(output: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
-def training_arguments(options: TrainingOptions, evaluates: bool) -> TrainingArguments:
-    """The recipe's options in the trainer's words."""
+def sees_epoch_everywhere(data: Any) -> bool:
+    """Whether workers that outlive an epoch learn of the next: ``data.epoch`` lies in shared memory, or is none."""
+    return not hasattr(data, "set_epoch") or isinstance(getattr(data, "epoch", None), Tensor)
+
+
+def training_arguments(options: TrainingOptions, evaluates: bool, data: Any) -> TrainingArguments:
+    """The recipe's options in the trainer's words; workers live as long as the loader where ``data`` lets them."""
     return TrainingArguments(
         output_dir=options.output,
         max_steps=options.steps,
@@ -266,6 +272,7 @@ def training_arguments(options: TrainingOptions, evaluates: bool) -> TrainingArg
         save_steps=options.save_every,
         save_total_limit=options.keep_checkpoints,
         dataloader_num_workers=options.loader_workers,
+        dataloader_persistent_workers=options.loader_workers > 0 and sees_epoch_everywhere(data),
         dataloader_drop_last=options.drop_last,
         remove_unused_columns=False,
         disable_tqdm=True,

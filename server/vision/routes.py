@@ -24,7 +24,7 @@ from server.api.serving import CurrentServing, Serving
 from server.vision.bodies import OWN_SHAPE, ImageBody, body_of
 from server.vision.child import Job, JobAnswer
 from server.vision.upload import FileSource, Source, UrlSource, read_vision_request
-from server.vision.urls import fetch_image
+from server.vision.urls import MAX_REMOTE_BYTES, fetch_image
 from server.vision.worker import ImageCrashed, VisionWorker
 from vision.images import ImageError
 from vision.serving.protocol import Kind, ModelInfo
@@ -93,7 +93,7 @@ def add_route(router: APIRouter, kind: Kind) -> None:
 
 async def read_plan(request: HttpRequest, serving: Serving, worker: VisionWorker, schema: type[ImageBody]) -> Plan:
     """Read and check a request. Errors: ApiError."""
-    sent = await read_vision_request(request, schema)
+    sent = await read_vision_request(request, schema, worker.aside)
     body, single = sent.body, sent.single
     check_fields(body, request, serving)
     picture_type = wanted_picture(request, single)
@@ -144,28 +144,30 @@ async def answer_or_leave(
 
 
 async def collect(worker: VisionWorker, orders: Sequence[Order], serving: Serving) -> list[Outcome]:
-    """Fetch what must be fetched, queue the images and wait. Errors: ApiError, VisionStopped."""
+    """Fetch what must be fetched, queue the images and wait. Errors: ApiError, VisionQueueFull, VisionStopped."""
     hosts = frozenset(serving.settings.vision_url_hosts)
-    images = [await image_of(order.source, hosts) for order in orders]
-    jobs = [
-        Job(order.model, data, order.options, order.draw)
-        for order, data in zip(orders, images, strict=True)
-        if isinstance(data, bytes)
-    ]
-    futures = worker.submit(jobs)
-    try:
-        found = iter([await outcome_of(future) for future in futures])
-    finally:
-        for future in futures:
-            future.cancel()  # only those whose turn has not come: the client left
+    fetched = MAX_REMOTE_BYTES * sum(isinstance(order.source, UrlSource) for order in orders) if hosts else 0
+    with worker.reserve(fetched):
+        images = [await image_of(order.source, hosts, worker) for order in orders]
+        jobs = [
+            Job(order.model, data, order.options, order.draw)
+            for order, data in zip(orders, images, strict=True)
+            if isinstance(data, bytes)
+        ]
+        futures = worker.submit(jobs)
+        try:
+            found = iter([await outcome_of(future) for future in futures])
+        finally:
+            for future in futures:
+                future.cancel()  # only those whose turn has not come: the client left
     return [data if isinstance(data, ImageError) else next(found) for data in images]
 
 
-async def image_of(source: Source, hosts: frozenset[str]) -> bytes | ImageError:
+async def image_of(source: Source, hosts: frozenset[str], worker: VisionWorker) -> bytes | ImageError:
     """The file's bytes, or what is wrong with it. Errors: ApiError where URLs are not allowed."""
     if isinstance(source, UrlSource):
         try:
-            return await asyncio.to_thread(fetch_image, source.url, hosts)
+            return await worker.aside(fetch_image, source.url, hosts)
         except ImageError as error:
             return error
     return source.data if isinstance(source, FileSource) else source

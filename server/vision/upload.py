@@ -6,6 +6,7 @@ import base64
 import binascii
 import json
 import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,9 @@ class UrlSource:
 
 
 Source = FileSource | UrlSource | ImageError
+Files = dict[str, list[str | FileSource]]
+# Runs a function with its arguments in another thread.
+Aside = Callable[..., Awaitable[Any]]
 
 
 @dataclass(frozen=True)
@@ -52,20 +56,20 @@ class VisionRequest:
     single: bool
 
 
-async def read_vision_request(request: HttpRequest, schema: type[ImageBody]) -> VisionRequest:
+async def read_vision_request(request: HttpRequest, schema: type[ImageBody], aside: Aside) -> VisionRequest:
     """A body by its content type. An image that is no base64 stands as an ImageError in its place.
 
-    Errors: ApiError 400 and 415, RequestValidationError.
+    What takes longer the larger the body is runs ``aside``. Errors: ApiError 400 and 415, RequestValidationError.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        body = validated(schema, await read_json(request), strict=True)
-        sources = [text_source(text) for text in ([body.image] if body.image is not None else body.images or [])]
+        body, sources = await aside(parse_json, await request.body(), schema)
         single = body.image is not None
     elif kind == "multipart/form-data":
         fields, files = await read_form(request, schema.lists)
         body = validated(schema, fields, strict=False)
-        sources = files["image"] + files["images"]
+        given = files["image"] + files["images"]
+        sources = await aside(lambda: [text_source(each) if isinstance(each, str) else each for each in given])
         single = len(files["image"]) == 1 and not files["images"]
     else:
         message = f"The content type is {kind or 'missing'}; send application/json or multipart/form-data."
@@ -78,16 +82,18 @@ async def read_vision_request(request: HttpRequest, schema: type[ImageBody]) -> 
     return VisionRequest(body, sources, single)
 
 
-async def read_json(request: HttpRequest) -> Any:
-    """Errors: ApiError 400, also for NaN and Infinity."""
+def parse_json(raw: bytes, schema: type[ImageBody]) -> tuple[ImageBody, list[Source]]:
+    """Fields and images of a JSON body. Errors: ApiError 400, also for NaN and Infinity; RequestValidationError."""
     try:
-        return json.loads(await request.body(), parse_constant=refuse_constant)
+        values = json.loads(raw, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         message = "The body is not JSON in UTF-8 with at most a few hundred levels."
         raise ApiError(400, message, code="invalid_json") from error
+    body = validated(schema, values, strict=True)
+    return body, [text_source(text) for text in ([body.image] if body.image is not None else body.images or [])]
 
 
-async def read_form(request: HttpRequest, lists: frozenset[str]) -> tuple[dict[str, Any], dict[str, list[Source]]]:
+async def read_form(request: HttpRequest, lists: frozenset[str]) -> tuple[dict[str, Any], Files]:
     """Text fields, and files by field. Files stay in memory: images are never written to disk."""
     parser = MultiPartParser(
         request.headers,
@@ -107,20 +113,20 @@ async def read_form(request: HttpRequest, lists: frozenset[str]) -> tuple[dict[s
         await form.close()
 
 
-async def sorted_form(form: FormData, lists: frozenset[str]) -> tuple[dict[str, Any], dict[str, list[Source]]]:
+async def sorted_form(form: FormData, lists: frozenset[str]) -> tuple[dict[str, Any], Files]:
     """A form's text fields, those of ``lists`` parted at commas, and its images by field.
 
     Errors: InvalidValue for a field sent twice or misplaced.
     """
     fields: dict[str, Any] = {}
-    files: dict[str, list[Source]] = {"image": [], "images": []}
+    files: Files = {"image": [], "images": []}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             if name not in files:
                 raise InvalidValue(name, f"A file was sent as {shown(name)}; send images as image or images.")
             files[name].append(FileSource(await value.read()))
         elif name in files:
-            files[name].append(text_source(value))
+            files[name].append(value)
         elif name in lists:
             fields.setdefault(name, []).extend(part.strip() for part in value.split(","))
         elif name in fields:

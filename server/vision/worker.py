@@ -6,15 +6,17 @@ batch gathers in the queue, so that batches grow with the load by themselves. No
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from server.vision.child import Job, JobAnswer, ProcessDied, VisionError, VisionProcess, VisionStopped
 from vision.images import ImageLimits
@@ -27,6 +29,10 @@ IDLE_POLL_S = 0.5
 MAX_RETRY_AFTER_S = 120.0
 FIRST_GUESS_S = 0.05
 MAX_RETRY_PAUSE_S = 300.0
+# Threads that read bodies and fetch URLs; a fetch holds one for up to fifteen seconds.
+READERS, READER_NAME = 4, "dovetail-images"
+
+Result = TypeVar("Result")
 
 
 class VisionQueueFull(VisionError):
@@ -102,6 +108,7 @@ class VisionWorker:
         self.inbox: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self.process: VisionProcess | None = None
         self.thread = threading.Thread(target=self._run, name="dovetail-vision", daemon=True)
+        self.readers = ThreadPoolExecutor(READERS, thread_name_prefix=READER_NAME)
         self.on_loaded: Callable[[Exception | None], None] = lambda _: None
 
     def start(self, on_loaded: Callable[[Exception | None], None] | None = None) -> None:
@@ -127,19 +134,36 @@ class VisionWorker:
         """
         if not self.alive:
             raise self._stopped()
+        with self._held(1, num_bytes):
+            yield
+
+    @contextlib.contextmanager
+    def reserve(self, num_bytes: int) -> Iterator[None]:
+        """Room for what an admitted request fetches. Errors: VisionQueueFull."""
+        with self._held(0, num_bytes):
+            yield
+
+    @contextlib.contextmanager
+    def _held(self, num_requests: int, num_bytes: int) -> Iterator[None]:
+        options = self.options
         with self.lock:
-            if self.num_requests >= self.options.max_requests or self.num_bytes + num_bytes > self.options.max_bytes:
+            too_many = self.num_requests + num_requests > options.max_requests
+            if too_many or self.num_bytes + num_bytes > options.max_bytes:
                 wait_s = min(MAX_RETRY_AFTER_S, self.seconds_per_image * (self.num_images + 1))
                 message = f"{self.num_requests} vision requests are waiting already; try again in {wait_s:.0f} s"
                 raise VisionQueueFull(message, wait_s)
-            self.num_requests += 1
+            self.num_requests += num_requests
             self.num_bytes += num_bytes
         try:
             yield
         finally:
             with self.lock:
-                self.num_requests -= 1
+                self.num_requests -= num_requests
                 self.num_bytes -= num_bytes
+
+    async def aside(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Run ``work`` in a thread of vision's own: neither the event loop nor text's threads wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self.readers, work, *arguments)
 
     def submit(self, jobs: Sequence[Job]) -> list[Future[JobAnswer]]:
         """Queue images. A future raises VisionStopped or ImageCrashed; cancelling it before its turn drops the job."""
@@ -156,6 +180,7 @@ class VisionWorker:
     def stop(self) -> None:
         """Answer the batch in hand, refuse the rest, end the process. May be called again."""
         self.stopping = True
+        self.readers.shutdown(wait=False, cancel_futures=True)
         self.inbox.put(None)
         if self.thread.is_alive():
             self.thread.join(STOP_TIMEOUT_S if self.models else 0)

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from vision.backbones.preprocessing import NORMALIZATIONS, Preprocessing
 from vision.data.augmentation import AugmentationOptions, augment
+from vision.data.epoch import shared_epoch
 from vision.data.image_sources import SOURCES, open_source
 from vision.data.sources import DataError, ImageSource, InMemorySource, UnreadableImageError
 from vision.data.view import centre_crop
@@ -101,11 +102,11 @@ class ClassificationData(Dataset[Sample | Skipped]):
     ) -> None:
         self.source, self.preprocessing, self.augmentation, self.seed = source, preprocessing, augmentation, seed
         self.indices = spread(len(source.labels), limit)
-        self.epoch = 0
+        self.epoch = shared_epoch()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the draws of ``epoch``."""
-        self.epoch = epoch
+        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -119,7 +120,7 @@ class ClassificationData(Dataset[Sample | Skipped]):
         if self.augmentation is None:
             image = centre_crop(image, self.preprocessing.resize, self.preprocessing.image_size)
         else:
-            generator = np.random.default_rng((self.seed, self.epoch, index))
+            generator = np.random.default_rng((self.seed, int(self.epoch), index))
             image = augment(image, self.preprocessing, self.augmentation, generator)
         return Sample(to_tensor(image), int(self.source.labels[index]))
 

@@ -25,6 +25,7 @@ from vision.data.detection_augmentation import (
     squared,
 )
 from vision.data.detection_sources import DETECTION_SOURCES, open_detection
+from vision.data.epoch import shared_epoch
 from vision.data.labelled_boxes import MIN_SIDE, DetectionSource, LabelledImage
 from vision.data.sources import DataError, UnreadableImageError, read_image
 from vision.data.view import RESIZES, Resize, render, whole_image
@@ -142,11 +143,11 @@ class DetectionData(Dataset[DetectionSample | Skipped]):
         self.source, self.size, self.resize = source, size, resize
         self.augmentation, self.seed, self.train_difficult = augmentation, seed, train_difficult
         self.cache = ImageCache(cache_mib << 20)
-        self.epoch = 0
+        self.epoch = shared_epoch()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the draws of ``epoch``."""
-        self.epoch = epoch
+        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.source.images)
@@ -159,7 +160,9 @@ class DetectionData(Dataset[DetectionSample | Skipped]):
             return Skipped(str(error))
         if self.augmentation is None:
             return self._plain(image, truth)
-        return self._augmented(image, truth, self.augmentation, np.random.default_rng((self.seed, self.epoch, index)))
+        return self._augmented(
+            image, truth, self.augmentation, np.random.default_rng((self.seed, int(self.epoch), index))
+        )
 
     def _plain(self, image: Image.Image, truth: LabelledImage) -> DetectionSample:
         view = whole_image(image.width, image.height, self.resize)

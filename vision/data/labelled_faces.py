@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from vision.data.classification import to_tensor
+from vision.data.epoch import shared_epoch
 from vision.data.faces import DegradedFaces
 from vision.face_quality.labels import balancing_weights
 
@@ -54,11 +55,11 @@ class LabelledFaceData(Dataset[FaceSample]):
         seed: int = 0,
     ) -> None:
         self.faces, self.labels, self.indices = faces, labels, indices.tolist()
-        self.augmentation, self.seed, self.epoch = augmentation, seed, 0
+        self.augmentation, self.seed, self.epoch = augmentation, seed, shared_epoch()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the draws of ``epoch``."""
-        self.epoch = epoch
+        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -67,7 +68,7 @@ class LabelledFaceData(Dataset[FaceSample]):
         index = self.indices[position]
         image = self.faces.read(index)
         if self.augmentation is not None:
-            image = jitter(image, self.augmentation, np.random.default_rng((self.seed, self.epoch, index)))
+            image = jitter(image, self.augmentation, np.random.default_rng((self.seed, int(self.epoch), index)))
         return FaceSample(to_tensor(image), float(self.labels[index]))
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vision.data.epoch import shared_epoch
 from vision.data.sources import IMAGE_SUFFIXES, DataError, check_stems, read_image, split_folders
 from vision.images import DAMAGE
 from vision.segmentation.measure import IGNORED
@@ -173,11 +174,11 @@ class SegmentationData(Dataset[MaskedSample]):
 
     def __init__(self, source: MaskSource, size: int, *, mirrored: bool = False, seed: int = 0) -> None:
         self.source, self.size, self.mirrored, self.seed = source, size, mirrored, seed
-        self.epoch = 0
+        self.epoch = shared_epoch()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the draws of ``epoch``."""
-        self.epoch = epoch
+        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -187,7 +188,7 @@ class SegmentationData(Dataset[MaskedSample]):
         square = (self.size, self.size)
         pixels: NDArray[np.uint8] = np.array(image.resize(square, Image.Resampling.BILINEAR))
         classes: NDArray[np.uint8] = np.array(mask.resize(square, Image.Resampling.NEAREST))
-        if self.mirrored and np.random.default_rng((self.seed, self.epoch, index)).random() < 0.5:
+        if self.mirrored and np.random.default_rng((self.seed, int(self.epoch), index)).random() < 0.5:
             pixels, classes = pixels[:, ::-1].copy(), classes[:, ::-1].copy()
         return MaskedSample(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(classes))
 

@@ -89,7 +89,7 @@ class ClassificationTask(nn.Module):
         self.model = model
         self.options = options
         # The layers follow the format of their input; the weights stay as they are, since safetensors takes no other.
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.memory_format = memory_format(channels_last)
         self.average = None if options.ema_decay is None else MovingAverage(model, options.ema_decay)
         self.register_buffer("skipped", torch.zeros((), dtype=torch.long))
 
@@ -175,13 +175,25 @@ def build_model(options: ModelOptions, data: DataOptions, class_names: tuple[str
     return model
 
 
-def choose_depthwise(model: Backbone, options: ModelOptions, batch: Tensor) -> None:
-    """Replace the depthwise layers as the recipe asks. ``batch`` [B, 3, H, W] is what ``tune`` measures with."""
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """How maps lie in memory."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def choose_depthwise(model: Backbone, options: ModelOptions, training: TrainingOptions, side: int) -> None:
+    """Replace the depthwise layers as the recipe asks; ``tune`` measures a batch as training will see it.
+
+    Batch size, ``side`` in pixels, memory format and precision are training's.
+    """
     if options.depthwise == "diagonalwise":
         refactorize(model)
     elif options.depthwise == "tuned":
         device = default_device()
-        choices = tune(model.to(device).train(), batch.to(device))
+        batch = torch.zeros(training.batch_size, 3, side, side, device=device)
+        batch = batch.contiguous(memory_format=memory_format(options.channels_last))
+        half = torch.float16 if training.precision == "fp16" else torch.bfloat16
+        with torch.autocast(device.type, half, enabled=training.precision != "fp32"):
+            choices = tune(model.to(device).train(), batch)
         logger.info("depthwise layers: %s", ", ".join(f"{choice.layer} {choice.chosen}" for choice in choices))
 
 
@@ -200,7 +212,7 @@ def train_classifier(recipe: dict[str, Any], *, resume: bool = False, console: C
     torch.manual_seed(options.training.seed)
     model = build_model(options.model, options.data, train_source.class_names)
     side = options.data.image_size
-    choose_depthwise(model, options.model, torch.zeros(options.training.batch_size, 3, side, side))
+    choose_depthwise(model, options.model, options.training, side)
     task = ClassificationTask(model, options.task, options.model.channels_last)
     train_data = ClassificationData(
         train_source, model.preprocessing, options.augmentation, options.training.seed, options.data.limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from vision.distillation.terms import Term, parse_terms
 from vision.mining import OHEM, AllRegions, LossRankMiner, RandomSample, StratifiedOHEM, focal_loss, loss_rank_mining
 from vision.mining.loss_rank_mining import Element
 from vision.tasks.starting import check_normalization
+
+logger = logging.getLogger(__name__)
 
 REGION_SAMPLERS = ("none", "random", "ohem", "s-ohem")
 MAP_SAMPLERS = ("none", "lrm", "focal")
@@ -143,26 +146,30 @@ class TaskOptions:
     """What is optimised, beside mining.
 
     ``proposals_before`` and ``proposals_after`` suppression feed ThunderNet's second stage in training; 600 and 300 do
-    on a CPU. ``ema_decay`` keeps an exponential average of the weights (``vision.tasks.averaging``), which is what is
-    evaluated; the better of it and the raw weights is saved. ``warm_up_images`` is darknet's: so long YOLOv2's
-    predictions are also drawn to their anchors, unmined.
+    on a CPU. ``proposals_nms`` is the overlap from which it suppresses; a region miner, which suppresses again by loss,
+    has something to do only where ``mining.nms_threshold`` is smaller. ``ema_decay`` keeps an exponential average of
+    the weights (``vision.tasks.averaging``), which is what is evaluated; the better of it and the raw weights is saved.
+    ``warm_up_images`` is darknet's: so long YOLOv2's predictions are also drawn to their anchors, unmined.
     """
 
     proposals_before: int = TRAINING_BUDGET.before_nms
     proposals_after: int = TRAINING_BUDGET.after_nms
+    proposals_nms: float = TRAINING_BUDGET.nms_threshold
     ema_decay: float | None = None
     warm_up_images: int = 12_800
 
     def __post_init__(self) -> None:
         if min(self.proposals_before, self.proposals_after) < 1 or self.warm_up_images < 0:
             raise RecipeError("[task] proposals must be at least 1 and warm_up_images at least 0")
+        if not 0 < self.proposals_nms <= 1:
+            raise RecipeError(f"task.proposals_nms is {self.proposals_nms}; it must be above 0 and at most 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise RecipeError(f"task.ema_decay is {self.ema_decay}; it must be between 0 and 1, or left out")
 
     @property
     def budget(self) -> ProposalBudget:
         """The proposals of training."""
-        return ProposalBudget(self.proposals_before, self.proposals_after)
+        return ProposalBudget(self.proposals_before, self.proposals_after, self.proposals_nms)
 
 
 @dataclass(frozen=True)
@@ -195,10 +202,23 @@ class DetectorRecipe:
             raise RecipeError("[teacher] and [[terms]] belong together; give both, or neither")
         teacher = take_table(recipe, "teacher", DetectorTeacherOptions) if terms else None
         try:
-            parsed: dict[str, Any] = {name: take_table(recipe, name, table) for name, table in tables.items()}
-            return cls(**parsed, teacher=teacher, terms=terms)
+            read: dict[str, Any] = {name: take_table(recipe, name, table) for name, table in tables.items()}
+            parsed = cls(**read, teacher=teacher, terms=terms)
         except ValueError as error:
             raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
+        if parsed.suppresses_in_vain:
+            logger.warning(
+                "mining.nms_threshold %g suppresses no region: the proposals are suppressed at task.proposals_nms %g "
+                "already; a larger one, such as 0.9, gives the miner something to choose from",
+                parsed.mining.nms_threshold, parsed.task.proposals_nms,
+            )  # fmt: skip
+        return parsed
+
+    @property
+    def suppresses_in_vain(self) -> bool:
+        """Whether a region miner's suppression by loss comes after one by score that leaves it nothing to do."""
+        by_loss = self.model.architecture == "thundernet" and self.mining.regions in ("ohem", "s-ohem")
+        return by_loss and self.mining.nms_threshold >= self.task.proposals_nms
 
 
 def build_model(recipe: DetectorRecipe, source: DetectionSource) -> tuple[Network, DetectorConfig]:

@@ -87,8 +87,9 @@ class DistillationTask(ClassificationTask):
         options: TaskOptions,
         distillation: DistillationOptions,
         teacher_width: int,
+        channels_last: bool = False,
     ) -> None:
-        super().__init__(model, options)
+        super().__init__(model, options, channels_last)
         self.teacher = teacher
         self.terms = dict(terms)
         self.distillation = distillation
@@ -116,7 +117,7 @@ class DistillationTask(ClassificationTask):
         self.skipped += skipped.sum()
         if self.teacher is not None:
             teacher_logits, teacher_embedding = self.teacher(images)
-        embedding = self.model.embed(self.model.normalization(images.float() / 255))
+        embedding = self.model.embed(self.inputs(images))
         logits = self.model.classify(embedding)
         losses: dict[str, Tensor] = {}
         if teacher_logits is not None and teacher_embedding is not None:
@@ -233,7 +234,7 @@ def prepare(parsed: DistillationRecipe, source: ImageSource, teacher: Teacher | 
         teacher.check_classes(source.class_names)
     torch.manual_seed(options.training.seed)
     model = build_model(options.model, options.data, source.class_names)
-    choose_depthwise(model, options.model, torch.zeros(options.training.batch_size, 3, side, side))
+    choose_depthwise(model, options.model, options.training, side)
     data = ClassificationData(
         source, model.preprocessing, options.augmentation, options.training.seed, options.data.limit
     )
@@ -245,7 +246,9 @@ def prepare(parsed: DistillationRecipe, source: ImageSource, teacher: Teacher | 
             folder = Path(parsed.teacher.cache).expanduser()
             taught = with_answers(data, teacher, folder, options.training.batch_size)
             asked = None
-    task = DistillationTask(model, asked, parsed.terms, options.task, parsed.distillation, width)
+    task = DistillationTask(
+        model, asked, parsed.terms, options.task, parsed.distillation, width, options.model.channels_last
+    )
     return Lesson(task, data, taught, teacher)
 
 

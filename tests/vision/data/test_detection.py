@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
+from kernels.training.options import TrainingOptions
+from kernels.training.run import training_arguments
 from vision.data.classification import Skipped
 from vision.data.detection import DetectionData, DetectionDataOptions, DetectionSample, ImageCache, collate_detection
 from vision.data.detection_augmentation import (
@@ -244,3 +247,22 @@ def test_boxes_stay_on_their_objects_whichever_way_a_photograph_was_annotated(
     assert (sample.image[:, top + 2 : bottom - 2, left + 2 : right - 2] > 200).all()
     white = (sample.image[0] > 128).nonzero()
     assert abs(int(white[:, 1].min()) - left) <= 1 and abs(int(white[:, 0].max()) + 1 - bottom) <= 1
+
+
+def test_loader_workers_keep_their_images_and_see_the_epoch(squares: DetectionSource) -> None:
+    flips = dataclasses.replace(PLAIN, flip=True)
+    two = DetectionSource(squares.class_names, squares.images[:2], 0)
+    data, own = (DetectionData(two, 64, augmentation=flips, cache_mib=1) for _ in range(2))
+    options = training_arguments(TrainingOptions(output="unused", steps=1, batch_size=1, loader_workers=1), False, data)
+    assert options.dataloader_persistent_workers
+    loader = DataLoader(data, None, num_workers=1, persistent_workers=options.dataloader_persistent_workers)
+    shown = []
+    for epoch in range(4):
+        for part in (data, own):
+            part.set_epoch(epoch)
+        expected = [own[index].image for index in range(2)]
+        shown.append([sample.image for sample in loader])
+        assert all(torch.equal(a, b) for a, b in zip(shown[-1], expected, strict=True))
+        for image in two.images:
+            image.path.unlink(missing_ok=True)  # from now on only a cache has them
+    assert not all(torch.equal(image, shown[0][0]) for image, _ in shown), "every epoch draws anew"

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from drawn_faces import LANDMARKS, drawn_face
 from PIL import Image
 
 from vision.face_quality import LandmarkError, align_face, fit_similarity, inter_eye_distance
@@ -117,3 +118,10 @@ def test_five_of_68():
     assert five_of_68(points)[:, 0].tolist() == [37.5, 43.5, 30, 48, 54]
     with pytest.raises(LandmarkError, match="68"):
         five_of_68(points[:5])
+
+
+def test_a_photograph_is_not_copied_for_each_of_its_faces(monkeypatch):
+    image = drawn_face()
+    expected = align_face(image, LANDMARKS).tobytes()
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("the whole image was copied"))
+    assert align_face(image, LANDMARKS).tobytes() == expected

@@ -15,13 +15,14 @@ from rich.console import Console
 from torch import Tensor
 
 from kernels.losses import BatchTooSmall
-from kernels.training import RecipeError, TrainingReport, callbacks
+from kernels.training import RecipeError, TrainingOptions, TrainingReport, callbacks
 from vision.backbones import create_backbone
 from vision.backbones.checkpoint import load_backbone, save_backbone
 from vision.backbones.preprocessing import Preprocessing
 from vision.distillation.teacher import TeacherError, backbone_teacher
 from vision.distillation.terms import Answers, parse_terms
 from vision.serving.folder import CheckpointError
+from vision.tasks import classification
 from vision.tasks.classification import TaskOptions
 from vision.tasks.distillation import DistillationOptions, DistillationTask, train_distilled
 
@@ -237,3 +238,28 @@ def test_terms_know_the_settings_of_their_losses() -> None:
     answers = Answers(logits, other, logits, other, torch.zeros(5, dtype=torch.long))
     assert torch.equal(terms["kd"].loss(answers), terms["bdd"].loss(answers)), "without reverse term BDD is KD"
     assert dataclasses.replace(terms["kd"], warmup_steps=10).weight_at(5) == pytest.approx(0.45)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_students_are_trained_and_tuned_in_the_layout_the_recipe_asks(
+    channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, bool, tuple[int, ...]]] = []
+
+    def note(images: torch.Tensor) -> None:
+        layout = images.is_contiguous(memory_format=torch.channels_last)
+        seen.append((layout, torch.is_autocast_enabled("cpu"), tuple(images.shape)))
+
+    student = create_backbone("fd_mobilenet_x0_25", 3)
+    monkeypatch.setattr(classification, "tune", lambda model, batch: note(batch) or [])
+    options = classification.ModelOptions("fd_mobilenet_x0_25", depthwise="tuned", channels_last=channels_last)
+    training = TrainingOptions(output="unused", steps=1, batch_size=4, precision="bf16")
+    classification.choose_depthwise(student, options, training, 32)
+    terms, table = parse_terms([]), DistillationOptions()
+    task = DistillationTask(student, None, terms, TaskOptions(), table, 1024, channels_last).train()
+    monkeypatch.setattr(student, "embed", lambda images: note(images) or torch.zeros(4, 256, requires_grad=True))
+    task(
+        torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), torch.zeros(1).long(),
+        torch.zeros(4, 3), torch.zeros(4, 1024),
+    )  # fmt: skip
+    assert seen == [(channels_last, True, (4, 3, 32, 32)), (channels_last, False, (4, 3, 32, 32))]
