@@ -20,6 +20,7 @@ from server.targets.target import TargetError
 logger = logging.getLogger(__name__)
 
 DEFAULT_SHARE = 0.25  # of the memory that weights and page cache leave; the rest is the drafter's and others'
+ASKED_SHARE = 0.75  # the same where a context is asked for; one request may have more
 DEFAULT_CACHE, CACHE_SHARE = 512 * 2**20, 0.125  # of the page cache; of the memory that the weights leave, at most
 ROUNDING = 256
 BYTES_PER_NUMBER = {None: 4, "bf16": 2, "int8": 1}  # None is the model's own type, fp32 at most
@@ -83,7 +84,7 @@ def plan_memory(name: str, limit: int, wanted: Wanted, shape: CacheShape, free_b
     cache_bytes = _cache_bytes(name, wanted.cache_bytes, shape, free_bytes)
     left = free_bytes - cache_bytes
     context = _context(name, limit, wanted.context, shape, left)
-    comfortable = shape.rows_in(left if wanted.context is not None else left * DEFAULT_SHARE)
+    comfortable = shape.rows_in(left * (DEFAULT_SHARE if wanted.context is None else ASKED_SHARE))
     pool_rows = min(shape.num_slots * context, max(comfortable, context))
     if context < limit and wanted.context is None:
         logger.info(
