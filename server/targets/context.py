@@ -85,7 +85,9 @@ def plan_memory(name: str, limit: int, wanted: Wanted, shape: CacheShape, free_b
     left = free_bytes - cache_bytes
     context = _context(name, limit, wanted.context, shape, left)
     comfortable = shape.rows_in(left * (DEFAULT_SHARE if wanted.context is None else ASKED_SHARE))
-    pool_rows = min(shape.num_slots * context, max(comfortable, context))
+    pool_rows = shape.num_slots * context
+    if shape.shared:
+        pool_rows = min(pool_rows, max(comfortable, context))
     if context < limit and wanted.context is None:
         logger.info(
             "context: %d of the %d positions of %s, in a quarter of the free memory; --context N chooses otherwise",

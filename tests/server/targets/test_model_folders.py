@@ -207,7 +207,8 @@ def test_a_context_is_what_positions_allow_and_memory_holds() -> None:
     with pytest.raises(TargetError, match="does not fit"):
         plan_memory("m", 8192, Wanted(None, 0), shape, -5)
     whole = CacheShape(1000, 4, shared=False)
-    assert plan_memory("m", 8192, Wanted(None, 0), whole, 16e6).context == 768, "llama.cpp takes all slots at once"
+    every = plan_memory("m", 8192, Wanted(None, 0), whole, 16e6)
+    assert (every.context, every.pool_rows) == (768, 4 * 768), "llama.cpp takes all slots at once"
     with pytest.raises(TargetError, match=r"4 requests takes .* 2000 positions would fit"):
         plan_memory("m", 8192, Wanted(4096, 0), whole, 8e6)
 
