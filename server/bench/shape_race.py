@@ -25,6 +25,7 @@ from server.bench.simulated import SimulatedDrafter
 from server.bench.texts import Advance, BenchError
 from server.bench.verify_curve import predicted_ms, verify_ms
 from server.bench.whole_model import random_model
+from server.engine.ahead import AheadDrafter, ahead_budget
 from server.engine.engine import Engine, EngineOptions
 from server.placement.cost import between
 from server.placement.devices import Placement
@@ -88,7 +89,8 @@ def bench_shape(options: ShapeOptions, advance: Advance) -> dict[str, Any]:
             "--layers measures fewer of its layers"
         )
     context = PROMPT + options.max_tokens
-    capacity = context + 4 * max(*ROWS, options.budget.rows, options.budget.top_k * options.budget.depth)
+    deep = ahead_budget(options.budget)
+    capacity = context + max(*ROWS, deep.rows, deep.top_k * deep.depth)
     packed = random_model(model_shape(shape), options.weights, capacity)
     torch.set_num_threads(1)
     target = make_target(packed, shape, options, capacity)
@@ -97,7 +99,8 @@ def bench_shape(options: ShapeOptions, advance: Advance) -> dict[str, Any]:
     case = Case("random", tuple(range(1, PROMPT + 1)), options.max_tokens)
     reference = plain.run(case).token_ids
     drafter = simulated(options, target, case.prompt_ids + reference, capacity)
-    drafted = Engine(target, drafter, engine)
+    ahead = AheadDrafter(drafter)
+    drafted = Engine(target, ahead if options.blocks else drafter, engine)
     contestants = [plain, EngineContestant("dovetail", drafted)]
     steps = iter(range(1, 2 * options.repeats + 1))
     found = race(contestants, [case], options.repeats, lambda name: advance(name, next(steps), 2 * options.repeats))
@@ -122,6 +125,7 @@ def bench_shape(options: ShapeOptions, advance: Advance) -> dict[str, Any]:
             "draft_share": round(clock.draft_s / total_s, 3), "verify_share": round(clock.verify_s / total_s, 3),
             "other_share": round(clock.other_s / total_s, 3),
             "draft_ms": round(1e3 * clock.draft_s / max(clock.rounds, 1), 3),
+            "ahead": {"hits": ahead.hits, "misses": ahead.misses, "gain": ahead.trial.gain},
         },
         "speedup": round(speed / plain_speed, 3) if plain_speed else None,
         "verify_ms": curve,

@@ -29,6 +29,8 @@ def run_shape(
         raise typer.BadParameter(f"{shape!r} is none of {', '.join(SHAPES)}", param_hint="--shape")
     if layers is not None and not 1 <= layers <= SHAPES[shape].num_layers:
         raise typer.BadParameter(f"{shape} has {SHAPES[shape].num_layers} layers", param_hint="--layers")
+    if gpu_layers > (layers or SHAPES[shape].num_layers):
+        raise typer.BadParameter(f"{shape} is measured with fewer layers", param_hint="--shape-gpu-layers")
     budget = Budget(settings.rows or 8, settings.top_k or 2, 6 if settings.depth is None else settings.depth)
     options = ShapeOptions(
         SHAPES[shape], settings.weights or "int4", acceptance, budget, layers, blocks,

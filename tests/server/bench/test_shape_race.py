@@ -22,7 +22,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_shape_is_raced_with_the_acceptance_that_was_asked_for(blocks: int) -> None:
     before = torch.get_num_threads()
     words = ["--shape", "small", "--layers", "2", "--simulate-acceptance", "3", "--weights", "int8", "--rows", "6",
-             "--max-tokens", "24", "--repeats", "2", "--blocks", blocks]  # fmt: skip
+             "--max-tokens", "24", "--repeats", "2", "--blocks", blocks, "--shape-gpu-layers", blocks]  # fmt: skip
     result = run("bench", *words)
     torch.set_num_threads(before)
     report = json.loads(result.stdout.splitlines()[-1])
@@ -40,6 +40,7 @@ def test_a_shape_is_raced_with_the_acceptance_that_was_asked_for(blocks: int) ->
         (["--shape", "small"], "say --simulate-acceptance"),
         (["--shape", "x", "--simulate-acceptance", "2"], "'x' is none of llama2-7b"),
         (["--shape", "small", "--simulate-acceptance", "2", "--layers", "9"], "small has 3 layers"),
+        (["--shape", "small", "--simulate-acceptance", "2", "--shape-gpu-layers", "4"], "measured with fewer layers"),
         (["--shape", "llama2-13b", "--simulate-acceptance", "2", "--weights", "fp32"], "--layers measures fewer"),
         (["--shape", "small", "--simulate-acceptance", "99"], "cannot be simulated"),
     ],
