@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-DRAFTER, LOOKUP = "drafter", "lookup"
+DRAFTER, LOOKUP, FORCED = "drafter", "lookup", "forced"
 PRIOR_WEIGHT = 4.0
 FADING = 0.997  # a round; half of what was learnt is forgotten after 230 rounds
 HOPE = 0.8  # the chance that a level is followed before anything is known: what might pay is tried
@@ -21,6 +21,7 @@ REQUEST_WEIGHT = 2.0
 SURE = 0.99
 PROBABILITY_EDGES = (0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 DEEPEST_CELL = 5
+FORCED_PRIOR = 0.9
 LOOKUP_PRIORS = (0.25, 0.4, 0.6)  # for matches of one, two, and three or more tokens
 
 
@@ -43,6 +44,11 @@ def lookup_cell(depth: int, match_length: int) -> tuple[Cell, float]:
     """The cell of a copied token behind a match of so many tokens."""
     grade = min(match_length, len(LOOKUP_PRIORS))
     return Cell(LOOKUP, min(depth, DEEPEST_CELL), grade), LOOKUP_PRIORS[grade - 1]
+
+
+def forced_cell(depth: int) -> tuple[Cell, float]:
+    """The cell of a token that a grammar leaves no choice about, but for how the model cuts the text into tokens."""
+    return Cell(FORCED, min(depth, DEEPEST_CELL), 0), FORCED_PRIOR
 
 
 @dataclass

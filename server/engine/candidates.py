@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from drafters.proposal import Proposal
 from server.engine.acceptance import Accepted
-from server.engine.calibration import DRAFTER, Calibration, Cell, RequestRecord, drafter_cell, lookup_cell
+from server.engine.calibration import DRAFTER, Calibration, Cell, RequestRecord, drafter_cell, forced_cell, lookup_cell
 
 
 @dataclass(frozen=True)
@@ -80,33 +80,65 @@ def sorted_gains(candidates: Sequence[Candidates]) -> list[float]:
 
 
 def merge(
-    tree: Proposal, copied: Sequence[int], match_length: int, calibration: Calibration, record: RequestRecord
+    tree: Proposal,
+    copied: Sequence[int],
+    match_length: int,
+    calibration: Calibration,
+    record: RequestRecord,
+    forced: Sequence[int] = (),
 ) -> Candidates:
-    """A drafter's tree and a chain copied from the text, with the calibrated worth of every node.
+    """A drafter's tree, a chain copied from the text and one that a grammar forces, with the calibrated worth of each.
 
-    Nodes that both have are one node, worth the better of the two.
+    Nodes that several have are one node, worth the best of them.
     """
     token_ids, parents = list(tree.token_ids), list(tree.parents)
     log_probs = list(tree.log_probs)
     cells = [[drafter_cell(depth, value)] for depth, value in zip(tree.depths, tree.log_probs, strict=True)]
     places = {(parent, token_id): node for node, (parent, token_id) in enumerate(zip(parents, token_ids, strict=True))}
-    parent: int | None = None
-    for depth, token_id in enumerate(copied, 1):
-        node = places.get((parent, token_id))
-        if node is None:
-            node = len(token_ids)
-            token_ids.append(token_id)
-            parents.append(parent)
-            log_probs.append(0.0)
-            cells.append([])
-        cells[node].append(lookup_cell(depth, match_length))
-        parent = node
+    copied_cells = [lookup_cell(depth, match_length) for depth in range(1, len(copied) + 1)]
+    forced_cells = [forced_cell(depth) for depth in range(1, len(forced) + 1)]
+    for chain, own_cells in ((copied, copied_cells), (forced, forced_cells)):
+        parent: int | None = None
+        for token_id, cell in zip(chain, own_cells, strict=True):
+            node = places.get((parent, token_id))
+            if node is None:
+                node = places[parent, token_id] = len(token_ids)
+                token_ids.append(token_id)
+                parents.append(parent)
+                log_probs.append(0.0)
+                cells.append([])
+            cells[node].append(cell)
+            parent = node
     gains: list[float] = []
     for above, own in zip(parents, cells, strict=True):
         worth = max(calibration.worth(cell, prior, record) for cell, prior in own)
         gains.append(worth * (1.0 if above is None else gains[above]))
     merged = Proposal(tuple(token_ids), tuple(parents), tuple(log_probs))
     return Candidates(merged, tuple(Draft(tuple(own)) for own in cells), tuple(gains))
+
+
+def possible(tree: Proposal, follows: Callable[[Sequence[int]], int]) -> list[int]:
+    """The nodes whose whole path may follow; ``follows`` says how many of a path's tokens do, from the first."""
+    depth_of: dict[int, int] = {}  # how far the path of each node goes on
+    kept: list[int] = []
+    for node in reversed(range(len(tree))):
+        if node not in depth_of:
+            path = path_to(tree, node)
+            count = follows([tree.token_ids[i] for i in path])
+            depth_of |= dict.fromkeys(path, count)
+        if tree.depths[node] <= depth_of[node]:
+            kept.append(node)
+    return kept
+
+
+def path_to(tree: Proposal, node: int) -> list[int]:
+    """The nodes from the first level down to this one."""
+    path: list[int] = []
+    at: int | None = node
+    while at is not None:
+        path.append(at)
+        at = tree.parents[at]
+    return path[::-1]
 
 
 def learn_unused(calibration: Calibration, found: Sequence[Candidates], chosen: Sequence[Candidates]) -> None:

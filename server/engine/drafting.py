@@ -22,10 +22,11 @@ from drafters.ngram import Copied, NGramDrafter
 from drafters.proposal import Budget, Proposal
 from server.engine.acceptance import Accepted
 from server.engine.backlog import Backlog
-from server.engine.calibration import DRAFTER, LOOKUP, Calibration
-from server.engine.candidates import NOTHING, Candidates, choose_rows, learn_unused, merge, sorted_gains
+from server.engine.calibration import DRAFTER, FORCED, LOOKUP, Calibration
+from server.engine.candidates import NOTHING, Candidates, choose_rows, learn_unused, merge, possible, sorted_gains
 from server.engine.cost import Costs, best_count
 from server.engine.ledger import Ledger
+from server.engine.request import TokenFilter
 from server.engine.sequence import RunningSequence
 from server.placement.recovery import Recovery
 
@@ -66,7 +67,8 @@ class DraftingOptions:
 
 
 class Drafting:
-    """Drafts for a batch of requests from up to two stages: a drafter, and chains copied from the request's own text.
+    """Drafts for a batch of requests from up to three stages: a drafter, chains copied from the request's own text, and
+    what its grammar forces.
 
     With ``costs`` every round verifies the rows that are expected to pay and asks the drafter only where it does;
     without, every tree is as large as the budget allows. A request that asked for no drafting is never shown to the
@@ -196,11 +198,27 @@ class Drafting:
         return self.costs is None or self.ledger.may_draft(stage)
 
     def _merge(self, sequence: RunningSequence, tree: Proposal, copied: Copied) -> Candidates:
-        """One request's drafts of both stages, the best of them where they are more than the budget's rows."""
+        """One request's drafts of all stages: those its grammar has a place for, the best where there are too many."""
         # The last token of a request is the target's own, so a draft at that depth would be thrown away.
         tree = tree.cut(sequence.num_left - 1)
-        merged = merge(tree, copied.token_ids, copied.match_length, self.calibration, sequence.record)
+        grammar = sequence.request.grammar
+        if grammar is None:
+            merged = merge(tree, copied.token_ids, copied.match_length, self.calibration, sequence.record)
+            return merged.best(self._rows(sequence) - 1)
+        try:
+            merged = self._held_to(grammar, sequence, tree, copied)
+        except Exception:  # whoever asks for the next token is told the same, and ends the request
+            logger.warning("request %s: no drafts, its grammar failed", sequence.request_id, exc_info=True)
+            return NOTHING
         return merged.best(self._rows(sequence) - 1)
+
+    def _held_to(self, grammar: TokenFilter, sequence: RunningSequence, tree: Proposal, copied: Copied) -> Candidates:
+        """The drafts that a grammar has a place for, and those that it forces."""
+        output_ids = sequence.token_ids[sequence.num_prompt :]
+        count = min(self._rows(sequence), sequence.num_left) - 1
+        forced = grammar.forced(output_ids)[:count] if self._may(FORCED) else ()
+        merged = merge(tree, copied.token_ids, copied.match_length, self.calibration, sequence.record, forced)
+        return merged.select(possible(merged.tree, lambda token_ids: grammar.follows(output_ids, token_ids)))
 
     def _rows(self, sequence: RunningSequence) -> int:
         """The largest tree of a request, the root included."""

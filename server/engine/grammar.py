@@ -41,6 +41,25 @@ class Grammar:
 
     def allowed(self, output_ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """[vocabulary] whether each token may follow these. Errors: EngineError where nothing may, or too much work."""
+        self._go_to(output_ids)
+        mask = self.matcher.compute_bitmask()
+        if self.matcher.is_error():
+            raise EngineError(f"the grammar cannot go on: {self.matcher.get_error()[:200]}")
+        return np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little").astype(bool)
+
+    def forced(self, output_ids: Sequence[int]) -> Sequence[int]:
+        """Tokens that must follow, as far as there is no choice; the model may still cut the same text otherwise."""
+        self._go_to(output_ids)
+        token_ids: list[int] = self.matcher.compute_ff_tokens()
+        return token_ids
+
+    def follows(self, output_ids: Sequence[int], token_ids: Sequence[int]) -> int:
+        """How many of these tokens may follow, from the first on."""
+        self._go_to(output_ids)
+        return int(self.matcher.validate_tokens(list(token_ids)))
+
+    def _go_to(self, output_ids: Sequence[int]) -> None:
+        """Stand behind these tokens: what the answer did not take is rolled back."""
         same = 0
         for before, now in zip(self.consumed, output_ids, strict=False):
             if before != now:
@@ -51,10 +70,6 @@ class Grammar:
         for token_id in output_ids[same:]:
             self.matcher.consume_token(token_id)
         self.consumed = list(output_ids)
-        mask = self.matcher.compute_bitmask()
-        if self.matcher.is_error():
-            raise EngineError(f"the grammar cannot go on: {self.matcher.get_error()[:200]}")
-        return np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little").astype(bool)
 
 
 class GrammarCompiler:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from server.engine.acceptance import Accepted
-from server.engine.calibration import DRAFTER, LOOKUP
+from server.engine.calibration import DRAFTER, FORCED, LOOKUP
 from server.engine.candidates import Candidates
 from server.engine.cost import Costs
 
@@ -31,9 +31,9 @@ class Stage:
 
 @dataclass
 class Ledger:
-    """The accounts of both stages."""
+    """The accounts of the stages."""
 
-    stages: dict[str, Stage] = field(default_factory=lambda: {DRAFTER: Stage(), LOOKUP: Stage()})
+    stages: dict[str, Stage] = field(default_factory=lambda: {stage: Stage() for stage in (DRAFTER, LOOKUP, FORCED)})
 
     def may_draft(self, stage: str) -> bool:
         """Whether the stage may cost anything now."""
@@ -45,7 +45,7 @@ class Ledger:
         self.stages[stage].draft_s += seconds
 
     def verified(self, drafts: Candidates, accepted: Accepted) -> None:
-        """What became of one request's drafts; those that both stages made cost neither of them anything."""
+        """What became of one request's drafts; those that several stages made cost none of them anything."""
         path = set(accepted.rows)
         for row, draft in enumerate(drafts.drafts, 1):
             stages = {cell.stage for cell, _ in draft.cells}

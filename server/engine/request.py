@@ -86,6 +86,14 @@ class TokenFilter(Protocol):
         """[vocabulary] booleans, as a numpy array. Errors: EngineError."""
         ...
 
+    def forced(self, output_ids: Sequence[int]) -> Sequence[int]:
+        """Tokens that must follow, as far as there is no choice."""
+        ...
+
+    def follows(self, output_ids: Sequence[int], token_ids: Sequence[int]) -> int:
+        """How many of these tokens may follow, from the first on."""
+        ...
+
 
 @dataclass(frozen=True)
 class Request:

@@ -25,7 +25,7 @@ from server.api.language.schemas import CacheSalt
 from server.api.language.translated import Part, as_chat, objects, unsupported
 from server.api.openapi import ASKING
 from server.api.serving import CurrentServing
-from server.api.sse import named_event
+from server.api.sse import DONE, named_event
 
 router = APIRouter(dependencies=[Depends(require_json)], responses=ASKING)
 
@@ -158,8 +158,8 @@ class ResponsesWire:
         return [*events, self._event(f"response.{status}", response=self.response(status, generation))]
 
     def end(self, generation: Generation) -> list[bytes]:  # noqa: ARG002
-        """Nothing more."""
-        return []
+        """[DONE], which some clients of the older routes wait for; those of this one pass it over."""
+        return [DONE]
 
     def error(self, error: ApiError) -> bytes:
         """An error event."""

@@ -9,7 +9,8 @@ import pytest
 from doubles import OracleDrafter, tiny_llama
 from drafters.drafter import Drafter
 from drafters.ngram import NGramDrafter
-from drafters.proposal import Budget
+from drafters.proposal import Budget, Proposal
+from server.engine.candidates import possible
 from server.engine.completion import Completion, generate
 from server.engine.engine import Engine, EngineOptions
 from server.engine.grammar import GrammarCompiler, GrammarError
@@ -97,9 +98,12 @@ def test_an_impossible_answer_ends_alone(target, compiler, codec):
         def allowed(self, output_ids):
             raise ValueError("nothing may follow")
 
-    good = asked(compiler, codec, GREEDY)[:1]
-    bad, fine = run(target, None, [Request("bad", [5], 9, GREEDY, codec.stop_ids, grammar=Nothing()), *good])
-    assert (bad.finished.reason, fine.finished.reason) == (FinishReason.FAILED, FinishReason.STOP)
+        forced = follows = allowed
+
+    for drafter in (None, NGramDrafter()):
+        good = asked(compiler, codec, GREEDY)[:1]
+        bad, fine = run(target, drafter, [Request("bad", [5], 9, GREEDY, codec.stop_ids, grammar=Nothing()), *good])
+        assert (bad.finished.reason, fine.finished.reason) == (FinishReason.FAILED, FinishReason.STOP)
 
 
 def test_grammars_are_remembered_and_begin_afresh(compiler):
@@ -120,3 +124,34 @@ def test_an_end_may_not_come_too_early(target, codec):
     for min_tokens in (0, 7):
         (answer,) = run(target, None, [Request("r", [5], 20, bias, codec.stop_ids, min_tokens=min_tokens)])
         assert len(answer.token_ids) == min_tokens + 1
+
+
+def test_what_a_grammar_forces_is_drafted(target, compiler, codec):
+    """Long keys leave no choice: with no other source of drafts they are verified several at a time."""
+    schema = {
+        "type": "object",
+        "properties": {"temperature_outside": {"type": "boolean"}, "another_long_key": {"enum": ["x", "y"]}},
+        "required": ["temperature_outside", "another_long_key"],
+        "additionalProperties": False,
+    }
+
+    def answer(draft, sampling):
+        grammar = compiler.compile("json_schema", schema)
+        requests = [Request("r", [5, 6], 100, sampling, codec.stop_ids, grammar=grammar, draft=draft)]
+        options = EngineOptions(max_seqs=1, context_length=250, budget=Budget(8, 3, 3), lookup=True)
+        return generate(Engine(target, None, options), requests)["r"]
+
+    for sampling in (GREEDY, SAMPLED):
+        plain, drafted = answer(False, sampling), answer(True, sampling)
+        assert drafted.token_ids == plain.token_ids
+        assert drafted.finished.stats.accepted > 0.4 * len(plain.token_ids)
+        assert drafted.finished.stats.accepted > 0.7 * drafted.finished.stats.drafted
+
+
+def test_no_row_is_spent_on_what_the_grammar_forbids(compiler, codec):
+    grammar = compiler.compile("regex", "a(b|cd)e")
+    a, b, c, d, e = (codec.encode(letter)[0] for letter in "abcde")
+    tree = Proposal((a, b, c, b, e, d, c), (None, 0, 0, None, 1, 2, 2), (0.0,) * 7)
+    kept = possible(tree, lambda token_ids: grammar.follows([], token_ids))
+    assert sorted(kept) == [0, 1, 2, 4, 5]  # not the b at the beginning, nor the second c
+    assert grammar.follows([a, b], [e, e]) == 1

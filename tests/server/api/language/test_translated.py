@@ -12,7 +12,8 @@ SCHEMA = {"type": "object", "properties": {"where": {"type": "string"}}, "requir
 
 
 def named_events(text):
-    blocks = [block.split("\n") for block in text.strip().split("\n\n")]
+    """Every named event; the last of a response is [DONE], which has no name."""
+    blocks = [block.split("\n") for block in text.removesuffix("data: [DONE]\n\n").strip().split("\n\n")]
     events = [json.loads(lines[1].removeprefix("data: ")) for lines in blocks]
     assert [lines[0].removeprefix("event: ") for lines in blocks] == [event["type"] for event in events]
     return events
