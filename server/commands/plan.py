@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from server.commands.options import check_folder
 
 if TYPE_CHECKING:
     from server.placement.machine import Machine
@@ -48,13 +51,20 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Draw it into this .png or .svg file.", show_default=False)
+    ] = None,
 ) -> None:
     """Say what would lie where, in bytes, with predicted speed and the runners-up. The last line printed is JSON."""
+    from server.placement.picture import FORMATS, draw_plan
     from server.placement.plan import Request, make_plan
     from server.placement.shape import STORED, read_shape
     from server.placement.what_if import parse_what_if, this_machine
     from server.settings import parse_bytes
 
+    check_folder(picture, "--picture")
+    if picture is not None and picture.suffix not in FORMATS:
+        raise typer.BadParameter(f"{picture} is no {' or '.join(FORMATS)} file", param_hint="--picture")
     shape = read_shape(target)
     asked = None if vram is None else parse_budget(parse_bytes, vram)
     if what_if is not None:
@@ -79,6 +89,8 @@ def plan(
     )
     found = make_plan(request, wanted.rates()).json() | {"machine": vars(wanted), "assumed": assumed}
     show(found, Console(stderr=True, markup=False))
+    if picture is not None:
+        draw_plan(found, picture)
     typer.echo(json.dumps(found))
 
 

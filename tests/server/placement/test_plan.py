@@ -189,6 +189,13 @@ def test_the_machine_that_is_here_is_measured(monkeypatch: pytest.MonkeyPatch) -
     assert report["assumed"] == ["acceptance length"]
 
 
+@pytest.mark.parametrize(("name", "begins"), [("plan.svg", b"<?xml"), ("plan.png", b"\x89PNG")])
+def test_a_plan_is_drawn_on_request(tmp_path: Path, name: str, begins: bytes) -> None:
+    result = run("plan", "llama2-7b", "--what-if", "cores=4,vram=7GiB", "--picture", tmp_path / name)
+    assert result.exit_code == 0 and (tmp_path / name).read_bytes().startswith(begins)
+    assert "no .png or .svg file" in refusal("plan", "1B", "--what-if", "cores=4", "--picture", tmp_path / "x.pdf")
+
+
 def test_what_if_reads_units() -> None:
     assert parse_what_if("cores=16, bandwidth=80,vram=4GiB,gpu_tflops=10,pcie=12").vram == 4 * GIB
 
