@@ -59,6 +59,8 @@ class ModelShape:
 
 
 SHAPES = {
+    "smollm2-135m": ModelShape(576, 1536, 30, 9, 3, 49152),
+    "0.5B": ModelShape(896, 4864, 24, 14, 2, 151936),  # Qwen2.5's
     "1B": ModelShape(2048, 5632, 16, 32, 8, 32000),
     "3B": ModelShape(3072, 8192, 28, 24, 8, 32000),
     "7B": ModelShape(4096, 11008, 32, 32, 32, 32000),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,30 +70,39 @@ def flatness(results: Sequence[Entry]) -> list[Entry]:
     return found
 
 
-def table(report: dict[str, Any]) -> Table:
-    """Milliseconds and T(n) / T(1), one line for each engine; what could not take part is named.
+def tables(report: dict[str, Any]) -> Iterator[Table]:
+    """Milliseconds and T(n) / T(1), a table for each setting, a line for each engine; they fit 80 columns.
 
     ``read`` is the share of the streaming bandwidth at which one row of ours reads its weights.
     """
-    results = report["results"]
-    rows = sorted({entry["rows"] for entry in results})
-    limits = f"{report['stream_gb_per_s']} GB/s streamed, {report['dot_gmac_per_s']} G multiply-adds/s"
-    view = Table(title=f"{report['hardware']}: {limits}")
-    view.add_column("ms, T(n)/T(1)", no_wrap=True)
-    view.add_column("engine", no_wrap=True)
-    for count in rows:
-        view.add_column(f"{count} rows", justify="right", no_wrap=True)
-    view.add_column("read", justify="right")
     shares = stream_shares(report)
-    for setting, curve in curves(results).items():
-        named = dict(zip(CURVE, setting, strict=True))
-        first = curve[min(curve)]
-        cells = [f"{curve[count]:.1f} x{curve[count] / first:.2f}" if count in curve else "" for count in rows]
-        share = shares.get(setting)
-        view.add_row(describe_setting(named), named["engine"], *cells, "" if share is None else f"{share:.0%}")
-    for name, reason in report["skipped"].items():
-        view.add_row(reason, name)
-    return view
+    alike = itertools.groupby(sorted(curves(report["results"]).items(), key=_settings_in_order(report)), key=_setting)
+    for title, found in alike:
+        lines = list(found)
+        rows = sorted({count for _, curve in lines for count in curve})
+        view = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        view.add_column("ms, T(n)/T(1)")
+        for count in rows:
+            view.add_column(f"{count} rows", justify="right", no_wrap=True)
+        view.add_column("read", justify="right", no_wrap=True)
+        for setting, curve in lines:
+            first = curve[min(curve)]
+            cells = [f"{curve[n]:.3g} x{curve[n] / first:.3g}" if n in curve else "" for n in rows]
+            group = setting[CURVE.index("group")]
+            name = setting[CURVE.index("engine")] + ("" if group is None else f"/{group}")
+            share = shares.get(setting)
+            view.add_row(name, *cells, "" if share is None else f"{share:.0%}")
+        yield view
+
+
+def _setting(line: tuple[tuple[Any, ...], dict[int, float]]) -> str:
+    named = dict(zip(CURVE, line[0], strict=True))
+    return describe_setting(named | {"group": None})
+
+
+def _settings_in_order(report: dict[str, Any]) -> Callable[[tuple[tuple[Any, ...], dict[int, float]]], int]:
+    order = list(dict.fromkeys(_setting(line) for line in curves(report["results"]).items()))
+    return lambda line: order.index(_setting(line))
 
 
 def describe_setting(named: Entry) -> str:
@@ -114,8 +124,11 @@ def stream_shares(report: dict[str, Any]) -> dict[tuple[Any, ...], float]:
 
 
 def remarks(report: dict[str, Any]) -> list[str]:
-    """What stands below the table: the honesty of T(1), flatness over the context, and what is no product."""
-    lines = []
+    """What stands below the tables: machine, who could not take part, T(1)'s honesty, flatness, what is no product."""
+    lines = [
+        f"{report['hardware']}: {report['stream_gb_per_s']} GB/s streamed, {report['dot_gmac_per_s']} G multiply-adds/s"
+    ]
+    lines += [f"{name}: {reason}" for name, reason in report["skipped"].items()]
     for check in report["checks"]:
         verdict = "holds" if check["holds"] else "FAILS: the ratios of this curve flatter"
         setting = (

@@ -40,6 +40,7 @@ from kernels.linear_lowbit.bench import (
 from kernels.linear_lowbit.bench_peers import EngineMissing
 from kernels.native import library, num_threads
 from kernels.tree_attention.transformers_plugin import ATTENTION_NAME
+from server.targets.llama_cpp.library import ContextOptions, LlamaCppError, try_out
 from server.targets.native_target import NativeTarget
 from server.targets.packed_model import HEAD_BITS, PackedModel
 from server.targets.target import VerifyRows
@@ -84,6 +85,8 @@ def measure_format(
         peer = LlamaCppModel(packed, capacity) if options.peers else None
     except EngineMissing as error:
         found.skipped[LLAMA_CPP] = str(error)
+    if peer is not None and not peer.rearranged:
+        found.skipped[f"{LLAMA_CPP}, weights laid out anew"] = "NOT ALLOWED here: its AMX tiles end the process"
     measure_model(name, packed, peer, options, contexts, limits, say, found)
 
 
@@ -190,6 +193,11 @@ class LlamaCppModel:
         options.use_mmap = False  # the file is gone once the model is loaded
         with tempfile.TemporaryDirectory(prefix="dovetail-bench-") as scratch:
             file = write_packed_gguf(packed, Path(scratch) / "random.gguf")
+            try:
+                self.rearranged = try_out(file, ContextOptions(capacity + 256, 1, num_threads())).rearranged
+            except LlamaCppError as error:
+                raise EngineMissing(str(error)) from error
+            options.use_extra_bufts = self.rearranged
             self.model: Any = llama_cpp.llama_model_load_from_file(str(file).encode(), options)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = capacity + 256, PREFILL, PREFILL

@@ -15,11 +15,8 @@ JsonFile = Annotated[
 ]
 
 
-WIDTH = 150  # a table in a file is as wide as on a wide screen
-
-
 def kernels(
-    shapes: Annotated[str, typer.Option(help="LLaMA shapes, by commas: 1B, 3B, 7B.")] = "1B",
+    shapes: Annotated[str, typer.Option(help="Shapes, by commas: smollm2-135m, 0.5B, 1B, 3B, 7B.")] = "1B",
     scopes: Annotated[str, typer.Option(help="products, model (whole model of random weights), by commas.")] = (
         "products,model"
     ),
@@ -56,7 +53,8 @@ def kernels(
     console = Console(stderr=True, markup=False, soft_wrap=True)
     lengths = [int(length) for length in contexts.split(",")]
     report = kernel_report.bench_kernels(options, scopes.split(","), lengths, console.print)
-    console.print(kernel_report.table(report), width=WIDTH)
+    for table in kernel_report.tables(report):
+        console.print(table)
     for line in kernel_report.remarks(report):
         console.print(line)
     if plot is not None:

@@ -16,7 +16,7 @@ from kernels.linear_lowbit import PackedWeight
 from server.targets.checkpoint import HEAD
 from server.targets.gguf.configuration import read_configuration
 from server.targets.gguf.header import open_gguf
-from server.targets.gguf.weights import GGUFWeights, file_weights, joined, set_parameter
+from server.targets.gguf.weights import GGUFWeights, file_weights, pack_parts, set_parameter
 from server.targets.native_target import CreateNative, NativeTarget
 from server.targets.packed_model import PackedModel, check_model, model_of, pack_from
 from server.targets.target import TargetError
@@ -85,7 +85,7 @@ def pack_stored(model: Any, source: GGUFWeights) -> PackedModel:
     layers = [pack_layer(source, layer, f"{prefix}.layers.{index}") for index, layer in enumerate(base.layers)]
     head = source.matrix(f"{prefix}.embed_tokens.weight" if tied else HEAD, base.embed_tokens.weight.shape)
     source.tell_unused()
-    return PackedModel(model, layers, joined([head]), file_weights(source.file), tied)
+    return PackedModel(model, layers, pack_parts([head])[0], file_weights(source.file), tied)
 
 
 def pack_layer(source: GGUFWeights, layer: nn.Module, prefix: str) -> PackedDecoderLayer:
@@ -96,7 +96,7 @@ def pack_layer(source: GGUFWeights, layer: nn.Module, prefix: str) -> PackedDeco
 
     def matrices(projections: Sequence[str]) -> tuple[PackedWeight, ...]:
         names = [f"{projection}.weight" for projection in projections]
-        return (joined([source.matrix(f"{prefix}.{name}", layer.get_parameter(name).shape) for name in names]),)
+        return pack_parts([source.matrix(f"{prefix}.{name}", layer.get_parameter(name).shape) for name in names])
 
     packed = assemble_decoder_layer(layer, matrices)
     layer.to("meta")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,32 +148,29 @@ def rows_of(weight: QuantisedWeight, order: Tensor) -> QuantisedWeight:
     return dataclasses.replace(weight, codes=weight.codes[order], scale=weight.scale[order], minimum=minimum)
 
 
-def joined(parts: Sequence[Matrix]) -> PackedWeight:
-    """One packed matrix of several that read the same input, each of its own type: all values stay exact."""
-    kinds = {
-        (part.bits, part.group_size, part.minimum is None, part.scale.dtype, part.table)
-        for part in parts
-        if isinstance(part, QuantisedWeight)
-    }
+def pack_parts(parts: Sequence[Matrix]) -> tuple[PackedWeight, ...]:
+    """Matrices that read the same input, exact and in order: neighbours of one format become one packed matrix."""
+    return tuple(_pack_alike(list(alike)) for _, alike in itertools.groupby(parts, _format))
+
+
+def _format(part: Matrix) -> tuple[Any, ...]:
+    if isinstance(part, QuantisedWeight):
+        return part.bits, part.group_size, part.minimum is None, part.scale.dtype, part.table
+    return (16 if part.dtype == torch.bfloat16 else 32,)
+
+
+def _pack_alike(parts: Sequence[Matrix]) -> PackedWeight:
     quantised = [part for part in parts if isinstance(part, QuantisedWeight)]
-    if len(quantised) == len(parts) and len(kinds) == 1:
-        first = quantised[0]
-        minimum = (
-            None
-            if first.minimum is None
-            else torch.cat([part.minimum for part in quantised if part.minimum is not None])
+    floats = [part for part in parts if isinstance(part, Tensor)]
+    if floats:
+        return pack(
+            torch.cat([part if part.dtype == torch.bfloat16 else part.float() for part in floats]), *_format(floats[0])
         )
-        return pack_quantised(
-            QuantisedWeight(
-                torch.cat([part.codes for part in quantised]),
-                torch.cat([part.scale for part in quantised]),
-                minimum,
-                first.bits,
-                first.group_size,
-                first.table,
-            )
-        )
-    values = [part.dequantise() if isinstance(part, QuantisedWeight) else part for part in parts]
-    if all(part.dtype == torch.bfloat16 for part in values):
-        return pack(torch.cat(values), 16)
-    return pack(torch.cat([part.float() for part in values]), 32)
+    minima = [part.minimum for part in quantised if part.minimum is not None]
+    whole = dataclasses.replace(
+        quantised[0],
+        codes=torch.cat([part.codes for part in quantised]),
+        scale=torch.cat([part.scale for part in quantised]),
+        minimum=torch.cat(minima) if minima else None,
+    )
+    return pack_quantised(whole)

@@ -68,7 +68,7 @@ def test_onnxruntime_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"shapes": ["2B"]}, "unknown: 2B; known are 1B, 3B, 7B"),
+        ({"shapes": ["2B"]}, "unknown: 2B; known are smollm2-135m, 0.5B, 1B, 3B, 7B"),
         ({"weights": ["int3"]}, "unknown: int3; known are int4, int8, bf16"),
         ({"groups": [48]}, "unknown: 48; known are 16, 32, 64, 128"),
         ({"rows": [0]}, "must be at least 1"),

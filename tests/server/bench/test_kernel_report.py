@@ -52,13 +52,26 @@ def test_products_and_models_in_one_report(monkeypatch: pytest.MonkeyPatch, tmp_
     assert ("llama.cpp" in report["skipped"]) == (("model", 4, "llama.cpp", "int4") not in seen)
     assert len(report["checks"]) == 6 and len(report["outside_products"]) == 12
     assert all(entry["ms"] > 0 for entry in report["results"])
-    console = Console(width=250, record=True, file=io.StringIO())
-    console.print(kernel_report.table(report | {"skipped": {"OpenVINO": "NOT INSTALLED: pip install openvino"}}))
-    text = console.export_text()
-    assert "NOT INSTALLED: pip install openvino" in text and "torch int4pack" in text
-    assert len(kernel_report.remarks(report)) == 18
+    report["skipped"] = {"OpenVINO": "NOT INSTALLED: pip install openvino"}
+    said = kernel_report.remarks(report)
+    assert len(said) == 20 and "OpenVINO: NOT INSTALLED: pip install openvino" in said
     kernel_report.plot(report, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_the_tables_fit_80_columns_with_every_figure() -> None:
+    slow = {1: 1234.5, 2: 2345.6, 4: 4321.0, 8: 8765.4, 16: 20000.0}
+    results = [entry("torch dynamic int8", rows, ms, group=None) for rows, ms in slow.items()]
+    results += [entry("ours", rows, 10.0 + rows, bytes=10**8) for rows in slow]
+    results += [entry("ours", rows, 20.0 + rows, scope="model", context=64) for rows in slow]
+    report = {"stream_gb_per_s": 10.0, "dot_gmac_per_s": 1.0, "hardware": "a machine", "results": results}
+    console = Console(width=80, record=True, file=io.StringIO())
+    for table in kernel_report.tables(report):
+        console.print(table)
+    text = console.export_text()
+    assert text.count("16 rows") == 2 and "1B products int4" in text and "1B model int4 at 64" in text
+    for figure in ("2e+04 x16.2", "8.77e+03 x7.1", "18 x1.64", "91%", "36 x1.71"):
+        assert figure in text
 
 
 def test_unknown_scopes_are_refused_by_name() -> None:

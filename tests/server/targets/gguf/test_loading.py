@@ -8,14 +8,14 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from drafters.proposal import Proposal
-from kernels.linear_lowbit import dequantise
+from kernels.linear_lowbit import QuantisedWeight, dequantise
 from server.launch import load_codec
 from server.targets.context import Wanted
 from server.targets.gguf.blocks import DECODERS, FLOATS
 from server.targets.gguf.configuration import read_configuration
 from server.targets.gguf.header import open_gguf
 from server.targets.gguf.loading import load_gguf_target, pack_stored
-from server.targets.gguf.weights import GGUFWeights
+from server.targets.gguf.weights import GGUFWeights, pack_parts
 from server.targets.loading import memory_plan
 from server.targets.native_target import NativeTarget
 from server.targets.packed_model import model_of
@@ -74,6 +74,21 @@ def test_matrices_of_one_layer_may_differ(
     assert isinstance(target, NativeTarget)
     assert near(logits(target), truth(tiny_gguf.model(default, kinds, tied=False)))
     assert not torch.equal(target.lm_head(), target.embedding())
+
+
+def test_matrices_of_one_input_stay_in_their_own_formats() -> None:
+    def codes(bits: int, rows: int) -> QuantisedWeight:
+        return QuantisedWeight(
+            torch.randint(0, 2**bits, (rows, 64), dtype=torch.uint8), torch.rand(rows, 2).half(), None, bits, 32
+        )
+
+    q, k, v = codes(4, 40), codes(4, 8), codes(8, 8)
+    parts = pack_parts([q, k, v])
+    assert [(part.bits, part.out_features) for part in parts] == [(4, 48), (8, 8)]
+    whole = torch.cat([dequantise(part) for part in parts])
+    assert torch.equal(whole, torch.cat([part.dequantise() for part in (q, k, v)]))
+    floats = pack_parts([torch.rand(8, 64).half(), torch.rand(8, 64).bfloat16(), torch.rand(8, 64).bfloat16()])
+    assert [(part.bits, part.out_features) for part in floats] == [(32, 8), (16, 16)]
 
 
 def test_other_weights_are_packed_from_the_files_values(tiny_gguf: Any, tmp_path: Path) -> None:
