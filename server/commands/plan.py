@@ -56,6 +56,7 @@ def plan(
     ] = None,
 ) -> None:
     """Say what would lie where, in bytes, with predicted speed and the runners-up. The last line printed is JSON."""
+    from server.placement.cost import streaming_break_even
     from server.placement.picture import FORMATS, draw_plan
     from server.placement.plan import Request, make_plan
     from server.placement.shape import STORED, read_shape
@@ -87,7 +88,9 @@ def plan(
         wanted.layers,
         wanted.rows,
     )
-    found = make_plan(request, wanted.rates()).json() | {"machine": vars(wanted), "assumed": assumed}
+    rates = wanted.rates()
+    found = make_plan(request, rates).json() | {"machine": vars(wanted), "assumed": assumed}
+    found["prefill_break_even_tokens"] = None if budget is None else streaming_break_even(shape, request.weights, rates)
     show(found, Console(stderr=True, markup=False))
     if picture is not None:
         draw_plan(found, picture)
@@ -145,5 +148,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         f"{predicted['acceptance_length']:.2f} tokens",
         soft_wrap=True,
     )
+    if (tokens := found["prefill_break_even_tokens"]) is not None:
+        console.print(f"streaming layers to the GPU would read prompts of more than {tokens} tokens sooner; not built")
     for what in found["assumed"]:
         console.print(f"assumed, not measured: {what}", soft_wrap=True)

@@ -6,6 +6,7 @@ docs/placement.md has the formulas and says where each constant comes from.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -127,6 +128,20 @@ def draft_ms(shape: TargetShape, context: int, rates: Rates, choice: Choice) -> 
     else:
         level = (parameters * WEIGHT_BYTES["int8"] + kv_bytes) / rates.stream_gb_per_s / 1e6 + CPU_CALL_MS
     return (choice.depth + 1) * level
+
+
+def streaming_break_even(shape: TargetShape, weights: str, rates: Rates) -> int | None:
+    """Prompt tokens from which on a GPU, layers streamed to it in fp16, would read a prompt sooner than the CPU.
+
+    None without a GPU, and where the CPU is always first. Prompts are read by the CPU so far.
+    """
+    if not rates.gpu_tflops:
+        return None
+    parameters = shape.num_layers * shape.layer_parameters
+    bus_ms = parameters * FP16 / rates.bus_gb_per_s / 1e6
+    cpu_token_ms = parameters / (rates.dot_gmac_per_s * DOT_SHARE[weights] * REACHED_SHARE) / 1e6
+    gpu_token_ms = 2 * parameters / rates.gpu_tflops / 1e9
+    return math.ceil(bus_ms / (cpu_token_ms - gpu_token_ms)) if cpu_token_ms > gpu_token_ms else None
 
 
 def gpu_ms(parameters: int, kv_bytes: float, rows: int, rates: Rates) -> float:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.own_models import default_target
-from server.placement.cost import Choice, Rates, predict
+from server.placement.cost import REACHED_SHARE, Choice, Rates, predict, streaming_break_even
 from server.placement.plan import MAX_BLOCKS, Request, choices, make_plan, place
 from server.placement.shape import SHAPES, WEIGHT_BYTES, PlanError, TargetShape, read_shape
 from server.placement.what_if import parse_what_if
@@ -194,6 +194,14 @@ def test_a_plan_is_drawn_on_request(tmp_path: Path, name: str, begins: bytes) ->
     result = run("plan", "llama2-7b", "--what-if", "cores=4,vram=7GiB", "--picture", tmp_path / name)
     assert result.exit_code == 0 and (tmp_path / name).read_bytes().startswith(begins)
     assert "no .png or .svg file" in refusal("plan", "1B", "--what-if", "cores=4", "--picture", tmp_path / "x.pdf")
+
+
+def test_streaming_layers_pays_from_some_sixty_tokens_on_as_published() -> None:
+    # 7B in fp16 over 12 GB/s against 0.7 TFLOP/s on the CPU, which are 350 G multiply-adds/s.
+    machine = Rates(40.0, 350 / REACHED_SHARE, gpu_gb_per_s=448.0, gpu_tflops=1e6, bus_gb_per_s=12.0)
+    assert streaming_break_even(SEVEN, "int8", machine) == pytest.approx(60, rel=0.05)
+    assert streaming_break_even(SEVEN, "int8", dataclasses.replace(machine, gpu_tflops=0.5)) is None
+    assert streaming_break_even(SEVEN, "int8", Rates(40.0, 350.0)) is None
 
 
 def test_what_if_reads_units() -> None:
