@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from server.engine.completion import generate
 from server.engine.engine import Engine
 from server.engine.request import EngineError, FinishReason, Request, SamplingParams
 from server.placement.machine import compute_threads
+from server.targets.llama_cpp.library import ContextOptions, LlamaCppError, try_out
 from server.targets.packed_model import BITS, is_packed
 from server.targets.torch_target import WEIGHTS
 
@@ -141,6 +143,26 @@ class TransformersPeer:
         return Timed(tuple(output[0, len(case.prompt_ids) :].tolist()), seconds)
 
 
+@contextlib.contextmanager
+def default_parameters(**settings: Any) -> Iterator[None]:
+    """llama.cpp's default parameters of models, changed for what llama-cpp-python's own class has no argument for."""
+    from llama_cpp import llama_cpp
+
+    defaults = llama_cpp.llama_model_default_params
+
+    def changed() -> Any:
+        parameters = defaults()
+        for name, value in settings.items():
+            setattr(parameters, name, value)
+        return parameters
+
+    llama_cpp.llama_model_default_params = changed
+    try:
+        yield
+    finally:
+        llama_cpp.llama_model_default_params = defaults
+
+
 class LlamaCppPeer:
     """llama.cpp through llama-cpp-python, on the same weights as GGUF; prompts go in as token ids.
 
@@ -165,25 +187,36 @@ class LlamaCppPeer:
         self.sampling = sampling
         if not (importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf")):
             raise PeerUnavailable("llama-cpp-python is not installed; `make gguf` builds it (10 to 15 minutes)")
-        from llama_cpp import Llama
-        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
-
-        options = {
-            "n_ctx": context_length,
-            "n_threads": threads,
-            "n_threads_batch": threads,
-            "seed": sampling.seed or 0,
-            "draft_model": LlamaPromptLookupDecoding(num_pred_tokens=2) if lookup else None,
-            "verbose": False,
-        }
+        self.wanted = ContextOptions(context_length, 1, threads)
         if path.is_file():
-            self.model: Any = Llama(str(path), **options)
+            self.model: Any = self.load(path, lookup)
             return
         from server.targets.gguf.writing import write_gguf
 
         with tempfile.TemporaryDirectory(prefix="dovetail-bench-") as scratch:
             file = write_gguf(path, Path(scratch) / "target.gguf", weights)
-            self.model = Llama(str(file), use_mmap=False, **options)  # the file is gone once the model is loaded
+            self.model = self.load(file, lookup, use_mmap=False)  # the file is gone once the model is loaded
+
+    def load(self, file: Path, lookup: bool, **options: Any) -> Any:
+        """llama-cpp-python's model of a file. Errors: PeerUnavailable where llama.cpp cannot run it."""
+        from llama_cpp import Llama
+        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+        try:
+            possible = try_out(file, self.wanted)
+        except LlamaCppError as error:
+            raise PeerUnavailable(f"llama.cpp cannot run {file.name}: {error}") from error
+        with default_parameters(use_extra_bufts=possible.rearranged):
+            return Llama(
+                str(file),
+                n_ctx=possible.num_cells,
+                n_threads=possible.threads,
+                n_threads_batch=possible.threads,
+                seed=self.sampling.seed or 0,
+                draft_model=LlamaPromptLookupDecoding(num_pred_tokens=2) if lookup else None,
+                verbose=False,
+                **options,
+            )
 
     def run(self, case: Case) -> Timed:
         """Tokens as they come; sampled ones are another text than this engine's, drawn from the same distribution."""
