@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from server.engine.request import SamplingParams
 from server.installation import own_version
-from server.own_models import ASSETS, GGUF_SUFFIX, TINY, OwnModelError, default_target, is_gguf, own_drafter
+from server.own_models import (
+    ASSETS,
+    GGUF_SUFFIX,
+    TINY,
+    OwnModelError,
+    default_target,
+    face_detector,
+    is_gguf,
+    own_drafter,
+)
 from server.sampling_defaults import read_sampling_defaults
 from server.settings import NATIVE, NO_VISION
 from server.text import TextCodec
@@ -307,7 +316,9 @@ def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budge
 
 
 def bundled_vision(kind: str) -> Path:
-    """The bundled model of ``kind``. Errors: LaunchError."""
+    """The bundled model of ``kind``; the face detector comes in a package. Errors: LaunchError, OwnModelError."""
+    if kind == "face-detector":
+        return face_detector()
     folder = ASSETS / kind.replace("-", "_")
     if not folder.is_dir():
         raise LaunchError(f"there is no bundled {kind} model; name one")
@@ -332,6 +343,8 @@ def vision_worker(settings: Settings) -> VisionWorker | None:
             raise LaunchError("there is no bundled vision model, so --no-llm needs --vision PATH")
     models: dict[str, Path] = {}
     for path in (Path(name).expanduser() for name in named if name != NO_VISION):
+        if not path.exists() and str(path) in all_kinds():
+            path = bundled_vision(str(path))
         if not path.exists():
             raise LaunchError(f"{str(path)!r} is no vision model: there is no such folder or file")
         name = name_of(path)

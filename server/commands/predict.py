@@ -138,12 +138,16 @@ def face_quality(
         Path | None,
         typer.Option(exists=True, help="Folder or .onnx file; nothing: the bundled scorer.", show_default=False),
     ] = None,
+    faces: Annotated[
+        Path | None,
+        typer.Option(help="Face detector's .onnx file, or face-detector: the installed one.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
     csv_file: CsvFile = None,
     draw: Draw = None,
 ) -> None:
     """Score faces from 0 to 100; -1 with a status where a face cannot be scored. Exits with 1 where none could be."""
-    answer_files(ctx, Run(model, "face-quality", tuple(images), as_json, csv_file, draw))
+    answer_files(ctx, Run(model, "face-quality", tuple(images), as_json, csv_file, draw, faces))
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,7 @@ class Run:
     as_json: bool
     csv_file: Path | None
     draw: Path | None
+    faces: Path | None = None
 
 
 def answer_files(ctx: typer.Context, run: Run) -> None:
@@ -202,7 +207,10 @@ def open_model(run: Run) -> Model:
     model = load_model(run.model or bundled_vision(str(run.kind)), usable_cores())
     if run.kind not in (None, model.kind.name):
         raise ModelError(f"{model.info.name} is a {model.kind.name}, no {run.kind} model")
-    return model
+    if run.faces is None:
+        return model
+    faces = load_model(run.faces if run.faces.exists() else bundled_vision(str(run.faces)), usable_cores())
+    return dataclasses.replace(model, companions={faces.kind.name: faces})
 
 
 def pictures_in(paths: Iterable[Path]) -> Iterator[Path]:

@@ -65,11 +65,11 @@ def answer_all(requests: Sequence[Request]) -> None:
             request = unopened.pop(0)
             request.start()
             waiting += [request] if request.ask is not None else []
-        asked: dict[Network, list[Request]] = {}
+        asked: dict[tuple[Network, tuple[int, ...]], list[Request]] = {}
         for request in waiting:
             assert request.ask is not None
-            asked.setdefault(request.ask.network, []).append(request)
-        for network, group in asked.items():
+            asked.setdefault((request.ask.network, request.ask.rows.shape[1:]), []).append(request)
+        for (network, _), group in asked.items():
             exchange(network, group)
         waiting = [request for request in waiting if request.ask is not None]
 

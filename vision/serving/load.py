@@ -47,10 +47,12 @@ def from_file(file: Path, num_threads: int, name: str) -> Model:
     session = open_session(file, num_threads)
     metadata = session.get_modelmeta().custom_metadata_map
     for kind in all_kinds().values():
-        config = json.loads(metadata[kind.name]) if kind.name in metadata else kind.adopt(session)
-        if config is not None:
-            digest = metadata.get(DIGEST_KEY, "")
+        if kind.name in metadata:
+            digest, config = metadata.get(DIGEST_KEY, ""), json.loads(metadata[kind.name])
             return described(kind, name, config, digest, OnnxNetwork(session), str(file))
+        if (adopted := kind.adopt(file, session, num_threads)) is not None:
+            config, network = adopted
+            return described(kind, name, config, file_digest(file), network, str(file))
     raise ModelError(f"{file} was not written by `dovetail export`: its description is missing")
 
 

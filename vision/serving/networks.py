@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,33 @@ class OnnxNetwork:
         return outputs
 
 
+class FreeSizeNetwork:
+    """Another's export with an input of one size, freed: raw values 0 to 255, RGB, one image at a time."""
+
+    runtime = "onnxruntime"
+
+    def __init__(self, file: Path, num_threads: int, outputs: Sequence[str]) -> None:
+        if find_spec("onnx") is None:
+            raise ModelError(
+                f"{file} needs onnx, which frees the size of its input: pip install 'dovetail-server[vision]'"
+            )
+        import onnx
+
+        model = onnx.load(file)
+        weights = {entry.name for entry in model.graph.initializer}  # old files list them among the inputs
+        for value in (*model.graph.input, *model.graph.output):
+            for axis in (0, 2, 3) if value.name not in weights else ():
+                value.type.tensor_type.shape.dim[axis].dim_param = f"{value.name}_{axis}"
+        del model.graph.value_info[:]
+        self.session = open_session(model.SerializeToString(), num_threads)
+        self.input, self.outputs = self.session.get_inputs()[0].name, list(outputs)
+
+    def run(self, rows: Pixels) -> Outputs:
+        """See ``Network``."""
+        found = [self.session.run(self.outputs, {self.input: row[None].astype(np.float32)}) for row in rows]
+        return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+
+
 class TorchNetwork:
     """A module that maps images in [0, 1] to a tensor or a tuple of them."""
 
@@ -50,17 +78,20 @@ class TorchNetwork:
         return [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 
-def open_session(file: Path, num_threads: int) -> Any:
-    """An ONNX Runtime session on the CPU. Errors: ModelError."""
+def open_session(file: Path | bytes, num_threads: int) -> Any:
+    """An ONNX Runtime session on the CPU, of a file or of its bytes. Errors: ModelError."""
+    named = "the model" if isinstance(file, bytes) else str(file)
     if find_spec("onnxruntime") is None:
-        raise ModelError(f"{file} needs onnxruntime: pip install 'dovetail-server[vision]'")
+        raise ModelError(f"{named} needs onnxruntime: pip install 'dovetail-server[vision]'")
     import onnxruntime
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # old exports warn once a tensor; errors are raised
     try:
-        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        source = file if isinstance(file, bytes) else str(file)
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:
-        raise ModelError(f"{file} is no ONNX model this runtime takes: {error}") from error
+        raise ModelError(f"{named} is no ONNX model this runtime takes: {error}") from error

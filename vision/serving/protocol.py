@@ -223,8 +223,8 @@ class Kind(ABC):
         """What to tell people where there are no rows."""
         return "nothing found"
 
-    def adopt(self, session: Any) -> Mapping[str, Any] | None:  # noqa: ARG002
-        """The config of an ONNX file that is not ours but of a network this kind knows; None for any other."""
+    def adopt(self, file: Path, session: Any, num_threads: int) -> tuple[Mapping[str, Any], Network] | None:  # noqa: ARG002
+        """Config and network of an ONNX file that is not ours but of a network this kind knows; None for any other."""
         return None
 
 

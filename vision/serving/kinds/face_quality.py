@@ -45,6 +45,7 @@ TEMPLATE_INTER_EYE_PX = 35.2
 MIN_CONTRAST = 2.0
 CUT_OFF_SHARE = 0.1
 MAX_FACES = 64
+FACE_DETECTOR = "face-detector"
 MAX_COORDINATE = 1e6  # far beyond every image that is decoded, and no infinity
 
 
@@ -66,7 +67,7 @@ def read_landmarks(text: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class FaceQualityOptions(Options):
-    """Where the faces are; neither: the image's faces are not known."""
+    """Where the faces are; neither: a face detector looks for them where one is served."""
 
     landmarks: list[Any] | None = option(  # noqa: RUF009 - a field
         None,
@@ -136,6 +137,7 @@ class FaceQualityKind(Kind):
     id_prefix: ClassVar = "fq"
     summary: ClassVar = "Score faces from 0 to 100; -1 with a status where a face cannot be scored."
     options: ClassVar = FaceQualityOptions
+    asks: ClassVar = (FACE_DETECTOR,)
     full_size: ClassVar = True
 
     def read_card(self, config: Mapping[str, Any], digest: str) -> ScorerCard:
@@ -159,12 +161,17 @@ class FaceQualityKind(Kind):
     def answer(self, model: Model, picture: Picture, options: FaceQualityOptions) -> Answering:
         """See ``Kind``."""
         status, faces = OK, list[PreparedFace]()
+        marks = options.landmarks
+        detector = model.companions.get(FACE_DETECTOR)
+        if marks is None and not options.aligned and detector is not None:
+            found = yield from detector.answer(picture, {"max_faces": MAX_FACES})
+            marks = [face["landmarks"] for face in found["faces"]]
         if options.aligned:
             faces = [prepare_crop(picture.image)]
-        elif options.landmarks is None:
+        elif marks is None:
             status = LANDMARKS_MISSING
         else:
-            faces = [prepare_face(picture.image, landmarks) for landmarks in options.landmarks]
+            faces = [prepare_face(picture.image, landmarks) for landmarks in marks]
             status = OK if faces else NO_FACE
         del picture
         crops = [face.crop for face in faces if face.crop is not None]
@@ -205,8 +212,8 @@ class FaceQualityKind(Kind):
     def nothing(self, answer: Answer) -> str:
         """Why there is no face."""
         hints = {
-            LANDMARKS_MISSING: "no face detector is part of this; give --landmarks, or --aligned for a crop",
-            NO_FACE: "no face was given",
+            LANDMARKS_MISSING: "no face detector is part of this; give --faces, --landmarks, or --aligned for a crop",
+            NO_FACE: "no face was given or found",
         }
         return f"{answer['status']}: {hints[answer['status']]}"
 
