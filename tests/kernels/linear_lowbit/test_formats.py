@@ -55,6 +55,26 @@ def test_native_equals_the_reference(name: str, format: Format) -> None:
 
 
 @pytest.mark.skipif(not SETS, reason="the native kernels are not built")
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("bits", "kind"), [(8, "minimum"), (8, "middle"), (4, EXTREMES)], ids=str)
+def test_the_largest_sums_of_a_group_stay_exact(
+    name: str, dtype: torch.dtype, bits: int, kind: str | tuple[int, ...]
+) -> None:
+    x, weight = example((bits, kind, 128, dtype), 6, 2, 32, 128)
+    for code in (0, 2**bits - 1):
+        weight.codes.fill_(code)
+        if weight.minimum is not None:
+            weight.minimum.zero_()
+        packed = pack_quantised(weight)
+        with native.use_instruction_set(name):
+            found = linear(torch.ones_like(x) * torch.tensor([[1.0], [-1.0]]), packed)
+        whole = int(weight.levels()[0, 0]) * 128 * 127
+        wanted = whole * weight.scale[:, 0].float() * torch.tensor(1.0 / 127.0)
+        torch.testing.assert_close(found, torch.stack([wanted, -wanted]), rtol=3e-7, atol=0)
+
+
+@pytest.mark.skipif(not SETS, reason="the native kernels are not built")
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 1000), rows=st.integers(2, 70), out=st.integers(1, 70), blocks=st.integers(1, 3),
