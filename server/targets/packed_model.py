@@ -15,6 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from kernels.decoder_layer import (
     PackedDecoderLayer,
@@ -96,7 +97,7 @@ def empty_model(folder: Path) -> Any:
 def model_of(config: Any, source: Path) -> Any:
     """The model of a configuration, without weights. Errors: TargetError, naming ``source``, for no language model."""
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             return AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16, attn_implementation=ATTENTION_NAME, trust_remote_code=False
             ).eval()

@@ -162,7 +162,8 @@ def test_recipes_say_where_absent_data_come_from(recipe: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     if not {"root", "tokens", "conversations"} & set(data):
         return check_data(recipe)
-    with pytest.raises(RecipeError, match=f"data.* {re.escape(data.get('root') or data['tokens'])}") as refused:
+    missing = data.get("root") or data.get("tokens") or data["conversations"]
+    with pytest.raises(RecipeError, match=f"data.* {re.escape(missing)}") as refused:
         check_data(recipe)
     assert f"they come from: {data['source']}" in str(refused.value)
     assert "source" not in load_recipe(recipe)["data"]

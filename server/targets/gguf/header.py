@@ -51,6 +51,12 @@ class GGUFFile:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    buffers: tuple[mmap.mmap, ...]
+
+    def forget_pages(self) -> None:
+        """What was read so far need not stay in this process's memory; it is read again when asked for."""
+        for buffer in self.buffers:
+            buffer.madvise(mmap.MADV_DONTNEED)
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """A metadata value of the expected type. Errors: TargetError for a value of another type."""
@@ -80,7 +86,7 @@ def open_gguf(path: Path) -> GGUFFile:
         raise TargetError(
             f"{path} is one of {parts[0].metadata['split.count']} parts; keep their names, NAME-00001-of-0000N.gguf"
         )
-    return GGUFFile(path, parts[0].metadata, tensors)
+    return GGUFFile(path, parts[0].metadata, tensors, tuple(buffer for part in parts for buffer in part.buffers))
 
 
 def part_files(path: Path) -> list[Path]:
@@ -115,7 +121,7 @@ def read_part(path: Path) -> GGUFFile:
         raise TargetError(f"{path} has GGUF version {version}; {hint}")
     num_tensors, num_values = cursor.number("<Q"), cursor.number("<Q")
     metadata = read_metadata(cursor, num_values)
-    return GGUFFile(path, metadata, read_tensors(cursor, num_tensors, metadata))
+    return GGUFFile(path, metadata, read_tensors(cursor, num_tensors, metadata), (buffer,))
 
 
 class Cursor:

@@ -99,6 +99,7 @@ def pack_layer(source: GGUFWeights, layer: nn.Module, prefix: str) -> PackedDeco
         return pack_parts([source.matrix(f"{prefix}.{name}", layer.get_parameter(name).shape) for name in names])
 
     packed = assemble_decoder_layer(layer, matrices)
+    source.file.forget_pages()
     layer.to("meta")
     return packed
 

@@ -22,6 +22,7 @@ from server.targets.gguf.header import GGUFFile, StoredTensor
 from server.targets.target import TargetError
 
 FLOAT_LAYOUTS = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2", GGMLQuantizationType.BF16: "<i2"}
+ROWS_AT_ONCE = 4096
 FACTORS = "rope_freqs.weight"
 Matrix = Tensor | QuantisedWeight
 
@@ -71,10 +72,20 @@ class GGUFWeights:
         return weight if order is None else rows_of(weight, order)
 
     def read(self, name: str, shape: Sequence[int] | None = None) -> Tensor:
-        """A parameter's values: fp32, or bf16 where the file holds that."""
-        matrix = self.matrix(name, shape)
-        values = matrix.dequantise() if isinstance(matrix, QuantisedWeight) else matrix
-        return values if values.dtype == torch.bfloat16 else values.float()
+        """A parameter's values: fp32, or bf16 where the file holds that. Some rows at a time are taken apart."""
+        tensor = self.stored(name, shape)
+        self.unused.discard(tensor.name)
+        if tensor.kind in FLOATS:
+            values = read_floats(tensor)
+            values = values if values.dtype == torch.bfloat16 else values.float()
+        else:
+            values = torch.empty(tensor.shape)
+            for begin in range(0, tensor.shape[0], ROWS_AT_ONCE):
+                part = values[begin : begin + ROWS_AT_ONCE]
+                part.copy_(read_codes(rows_between(tensor, begin, begin + len(part))).dequantise())
+        self.file.forget_pages()
+        order = self.row_order(name, tensor.shape[0])
+        return values if order is None else values[order]
 
     def fill(self, module: nn.Module, prefix: str, dtype: torch.dtype | None = None) -> None:
         """Give ``module``, which the whole model knows as ``prefix``, all its weights."""
@@ -128,6 +139,13 @@ def file_weights(file: GGUFFile) -> str:
     names = {kind.value: kind.name for kind in LlamaFileType}
     name: str = names.get(file.get("general.file_type", int, -1), "GGUF")
     return name.removeprefix("MOSTLY_")
+
+
+def rows_between(tensor: StoredTensor, begin: int, end: int) -> StoredTensor:
+    """Rows begin .. end-1 of a tensor."""
+    row_bytes = len(tensor.data) // tensor.shape[0]
+    shape, data = (end - begin, *tensor.shape[1:]), tensor.data[begin * row_bytes : end * row_bytes]
+    return StoredTensor(tensor.name, shape, tensor.kind, data)
 
 
 def read_codes(tensor: StoredTensor) -> QuantisedWeight:
