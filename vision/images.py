@@ -138,7 +138,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ground = Image.new("RGB", opaque.size, "white")
         ground.paste(opaque, mask=opaque.getchannel("A"))
         return ground
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True)

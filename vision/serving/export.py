@@ -42,7 +42,7 @@ def export_model(
     kind = kind_of(read_config(folder / CONFIG_FILE), str(folder))
     traced = kind.trace(folder, image_size)
     if traced.sees_nothing:
-        logger.warning(traced.sees_nothing)
+        logger.warning("%s", traced.sees_nothing)
     output = output or folder / ONNX_FILE
     metadata = {**traced.metadata, kind.name: json.dumps(traced.config), DIGEST_KEY: file_digest(folder / WEIGHTS_FILE)}
     with replacing(output) as file, TemporaryDirectory() as scratch:
