@@ -113,6 +113,9 @@ class Drafting:
         if not wanted or (self.drafter is None and self.lookup is None):
             return [NOTHING] * len(batch)
         self.calibration.round += 1
+        if self._all_rest and not any(s.request.grammar is not None for s in wanted):
+            self.pays = False
+            return [NOTHING] * len(batch)
         copied = {s.slot: self._copy(s) for s in wanted}
         found = {s.slot: self._merge(s, PLAIN, copied[s.slot]) for s in wanted}
         draft_s = 0.0
@@ -192,6 +195,12 @@ class Drafting:
             return Copied()
         count = min(self._rows(sequence) - 1, sequence.num_left - 1)
         return self.lookup.lookup(DraftState(sequence.slot, sequence.token_ids), count)
+
+    @property
+    def _all_rest(self) -> bool:
+        """Whether neither stage may cost anything now; then a round takes what a plain one takes."""
+        may_copy = self.lookup is not None and self._may(LOOKUP)
+        return not may_copy and (self.drafter is None or not self._may(DRAFTER))
 
     def _may(self, stage: str) -> bool:
         """Whether a stage may cost anything now; without costs nobody counts."""
