@@ -146,25 +146,13 @@ def bench(
     """
     check_folder(json_file, "--json")
     settings = settings_from(
-        config,
-        target=target,
-        drafter="none" if simulate_acceptance is not None else drafter,
-        weights=weights,
-        drafter_device=drafter_device,
-        threads=threads,
-        context=context,
-        rows=rows,
-        top_k=top_k,
-        depth=depth,
-        lookup=lookup,
-        trees=trees,
-        max_seqs=1,
-    )
+        config, target=target, drafter="none" if simulate_acceptance is not None else drafter, weights=weights,
+        drafter_device=drafter_device, threads=threads, context=context, rows=rows, top_k=top_k, depth=depth,
+        lookup=lookup, trees=trees, max_seqs=1,
+    )  # fmt: skip
     if shape is not None:
-        simulated = run_shape(
-            settings, shape, simulate_acceptance, layers, blocks, shape_gpu_layers, max_tokens, repeats
-        )
-        write(simulated, json_file)
+        sizes = (layers, blocks, shape_gpu_layers)
+        write(run_shape(settings, shape, simulate_acceptance, *sizes, max_tokens, repeats), json_file)
         return
     from server.bench.report import PLAIN, BenchOptions
     from server.engine.request import SamplingParams
@@ -172,7 +160,11 @@ def bench(
     peers = [name for name in against.split(",") if name not in ("", PLAIN)]
     sampling = SamplingParams(temperature=temperature, seed=seed if temperature > 0 else None)
     options = BenchOptions(suite, max_tokens, repeats, peers, simulate_acceptance, ignore_eos, sampling, chat)
-    report = run_bench(settings, options, limit)
+    tell(run_bench(settings, options, limit), json_file)
+
+
+def tell(report: dict[str, Any], json_file: Path | None) -> None:
+    """The report for people and as JSON; exit 1 where drafting changed a text that it must not change."""
     show(report, Console(stderr=True, markup=False))
     write(report, json_file)
     check_lossless(report)

@@ -79,15 +79,9 @@ def plan(
     budget = asked if asked is not None else wanted.vram
     if what_if is not None and asked is not None and wanted.vram is not None and asked > wanted.vram:
         raise typer.BadParameter(f"{vram} is more than the card's {wanted.vram} bytes", param_hint="--vram")
-    request = Request(
-        shape,
-        weights or ("int4" if shape.stored_bytes is None else STORED),
-        context or min(DEFAULT_CONTEXT, shape.max_context),
-        budget,
-        wanted.blocks,
-        wanted.layers,
-        wanted.rows,
-    )
+    held = weights or ("int4" if shape.stored_bytes is None else STORED)
+    positions = context or min(DEFAULT_CONTEXT, shape.max_context)
+    request = Request(shape, held, positions, budget, wanted.blocks, wanted.layers, wanted.rows)
     rates = wanted.rates()
     found = make_plan(request, rates).json() | {"machine": vars(wanted), "assumed": assumed}
     found["prefill_break_even_tokens"] = None if budget is None else streaming_break_even(shape, request.weights, rates)
