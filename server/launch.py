@@ -203,7 +203,7 @@ def load_parts(settings: Settings) -> tuple[Engine, Placed]:
     from server.engine.ahead import AheadDrafter, ahead_budget
     from server.engine.engine import Engine, EngineOptions
     from server.engine.measure import load_costs
-    from server.targets.context import DrafterRoom, Wanted
+    from server.targets.context import DrafterRoom, Wanted, slot_capacity
     from server.targets.loading import choose_engine, load_target, memory_plan
 
     folder = resolve_target(settings.target)
@@ -277,11 +277,6 @@ def placement_status(engine: Engine, placed: Placed) -> dict[str, Any]:
     return found
 
 
-def slot_capacity(context: int, budgets: Sequence[Budget]) -> int:
-    """Rows a slot needs: a full tree may hang below the last position; the drafter also keeps every row it expanded."""
-    return context + max(max(budget.rows, budget.top_k * budget.depth) for budget in budgets)
-
-
 def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budget]) -> LoadedDrafters:
     """A target with one slot, and several drafters for it that may grow any of the trees in ``grid``.
 
@@ -289,7 +284,7 @@ def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budge
     TargetError, DrafterError, LaunchError.
     """
     from server.placement.devices import drafter_placement
-    from server.targets.context import DrafterRoom, Wanted
+    from server.targets.context import DrafterRoom, Wanted, slot_capacity
     from server.targets.loading import choose_engine, load_target, memory_plan
 
     folder = resolve_target(settings.target)

@@ -87,8 +87,9 @@ def run(settings: Settings, wanted: list[str], counts: list[int], plan: Plan) ->
     from drafters.proposal import Budget
     from server.bench.prompts import load_prompts
     from server.bench.streams import Setup, contestants, decode_report, trees_report, useless_drafter
-    from server.launch import load_codec, load_engine, resolve_target, slot_capacity
+    from server.launch import load_codec, load_engine, resolve_target
     from server.placement.machine import measure_machine
+    from server.targets.context import slot_capacity
 
     loaded = load_engine(settings)
     codec = load_codec(resolve_target(settings.target))

@@ -57,15 +57,13 @@ def plan(
 ) -> None:
     """Say what would lie where, in bytes, with predicted speed and the runners-up. The last line printed is JSON."""
     from server.placement.cost import streaming_break_even
-    from server.placement.picture import FORMATS, draw_plan
+    from server.placement.picture import draw_plan
     from server.placement.plan import Request, make_plan
     from server.placement.shape import STORED, read_shape
     from server.placement.what_if import parse_what_if, this_machine
     from server.settings import parse_bytes
 
-    check_folder(picture, "--picture")
-    if picture is not None and picture.suffix not in FORMATS:
-        raise typer.BadParameter(f"{picture} is no {' or '.join(FORMATS)} file", param_hint="--picture")
+    check_picture(picture)
     shape = read_shape(target)
     asked = None if vram is None else parse_budget(parse_bytes, vram)
     if what_if is not None:
@@ -89,6 +87,15 @@ def plan(
     if picture is not None:
         draw_plan(found, picture)
     typer.echo(json.dumps(found))
+
+
+def check_picture(file: Path | None) -> None:
+    """Errors: typer.BadParameter for a folder that is not there and for a kind of file that cannot be drawn."""
+    from server.placement.picture import FORMATS
+
+    check_folder(file, "--picture")
+    if file is not None and file.suffix not in FORMATS:
+        raise typer.BadParameter(f"{file} is no {' or '.join(FORMATS)} file", param_hint="--picture")
 
 
 def parse_budget(parse: Any, text: str) -> int:

@@ -7,7 +7,7 @@ it back when their request ends, so slots may be longer than their share: reques
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from drafters.drafter import DrafterError
+from drafters.proposal import Budget
 from server.targets.target import TargetError
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,11 @@ def _context(name: str, limit: int, wanted: int | None, shape: CacheShape, left:
     if context < 1:
         raise TargetError(f"{name} does not fit: no memory is left for keys and values beside its weights")
     return context
+
+
+def slot_capacity(context: int, budgets: Sequence[Budget]) -> int:
+    """Rows a slot needs: a full tree may hang below the last position; the drafter also keeps every row it expanded."""
+    return context + max(max(budget.rows, budget.top_k * budget.depth) for budget in budgets)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from safetensors.torch import save_file
 
 from drafters.drafter import DrafterError
 from drafters.proposal import Budget
-from server.launch import slot_capacity
-from server.targets.context import DrafterRoom
+from server.targets.context import DrafterRoom, slot_capacity
 
 
 def test_a_slot_holds_the_largest_tree_below_the_last_position() -> None:
