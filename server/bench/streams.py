@@ -167,7 +167,7 @@ def second_turn_report(
     """Time to first token of a chat's first turn and of its second; chats differ from their first token on."""
     first, second = list[float](), list[float]()
     for turn in range(turns):
-        chat = [*prompt[turn : turn + 1], *prompt]
+        chat = [turn + 1, *prompt]
         first_s, answer = answer_of(engine, Request(f"first{turn}", chat, 32, GREEDY))
         second_s, _ = answer_of(engine, Request(f"second{turn}", [*chat, *answer, *next_turn], 8, GREEDY))
         first.append(first_s)
@@ -196,7 +196,7 @@ def choices_report(engine: Engine, prompt: Sequence[int], turns: int, num_choice
     try:
         for turn in range(turns):
             for number, count in enumerate(taken):
-                own = [*prompt[turn * 2 + number + 1 : turn * 2 + number + 2], *prompt]
+                own = [turn * len(taken) + number + 1, *prompt]
                 requests = [
                     dataclasses.replace(request, choice=i)
                     for i, request in enumerate(requests_for([own] * count, 2, f"{turn}-{count}-"))
@@ -233,7 +233,7 @@ def gap_report(engine: Engine, stream: Sequence[int], prompt: Sequence[int], tur
                     (during if arrived else before).append(now - last)
                 last = now
             if len(before) == 30 and not arrived:
-                own = [*prompt[turn : turn + 1], *prompt]
+                own = [turn + 1, *prompt]
                 engine.submit(Request(f"prompt{turn}", own, 2, GREEDY))
                 arrived = now
         engine.cancel(f"stream{turn}")

@@ -124,7 +124,7 @@ def waits(setup: Setup, drafter: AnyDrafter | None, codec: TextCodec, turns: int
     engine = setup.engine(drafter, lookup=True)
     return {
         "second_turn": second_turn_report(engine, chat, follow, turns),
-        "choices": choices_report(engine, chat, turns),
+        "choices": choices_report(setup.engine(drafter, lookup=True), chat, turns),
         "gap": gap_report(setup.engine(drafter, lookup=True), codec.encode(STREAM), long, turns),
     }
 
