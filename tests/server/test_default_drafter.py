@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from drafters.native import load_native
 from drafters.proposal import Budget
 from server.bench.prompts import load_prompts
 from server.engine.completion import generate
 from server.engine.engine import Engine, EngineOptions
 from server.engine.request import Request, SamplingParams
 from server.feature_source import fingerprint
-from server.launch import load_codec, load_drafter
+from server.launch import load_codec
 from server.own_models import OwnModelError, default_target, own_drafter
-from server.placement.devices import on_cpu
 from server.targets.loading import load_target
 from server.targets.torch_target import TorchTarget
 
@@ -44,8 +44,9 @@ def test_the_card_is_whole_and_the_drafter_small(path: Path) -> None:
 @pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), SAMPLED], ids=["greedy", "sampled"])
 def test_drafts_shorten_the_work_and_change_no_token(path: Path, target: TorchTarget, sampling: SamplingParams) -> None:
     codec = load_codec(path)
-    drafter = load_drafter(target, path, None, on_cpu(), 1, CONTEXT + 16)
-    assert drafter is not None
+    folder = own_drafter(path)
+    assert folder is not None
+    drafter = load_native(folder, target.embedding(), target.lm_head(), 1, CONTEXT + 16)
     prompts = [load_prompts(suite, 1)[0].as_chat() for suite in ("humaneval", "gsm8k", "mt-bench")]
     requests = [
         Request(p.name, codec.chat([{"role": "user", "content": p.turns[0]}]), NUM_TOKENS, sampling) for p in prompts
