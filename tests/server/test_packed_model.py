@@ -228,6 +228,7 @@ def test_calibration_scales_every_layer_by_a_text(folder: Path, tmp_path: Path) 
 
 def test_peers_do_not_read_packed_folders(folder: Path, tmp_path: Path) -> None:
     convert_target(folder, tmp_path / "out", ConversionOptions("bf16"))
-    peers, skipped = create_peers(["transformers", "llama.cpp"], tmp_path / "out", "bf16", 64)
+    sampling = SamplingParams(temperature=0)
+    peers, skipped = create_peers(["transformers", "llama.cpp"], tmp_path / "out", "bf16", 64, sampling)
     assert peers == [] and set(skipped) == {"transformers", "llama.cpp"}
     assert "name the original folder" in skipped["transformers"]
