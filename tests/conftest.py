@@ -12,6 +12,18 @@ from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 
 torch.set_num_threads(1)
 
+# These give torch a second device (fake_device.py), which trainers in the same process would then take for a GPU:
+# test_on_fake_device.py runs them in a process of their own.
+ON_FAKE_DEVICE = tuple(
+    Path(__file__).parent / "server" / file
+    for file in ("placement/test_fake_device.py", "placement/test_serving.py", "targets/test_split_target.py")
+)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave those files out where the variable is not set."""
+    return True if collection_path in ON_FAKE_DEVICE and "FAKE_DEVICE" not in os.environ else None
+
 
 @pytest.fixture(scope="session")
 def save_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:

@@ -108,7 +108,7 @@ def test_kernel_benchmarks_are_reserved_words_of_bench(monkeypatch: pytest.Monke
 
     seen = []
     monkeypatch.setattr(kernel_report, "bench_kernels", lambda *given: seen.append(given) or {"results": []})
-    monkeypatch.setattr(kernel_report, "table", lambda report: "table")
+    monkeypatch.setattr(kernel_report, "tables", lambda report: ["table"])
     monkeypatch.setattr(kernel_report, "remarks", lambda report: ["remark"])
     file = tmp_path / "kernels.json"
     words = ["--rows", "1,8", "--weights", "int4", "--scopes", "model", "--contexts", "64", "--layers", "4"]

@@ -74,10 +74,7 @@ COMPLETIONS = [
     bad("prompt", "invalid_value", prompt=[[1], [10**12]]),
     bad("prompt", "invalid_unicode", prompt="a\ud800"),
     bad("prompt", "invalid_unicode", prompt="a\0"),
-    bad("logprobs", "unsupported_parameter", logprobs=0),
     bad("suffix", "unsupported_parameter", suffix="x"),
-    bad("best_of", "unsupported_parameter", best_of=2),
-    bad("stream", "unsupported_parameter", stream=True, echo=True, max_tokens=0),
 ]
 CHATS = [
     bad("messages", "invalid_value", messages=[]),
@@ -106,7 +103,6 @@ CHATS = [
     bad("tool_choice", "invalid_value", tools=[TOOL], tool_choice=ALLOWED | {"tools": [{"name": "g"}]}),
     bad("add_generation_prompt", "invalid_value", continue_final_message=True, add_generation_prompt=True),
     bad("chat_template_kwargs", "invalid_type", chat_template_kwargs=[]),
-    bad("logprobs", "unsupported_parameter", logprobs=True),
     bad("max_tokens", "invalid_value", max_tokens=3, max_completion_tokens=4),
 ]  # fmt: skip
 

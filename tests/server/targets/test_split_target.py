@@ -1,5 +1,6 @@
 """A target in two parts, the upper one on a fake second device: the same text for every cut, and whatever fails."""
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -153,9 +154,11 @@ def test_a_device_that_is_too_small_leaves_the_layers_where_they_are(
 
 def test_what_lies_on_the_device_is_what_is_counted(folder: Path) -> None:
     def used(first: int, device: FakeDevice) -> int:
+        gc.collect()  # what an earlier target left
+        before = device.used
         target = split_target(folder, first, torch.float16)
         assert target.upper is not None
-        return device.used
+        return device.used - before
 
     with fake_device() as device:
         difference = used(1, device) - used(3, device)
