@@ -1,6 +1,7 @@
 """ThunderNet against the paper's shapes and costs, its modules one by one, and its losses."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,12 +214,15 @@ def test_proposals_are_ranked_clipped_thinned_and_constant():
     torch.testing.assert_close(before, torch.tensor([[2.0, 2, 42, 42]]))
 
 
-def test_detections_are_decoded_scored_and_suppressed_per_class():
+def test_detections_are_decoded_scored_and_suppressed_per_class(monkeypatch):
     model = small_model(num_classes=2)
     regions = torch.tensor([[10.0, 10, 50, 50], [11.0, 10, 51, 50], [60.0, 60, 90, 100]])
     probabilities = torch.tensor([[0.1, 0.86, 0.04], [0.2, 0.5, 0.3], [0.3, 0.01, 0.69]])
     deltas = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 0], [1.0, 0, 0, 0]])
-    found = model._detect(regions, probabilities.log(), deltas, (100, 95))
+    monkeypatch.setattr(model, "dense", lambda images: SimpleNamespace(image_size=(100, 95)))
+    monkeypatch.setattr(model, "propose", lambda maps, budget: [regions])
+    monkeypatch.setattr(model, "classify", lambda maps, proposals: (probabilities.log(), deltas))
+    (found,) = model(torch.zeros(1, 3, 100, 95))
     overlap = 39 / 41
     assert found.class_ids.tolist() == [0, 1, 1, 0]
     assert found.scores.tolist() == pytest.approx([0.86, 0.69, 0.3, 0.5 * (1 - overlap)])
