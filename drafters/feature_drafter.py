@@ -35,7 +35,7 @@ class FeatureDrafter(ABC):
 
     @torch.inference_mode()
     def propose(self, states: Sequence[DraftState], budget: Budget) -> list[Proposal]:
-        """One tree for each state; empty for a slot that has observed nothing since it was released or forked."""
+        """One tree for each state; empty for a slot that has observed nothing since it was released."""
         slots = [state.slot for state in states if state.slot in self.ready and budget.rows > 1]
         trees = dict(zip(slots, self.grow(slots, budget), strict=True)) if slots else {}
         return [trees.get(state.slot) or Proposal() for state in states]

@@ -82,3 +82,18 @@ def save_word_tokenizer(folder: Path, words: Sequence[str] | None = None) -> Non
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+class LetterCodec:
+    """One token a letter; a chat is its messages behind one another."""
+
+    stop_ids = frozenset({66})
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) % 60 for letter in text]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(chr(65 + token_id) for token_id in token_ids)
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        return [61, *(token_id for message in messages for token_id in self.encode(message["content"]))]

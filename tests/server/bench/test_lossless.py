@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from doubles import OracleDrafter, tiny_llama
+from doubles import LetterCodec, OracleDrafter, tiny_llama
 from drafters.proposal import Budget
 from server.bench.lossless import Report, Search, SearchOptions, search_prompts
 from server.bench.prompts import Prompt, load_prompts
@@ -18,21 +18,6 @@ from server.targets.torch_target import TorchTarget
 OPTIONS = SearchOptions(("mine",), limit=6, max_tokens=12, streams=(1, 2))
 PROMPTS = [Prompt(f"p{i}", text="hello"[i % 5 :]) for i in range(4)]
 PROMPTS += [Prompt("chat", turns=("good", "bye")), Prompt("long", text="x" * 99)]
-
-
-class LetterCodec:
-    """One token a letter; a chat is what was said, in a row."""
-
-    stop_ids = frozenset({66})
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) % 60 for letter in text]
-
-    def decode(self, token_ids: list[int]) -> str:
-        return "".join(chr(65 + token_id) for token_id in token_ids)
-
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        return self.encode("".join(message["content"] for message in messages))
 
 
 @pytest.fixture(scope="module")

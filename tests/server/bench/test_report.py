@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from doubles import OracleDrafter, tiny_llama
+from doubles import LetterCodec, OracleDrafter, tiny_llama
 from server.bench.prompts import Prompt
 from server.bench.report import BenchError, BenchOptions, measure
 from server.bench.simulated import chain_length
@@ -15,22 +15,6 @@ from server.commands.bench import check_lossless, show
 from server.engine.engine import Engine, EngineOptions
 from server.engine.request import SamplingParams
 from server.targets.torch_target import TorchTarget
-
-
-class LetterCodec:
-    """One token a letter; a chat is its messages behind one another."""
-
-    stop_ids = frozenset({66})
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) % 60 for letter in text]
-
-    def decode(self, token_ids: list[int]) -> str:
-        return "".join(chr(65 + token_id) for token_id in token_ids)
-
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        return [61, *(token_id for message in messages for token_id in self.encode(message["content"]))]
-
 
 PROMPTS = [Prompt("text", text="hello"), Prompt("chat", turns=("hi", "more")), Prompt("long", text="x" * 130)]
 
