@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from server.api.body import NeutralValues, RequestBody, Text, WholeNumber
-from server.api.errors import ApiError, InvalidValue
+from server.api.errors import ApiError, InvalidValue, shown
 from server.api.fields import check_fields
 from server.api.gate import require_json
 from server.api.language.answer import Wire
@@ -40,13 +40,14 @@ class CountBody(RequestBody):
     """POST /v1/messages/count_tokens."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset({"metadata", "service_tier", "cache_control", "betas"})
-    neutral: ClassVar[NeutralValues] = {"thinking": ({"type": "disabled"},), "mcp_servers": ([],), "container": ()}
+    neutral: ClassVar[NeutralValues] = {"mcp_servers": ([],), "container": ()}
 
     model: Text | None = None
     messages: list[dict[str, Any]] = Field(min_length=1)
     system: Text | list[dict[str, Any]] = ""
     tools: list[dict[str, Any]] = Field([])
     tool_choice: dict[str, Any] = Field({})
+    thinking: dict[str, Any] = Field({}, description="type enabled, disabled or adaptive: given to the chat template")
 
     def chat_fields(self) -> dict[str, Any]:
         """The fields of the chat it stands for. Errors: InvalidValue, UnsupportedParameter."""
@@ -55,6 +56,8 @@ class CountBody(RequestBody):
         for index, message in enumerate(self.messages):
             turns += turns_of(message, f"messages.{index}")
         fields: dict[str, Any] = {"model": self.model, "messages": turns}
+        if self.thinking:
+            fields["chat_template_kwargs"] = thinking_of(self.thinking)
         if self.tools:
             fields["tools"] = [tool_of(tool) for tool in self.tools]
             fields["tool_choice"] = choice_of(self.tool_choice)
@@ -77,6 +80,14 @@ class MessagesBody(CountBody):
         """The chat's fields, those of sampling included."""
         names = ("max_tokens", "temperature", "top_p", "top_k", "stream", "cache_salt")
         return super().chat_fields() | {name: getattr(self, name) for name in names} | {"stop": self.stop_sequences}
+
+
+def thinking_of(thinking: Part) -> dict[str, Any]:
+    """``thinking`` as templates know it; one that asks for no reasoning passes it over. Errors: InvalidValue."""
+    kind = thinking.get("type")
+    if kind not in ("enabled", "disabled", "adaptive"):
+        raise InvalidValue("thinking.type", f"thinking.type is {shown(kind)}; send enabled, disabled or adaptive.")
+    return {} if kind == "adaptive" else {"enable_thinking": kind == "enabled"}
 
 
 def usage_of(generation: Generation) -> dict[str, int]:

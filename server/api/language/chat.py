@@ -93,7 +93,7 @@ async def create_chat_completion(body: ChatBody, request: HttpRequest, serving: 
     check_fields(body, request, serving)
     model = serving.model_named(body.model)
     format = ChatChoices(view_of(body, model.codec), body.prompt_logprobs)
-    return await answer_chat(body, model, ChoicesWire.to(body, model.name, format), request, serving)
+    return await answer_chat(body, model, ChoicesWire.to(body, model, format), request, serving)
 
 
 async def answer_chat(
@@ -144,8 +144,9 @@ def conversation(codec: TextCodec, body: ChatBody, tools: Sequence[Tool]) -> dic
     """What the codec is given of a chat."""
     turns = [message.for_template() for message in body.messages]
     variables = dict(body.chat_template_kwargs)
-    if body.reasoning_effort is not None:
-        variables.setdefault("reasoning_effort", body.reasoning_effort)
+    for name in ("reasoning_effort", "verbosity"):
+        if (value := getattr(body, name)) is not None:
+            variables.setdefault(name, value)
     return {
         "messages": turns if knows_tools(codec) else told_in_text(turns, tools),
         "tools": [tool.for_template() for tool in tools] or None,

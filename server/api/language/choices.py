@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from server.api.errors import ApiError
 from server.api.language.generation import Generation
 from server.api.language.pieces import Answer, Piece
 from server.api.language.schemas import GenerationBody
 from server.api.language.tokens import ShownToken
+from server.api.serving import ServedModel
 from server.api.sse import DONE, event
 from server.engine.completion import Completion
+from server.installation import own_version
+
+if TYPE_CHECKING:
+    from server.targets.target import TargetInfo
 
 
 class ChoiceFormat(Protocol):
@@ -59,14 +66,22 @@ class ChoicesWire:
     n: int = 1
     best_of: int = 1
     metrics: bool = False
+    fingerprint: str = ""
 
     @classmethod
-    def to(cls, body: GenerationBody, model: str, format: ChoiceFormat) -> ChoicesWire:
+    def to(cls, body: GenerationBody, model: ServedModel, format: ChoiceFormat) -> ChoicesWire:
         """The answer that this body asks for."""
         usage = body.stream_options.include_usage
         continuous = usage and body.stream_options.continuous_usage_stats
         return cls(
-            format, model, usage, continuous, n=body.n or 1, best_of=body.num_choices, metrics=body.return_metrics
+            format,
+            model.name,
+            usage,
+            continuous,
+            n=body.n or 1,
+            best_of=body.num_choices,
+            metrics=body.return_metrics,
+            fingerprint=fingerprint(model.info),
         )
 
     def whole(self, answers: Sequence[Answer], generation: Generation) -> dict[str, Any]:
@@ -134,7 +149,15 @@ class ChoicesWire:
             "object": self.format.chunk_object_name if chunk else self.format.object_name,
             "created": self.created,
             "model": self.model,
+            "system_fingerprint": self.fingerprint,
         }
+
+
+@functools.cache
+def fingerprint(info: TargetInfo) -> str:
+    """Names what a seeded text depends on: this version and the target's weights as they are computed, no drafter."""
+    parts = (own_version(), info.name, info.architecture, info.num_parameters, info.weights)
+    return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def mean_log_prob(tokens: Sequence[ShownToken]) -> float:

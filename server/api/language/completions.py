@@ -75,7 +75,7 @@ async def create_completion(body: CompletionBody, request: HttpRequest, serving:
     body.check_token_ids(model.codec.vocab_size)
     prompts = await asyncio.to_thread(encode_prompts, model, body)
     check_room(prompts, body.max_tokens, model.context_length)
-    wire = ChoicesWire.to(body, model.name, CompletionChoices(view_of(body, model.codec), body.prompt_logprobs))
+    wire = ChoicesWire.to(body, model, CompletionChoices(view_of(body, model.codec), body.prompt_logprobs))
     requests = plan_requests(
         wire.id,
         prompts,

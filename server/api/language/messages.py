@@ -114,12 +114,10 @@ class Message(Body):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    without_effect: ClassVar[frozenset[str]] = GenerationBody.without_effect - {"parallel_tool_calls"}
+    without_effect: ClassVar[frozenset[str]] = GenerationBody.without_effect - {"parallel_tool_calls"} | {"prediction"}
     neutral: ClassVar[NeutralValues] = GenerationBody.neutral | {
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "prediction": (),
-        "verbosity": ("medium",),
         "modalities": (["text"],),
         "audio": (),
         "web_search_options": (),
@@ -134,6 +132,7 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool = Field(True, description="false: at most one call in an answer")
     chat_template_kwargs: dict[str, Any] = Field({}, description="Variables the model's chat template is given.")
     reasoning_effort: Text | None = Field(None, description="Given to the template, which may not ask for it.")
+    verbosity: Text | None = Field(None, description="Given to the template, which may not ask for it.")
     logprobs: bool = False
     top_logprobs: WholeNumber | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Alternatives to each token; needs logprobs."

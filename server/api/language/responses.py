@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from server.api.body import NeutralValues, RequestBody, Text, WholeNumber
-from server.api.errors import ApiError, UnsupportedParameter
+from server.api.errors import ApiError
 from server.api.fields import check_fields
 from server.api.gate import require_json
 from server.api.language.answer import Wire
@@ -34,11 +34,14 @@ class ResponsesBody(RequestBody):
     """POST /v1/responses. Nothing is stored, whatever ``store`` says."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
-        {"store", "metadata", "user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-    )
+        {
+            "store", "metadata", "user", "service_tier", "safety_identifier", "prompt_cache_key",
+            "prompt_cache_retention", "max_tool_calls", "stream_options",
+        }
+    )  # fmt: skip
     neutral: ClassVar[NeutralValues] = {
-        "previous_response_id": (), "conversation": (), "prompt": (), "background": (False,), "include": ([],),
-        "truncation": ("disabled",), "top_logprobs": (0,), "max_tool_calls": (), "stream_options": ({},),
+        "previous_response_id": (), "conversation": (), "prompt": (), "background": (False,),
+        "include": ([], ["reasoning.encrypted_content"]), "truncation": ("disabled",), "top_logprobs": (0,),
     }  # fmt: skip
 
     model: Text | None = None
@@ -59,8 +62,6 @@ class ResponsesBody(RequestBody):
         """The fields of the chat it stands for. Errors: InvalidValue, UnsupportedParameter."""
         turns = [{"role": "system", "content": self.instructions}] if self.instructions else []
         turns += [{"role": "user", "content": self.input}] if isinstance(self.input, str) else turns_of(self.input)
-        if self.text.get("verbosity") not in (None, "medium"):
-            raise UnsupportedParameter("text.verbosity", "text.verbosity is not supported; leave it out.")
         fields = {
             "model": self.model,
             "messages": turns,
@@ -69,6 +70,7 @@ class ResponsesBody(RequestBody):
             "tool_choice": self.tool_choice,
             "response_format": self.text.get("format"),
             "reasoning_effort": self.reasoning.get("effort"),
+            "verbosity": self.text.get("verbosity"),
         }
         names = ("temperature", "top_p", "stream", "parallel_tool_calls", "cache_salt")
         return fields | {name: getattr(self, name) for name in names}

@@ -78,7 +78,7 @@ def parse_logit_bias(value: Any) -> dict[int, float]:
 class StreamOptions(Body):
     """include_usage: a closing chunk with the usage; continuous_usage_stats: with it, running counts on every chunk."""
 
-    neutral: ClassVar[NeutralValues] = {"include_obfuscation": (False,)}
+    without_effect: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})  # pads events, changes no text
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -102,13 +102,10 @@ class GenerationBody(RequestBody):
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {
             "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-            "parallel_tool_calls", "cache_prompt",
+            "parallel_tool_calls", "cache_prompt", "store",
         }
     )  # fmt: skip
-    neutral: ClassVar[NeutralValues] = {
-        "include_stop_str_in_output": (False,),
-        "store": (False,),
-    }
+    neutral: ClassVar[NeutralValues] = {"include_stop_str_in_output": (False,)}
 
     model: Text | None = Field(None, description="Left out: the language model this server has.")
     max_tokens: WholeNumber | None = Field(

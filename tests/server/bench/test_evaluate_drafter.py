@@ -141,12 +141,18 @@ def test_grids_that_are_none_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"grid": ()}, {"grid": (Budget(), Budget())}, {"grid": (Budget(1),)}, {"repeats": 0}, {"max_tokens": 1},
-     {"sampling": SamplingParams(temperature=1.0)}],
-)  # fmt: skip
-def test_options_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(BenchError):
+    ("wrong", "said"),
+    [
+        ({"grid": ()}, "the grid needs at least one tree size"),
+        ({"grid": (Budget(), Budget())}, "none of them twice"),
+        ({"grid": (Budget(1),)}, "a tree of 1 row"),
+        ({"repeats": 0}, "repeats 0"),
+        ({"max_tokens": 1}, "max tokens 1"),
+        ({"sampling": SamplingParams(temperature=1.0)}, "only with a seed"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(BenchError, match=said):
         DrafterEvalOptions("mine", **wrong)
 
 

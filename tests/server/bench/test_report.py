@@ -91,9 +91,12 @@ def test_no_drafter_nothing_to_compare(engine: Engine, folder: Path) -> None:
         run(Engine(engine.target, None, engine.options), folder, peers=[])
 
 
-@pytest.mark.parametrize("wrong", [{"peers": ["vllm"]}, {"repeats": 0}, {"max_tokens": 1}])
-def test_options_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(BenchError):
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"peers": ["vllm"]}, "unknown peer vllm"), ({"repeats": 0}, "repeats 0"), ({"max_tokens": 1}, "max tokens 1")],
+)
+def test_options_that_cannot_be_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(BenchError, match=said):
         BenchOptions("mine", **wrong)
 
 

@@ -109,9 +109,14 @@ def test_identical_features_do_not_break_the_start():
 
 
 @pytest.mark.parametrize(
-    ("features", "count"),
-    [(torch.ones(10, 3), 6), (torch.ones(10, 3), 0), (torch.ones(10), 2), (torch.full((10, 3), torch.nan), 2)],
+    ("features", "count", "said"),
+    [
+        (torch.ones(10, 3), 6, "6 superclasses of 10 images"),
+        (torch.ones(10, 3), 0, "0 superclasses of 10 images"),
+        (torch.ones(10), 2, r"features are \(10,\)"),
+        (torch.full((10, 3), torch.nan), 2, "finite"),
+    ],
 )
-def test_impossible_superclasses_are_refused(features, count):
-    with pytest.raises(SamplerError):
+def test_impossible_superclasses_are_refused(features, count, said):
+    with pytest.raises(SamplerError, match=said):
         find_superclasses(features, count)

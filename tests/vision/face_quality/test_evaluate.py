@@ -162,19 +162,22 @@ def test_bootstrap_redraws_whole_people():
 
 
 @pytest.mark.parametrize(
-    "evaluate",
+    ("evaluate", "said"),
     [
-        lambda: error_versus_discard([], [], 0.5, FRACTIONS),
-        lambda: error_versus_discard(SIMILARITY, QUALITY[:5], 0.5, FRACTIONS),
-        lambda: error_versus_discard(SIMILARITY, np.full(10, np.nan), 0.5, FRACTIONS),
-        lambda: error_versus_discard(SIMILARITY, QUALITY, 0.5, (0.0, 1.0)),
-        lambda: partial_auc(error_versus_discard(SIMILARITY, QUALITY, 0.5, FRACTIONS), 0.35),
-        lambda: partial_auc(error_versus_discard(SIMILARITY, QUALITY, 0.5, (0.1, 0.2)), 0.2),
-        lambda: partial_auc(DiscardCurve(np.array([0.0, 0.1]), np.zeros(2), "fixed threshold"), 0.1),
-        lambda: threshold_at_fmr([], 0.1),
-        lambda: bootstrap_interval(lambda rows: 0.0, []),
+        (lambda: error_versus_discard([], [], 0.5, FRACTIONS), "at least one value"),
+        (lambda: error_versus_discard(SIMILARITY, QUALITY[:5], 0.5, FRACTIONS), "two of each pair"),
+        (lambda: error_versus_discard(SIMILARITY, np.full(10, np.nan), 0.5, FRACTIONS), "all finite"),
+        (lambda: error_versus_discard(SIMILARITY, QUALITY, 0.5, (0.0, 1.0)), "from 0 to below 1"),
+        (lambda: partial_auc(error_versus_discard(SIMILARITY, QUALITY, 0.5, FRACTIONS), 0.35), "contain 0.35"),
+        (lambda: partial_auc(error_versus_discard(SIMILARITY, QUALITY, 0.5, (0.1, 0.2)), 0.2), "must rise from 0"),
+        (
+            lambda: partial_auc(DiscardCurve(np.array([0.0, 0.1]), np.zeros(2), "fixed threshold"), 0.1),
+            "no mated pair is rejected",
+        ),
+        (lambda: threshold_at_fmr([], 0.1), "at least one value"),
+        (lambda: bootstrap_interval(lambda rows: 0.0, []), "no rows to redraw"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(evaluate):
-    with pytest.raises(EvaluationError):
+def test_what_cannot_be_evaluated_is_refused(evaluate, said):
+    with pytest.raises(EvaluationError, match=said):
         evaluate()

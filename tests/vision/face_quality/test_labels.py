@@ -124,16 +124,16 @@ def test_the_only_image_with_weight_has_no_centre_but_itself():
 
 
 @pytest.mark.parametrize(
-    ("features", "identities"),
+    ("features", "identities", "said"),
     [
-        (torch.ones(3, 4), torch.zeros(2)),
-        (torch.ones(3), torch.zeros(3)),
-        (torch.zeros(3, 4), torch.zeros(3)),
-        (torch.full((3, 4), torch.nan), torch.zeros(3)),
+        (torch.ones(3, 4), torch.zeros(2), r"\(3, 4\) and identities \(2,\)"),
+        (torch.ones(3), torch.zeros(3), r"features are \(3,\)"),
+        (torch.zeros(3, 4), torch.zeros(3), "3 of 3 features are zero"),
+        (torch.full((3, 4), torch.nan), torch.zeros(3), "3 of 3 features are zero, NaN"),
     ],
 )
-def test_bad_inputs_are_refused(features, identities):
-    with pytest.raises(LabelInputError):
+def test_bad_inputs_are_refused(features, identities, said):
+    with pytest.raises(LabelInputError, match=said):
         quality_labels(features, identities)
 
 

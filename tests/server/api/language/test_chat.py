@@ -95,7 +95,9 @@ async def test_neutral_values_are_accepted(connect, make_model):
         "prediction": None, "safety_identifier": "x", "prompt_cache_key": "y", "verbosity": "medium",
     }  # fmt: skip
     async with connect(make_model()) as client:
-        await chat(client, **fields)
+        answer = await client.post("/v1/chat/completions", json=ask(**fields))
+    assert answer.json()["choices"][0]["message"]["content"] == ANSWER
+    assert "x-dovetail-ignored" not in answer.headers
 
 
 async def test_a_model_without_a_template_says_so(connect, make_model):

@@ -44,6 +44,18 @@ async def test_an_answer_carries_text_usage_and_timings(connect, make_model):
     assert timings["tokens_per_s"] == pytest.approx((num_tokens - 1) / 0.1, rel=1e-2)
 
 
+async def test_a_fingerprint_names_the_target_and_not_its_drafter(connect, make_model, read_events):
+    first, other = make_model(), make_model()
+    prints = []
+    for model in (first, dataclasses.replace(other, info=dataclasses.replace(other.info, weights="int8"))):
+        async with connect(model) as client:
+            streamed = await client.post("/v1/completions", json=ask(stream=True))
+            told = {chunk["system_fingerprint"] for chunk in read_events(streamed.text)[:-1]}
+            prints.append({(await complete(client))["system_fingerprint"], *told})
+    assert [len(told) for told in prints] == [1, 1]
+    assert prints[0] != prints[1]
+
+
 @pytest.mark.parametrize("size", [1, 3, 50])
 async def test_the_stream_holds_the_same_text(connect, make_model, read_events, size):
     async with connect(make_model(size=size)) as client:
@@ -214,6 +226,10 @@ async def test_fields_that_change_nothing_are_accepted(connect, make_model):
     }  # fmt: skip
     async with connect(make_model()) as client:
         await complete(client, **fields)
+        body = ask(store=True, stream=True, stream_options={"include_obfuscation": True})
+        answer = await client.post("/v1/completions", json=body)
+    assert answer.status_code == 200
+    assert "x-dovetail-ignored" not in answer.headers
 
 
 async def test_what_other_clients_send_is_taken(connect, make_model):

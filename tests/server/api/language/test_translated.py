@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from server.text import TextCodec
+
 pytestmark = pytest.mark.anyio
 
 ANSWER = "Grüße 🌍, one two three. STOP and more"
@@ -112,6 +114,29 @@ async def test_a_message_calls_tools(connect, make_model):
     assert "sunny" in rendered(model)
 
 
+async def test_what_a_model_may_not_know_is_left_to_its_template(connect, make_model):
+    """Effort, length and thinking reach the template on every route; fields that change no answer are taken."""
+    model = make_model(context=2000)
+    source = "{{ reasoning_effort }}|{{ verbosity }}|{{ enable_thinking }}|{{ messages[0].content }}"
+    codec = TextCodec(model.codec.tokenizer, stop_ids=model.codec.stop_ids, templates={"default": source})
+    told = {"verbosity": "low", "reasoning_effort": "high"}
+    turns = [{"role": "user", "content": "one"}]
+    neutral = {"store": True, "prediction": {"type": "content", "content": "x"}, "modalities": ["text"]}
+    asked = {"include": ["reasoning.encrypted_content"], "max_tool_calls": 3, "stream_options": {"x": 1}, "store": True}
+    async with connect(type(model)(model.engine, codec, context_length=2000)) as client:
+        answers = [
+            await post(client, "/v1/chat/completions", messages=turns, **told, **neutral),
+            await post(
+                client, "/v1/responses", input="one", text={"verbosity": "low"}, reasoning={"effort": "high"}, **asked
+            ),
+            await post(client, "/v1/messages", messages=turns, max_tokens=9, thinking={"type": "enabled"}),
+            await post(client, "/v1/messages", messages=turns, max_tokens=9, thinking={"type": "adaptive"}),
+        ]
+    prompts = [codec.tokenizer.decode(request.prompt_ids) for request in model.engine.submitted]
+    assert prompts == ["high|low||one", "high|low||one", "||True|one", "|||one"]
+    assert not any("x-dovetail-ignored" in answer.headers for answer in answers)
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "param"),
     [
@@ -135,8 +160,8 @@ async def test_a_message_calls_tools(connect, make_model):
         ),
         (
             "/v1/messages",
-            {"max_tokens": 5, "messages": [{"role": "user", "content": "x"}], "thinking": {"type": "enabled"}},
-            "thinking",
+            {"max_tokens": 5, "messages": [{"role": "user", "content": "x"}], "thinking": {"type": "much"}},
+            "thinking.type",
         ),
     ],
 )
