@@ -17,6 +17,7 @@ from kernels.native import PackedDescriptor
 FORMAT_VERSION = 2  # of the bytes below; stored in checkpoints and checked when they are read
 GROUP_SIZES = (16, 32, 64, 128)
 _PANEL, _CHUNK = 32, 32
+_ROWS_AT_ONCE = 4096
 _SYMMETRIC, _MINIMUM, _TABLE = range(3)  # `Kind` of csrc/layout.h
 _FLOAT_DTYPES = {16: torch.bfloat16, 32: torch.float32}
 
@@ -119,7 +120,8 @@ def pack(
 
 
 def _pad_rows(rows: Tensor) -> Tensor:
-    return torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % _PANEL))
+    missing = -len(rows) % _PANEL
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 def pack_quantised(weight: QuantisedWeight) -> PackedWeight:
@@ -130,23 +132,31 @@ def pack_quantised(weight: QuantisedWeight) -> PackedWeight:
     if weight.minimum is not None and weight.minimum.dtype != weight.scale.dtype:
         raise ValueError(f"minima must have the scales' type {weight.scale.dtype}, got {weight.minimum.dtype}")
     check_format(in_features, weight.bits, weight.group_size)
-    codes = _pad_rows(weight.codes)
-    if weight.bits == 4:
-        pairs = codes.reshape(len(codes), -1, 2, 4)
-        codes = (pairs[:, :, 0] | pairs[:, :, 1] << 4).flatten(1)
+    scales = [weight.scale] if weight.minimum is None else [weight.scale, weight.minimum]
     num_groups = in_features // weight.group_size
-    parts = [
-        codes.reshape(-1, _PANEL, num_groups, codes.shape[1] // num_groups // 4, 4).permute(0, 2, 3, 1, 4).flatten(2)
-    ]
-    for scales in (weight.scale, weight.minimum):
-        if scales is not None:
-            panels = _pad_rows(scales).reshape(-1, _PANEL, num_groups).transpose(1, 2).contiguous()
-            parts.append(panels.view(torch.uint8))
-    data = torch.cat(parts, dim=2).flatten()
+    code_bytes = _PANEL * weight.group_size * weight.bits // 8
+    group_bytes = code_bytes + len(scales) * _PANEL * weight.scale.element_size()
+    panels = torch.empty(-(-out_features // _PANEL), num_groups, group_bytes, dtype=torch.uint8)
+    for begin in range(0, out_features, _ROWS_AT_ONCE):  # an LM head in one piece would need its size three times
+        rows = slice(begin, begin + _ROWS_AT_ONCE)
+        part = panels[begin // _PANEL : (begin + _ROWS_AT_ONCE) // _PANEL]
+        _order_codes(_pad_rows(weight.codes[rows]), weight.bits, part[:, :, :code_bytes])
+        for kept, place in zip(scales, part[:, :, code_bytes:].chunk(len(scales), dim=2), strict=True):
+            place.view(kept.dtype).copy_(_pad_rows(kept[rows]).reshape(-1, _PANEL, num_groups).transpose(1, 2))
     return PackedWeight(
-        data, out_features, in_features, weight.bits, weight.group_size, weight.minimum is not None,
+        panels.flatten(), out_features, in_features, weight.bits, weight.group_size, weight.minimum is not None,
         weight.scale.dtype == torch.float32, weight.table,
     )  # fmt: skip
+
+
+def _order_codes(codes: Tensor, bits: int, place: Tensor) -> None:
+    """Codes [rows, in_features] of one byte each into ``place`` [panels, groups, bytes of a group's codes]."""
+    quads = codes.contiguous().view(torch.int32)
+    if bits == 4:
+        pairs = quads.unflatten(1, (-1, 2))
+        quads = pairs[:, :, 0] | pairs[:, :, 1] << 4  # below 16 in each byte, so nothing crosses into the next
+    ordered = quads.reshape(-1, _PANEL, place.shape[1], place.shape[2] // _PANEL // 4).permute(0, 2, 3, 1)
+    place.view(torch.int32).unflatten(2, ordered.shape[2:]).copy_(ordered)
 
 
 def _pack_float(weight: Tensor, bits: int, group_size: int) -> PackedWeight:

@@ -184,6 +184,8 @@ def _pack_alike(parts: Sequence[Matrix]) -> PackedWeight:
         return pack(
             torch.cat([part if part.dtype == torch.bfloat16 else part.float() for part in floats]), *_format(floats[0])
         )
+    if len(quantised) == 1:
+        return pack_quantised(quantised[0])
     minima = [part.minimum for part in quantised if part.minimum is not None]
     whole = dataclasses.replace(
         quantised[0],

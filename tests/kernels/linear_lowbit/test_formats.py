@@ -35,7 +35,7 @@ def example(format: Format, seed: int, rows: int, out: int, width: int) -> tuple
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_a_packed_weight_stands_for_the_same_values(format: Format) -> None:
-    _, weight = example(format, 1, 1, 45, 256)
+    _, weight = example(format, 1, 1, 4125, 256)  # more rows than are ordered at once
     packed = pack_quantised(weight)
     again = unpack(packed)
     assert isinstance(again, QuantisedWeight) and again.table == weight.table
