@@ -153,10 +153,10 @@ def _order_codes(codes: Tensor, bits: int, place: Tensor) -> None:
     """Codes [rows, in_features] of one byte each into ``place`` [panels, groups, bytes of a group's codes]."""
     quads = codes.contiguous().view(torch.int32)
     if bits == 4:
-        pairs = quads.unflatten(1, (-1, 2))
+        pairs = quads.reshape(len(quads), -1, 2)
         quads = pairs[:, :, 0] | pairs[:, :, 1] << 4  # below 16 in each byte, so nothing crosses into the next
     ordered = quads.reshape(-1, _PANEL, place.shape[1], place.shape[2] // _PANEL // 4).permute(0, 2, 3, 1)
-    place.view(torch.int32).unflatten(2, ordered.shape[2:]).copy_(ordered)
+    place.view(torch.int32).view(ordered.shape).copy_(ordered)
 
 
 def _pack_float(weight: Tensor, bits: int, group_size: int) -> PackedWeight:
