@@ -236,7 +236,7 @@ def load_parts(settings: Settings) -> tuple[Engine, Placed]:
     )  # fmt: skip
     drafts = settings.trees == "cost" and (drafter is not None or settings.lookup)
     costs = load_costs(target, drafter, budget, capacity, str(placed.drafter)) if drafts else None
-    if drafter is not None and drafter.feature_layers:
+    if drafter is not None and drafter.feature_layers and placed.drafter.device.type != "cpu":
         drafter = AheadDrafter(drafter)
     return Engine(target, drafter, options, costs), placed
 

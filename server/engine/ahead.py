@@ -7,10 +7,13 @@ never changes a text, so neither does this. Source: the idea is that of PEARL (a
 Dovetail's outlook; drafting deeper instead of guessing outcomes one by one is ours, and asks nothing new of a drafter.
 
 Whether it pays is measured: rounds with and without take turns at first, and the slower way is left alone for long.
+That is for drafters on a device of their own. One on the CPU takes its time from the pass that it runs beside.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,8 +24,8 @@ import torch
 from drafters.drafter import Drafter, DraftState, Observation
 from drafters.proposal import Budget, Proposal
 
-TRIAL_ROUNDS, TRIALS = 8, 3  # rounds of one way in a row, and how often each way is tried
-SETTLED_ROUNDS = 2000  # until it is tried again
+TRIAL_ROUNDS, TRIALS = 8, 16  # rounds of one way in a row, and how often each way is tried
+SETTLED_ROUNDS = 4000  # until it is tried again
 LEAST_GAIN = 1.03  # drafting ahead takes memory bandwidth and processor time from others, so it must show
 
 
@@ -35,16 +38,17 @@ def ahead_budget(budget: Budget) -> Budget:
 class Trial:
     """Which way is faster: rounds in turns, then the better one for ``SETTLED_ROUNDS``.
 
-    ahead: the way taken now; tokens and seconds: of both ways since the last decision; gain: tokens/s of drafting ahead
-    over those without, at the last decision.
+    ahead: the way taken now; speeds: tokens/s of the rows of rounds of each way since the last decision; gain: that of
+    drafting ahead over the other's, at the last decision.
     """
 
     ahead: bool = False
     rounds: int = 0
     settled: bool = False
     gain: float | None = None
-    tokens: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
-    seconds: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
+    tokens: int = 0
+    seconds: float = 0.0
+    speeds: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
 
     def record(self, tokens: int, seconds: float) -> None:
         """A round of the present way gave so many tokens in so long."""
@@ -54,18 +58,21 @@ class Trial:
                 self.settled, self.rounds, self.ahead = False, 0, False
             return
         if self.rounds % TRIAL_ROUNDS != 1:  # the first of a row belongs half to the other way
-            self.tokens[self.ahead] += tokens
-            self.seconds[self.ahead] += seconds
+            self.tokens += tokens
+            self.seconds += seconds
         if self.rounds % TRIAL_ROUNDS == 0:
-            self.ahead = not self.ahead
+            self.speeds[self.ahead].append(self.tokens / max(self.seconds, 1e-9))
+            self.ahead, self.tokens, self.seconds = not self.ahead, 0, 0.0
         if self.rounds == 2 * TRIALS * TRIAL_ROUNDS:
             self._settle()
 
     def _settle(self) -> None:
-        with_it, without = (self.tokens[way] / max(self.seconds[way], 1e-9) for way in (True, False))
-        self.gain = with_it / max(without, 1e-9)
-        self.ahead, self.settled, self.rounds = self.gain >= LEAST_GAIN, True, 0
-        self.tokens, self.seconds = {False: 0, True: 0}, {False: 0.0, True: 0.0}
+        """Stay where the gain shows beyond its own uncertainty: how much is accepted varies more than what it takes."""
+        gains = [math.log(max(fast, 1e-9) / max(slow, 1e-9)) for slow, fast in zip(*self.speeds.values(), strict=True)]
+        gain, error = statistics.mean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
+        self.gain = math.exp(gain)
+        self.ahead, self.settled, self.rounds = gain - error >= math.log(LEAST_GAIN), True, 0
+        self.speeds = {False: [], True: []}
 
 
 class AheadDrafter:

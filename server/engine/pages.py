@@ -7,7 +7,7 @@ and a page never before those behind it.
 
 from __future__ import annotations
 
-import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,6 @@ class Page:
     num_bytes: int
     parent: Page | None
     key: tuple[int, ...]
-    used: int = 0
     children: dict[tuple[int, ...], Page] = field(default_factory=dict)
 
 
@@ -33,7 +32,9 @@ class PageTree:
         self.limit_bytes = limit_bytes
         self.num_bytes = 0
         self.roots: dict[str, Page] = {}
-        self.clock = itertools.count(1)
+        # Those used longest ago first. Who uses a page uses all before it, and those are put behind it: so the first
+        # of all is always the end of a text, and can go.
+        self.by_use: OrderedDict[Page, None] = OrderedDict()
 
     def find(self, token_ids: Sequence[int], salt: str = "") -> list[Page]:
         """The pages of the longest known beginning, in order."""
@@ -43,13 +44,14 @@ class PageTree:
             node = None if node is None else node.children.get(key)
             if node is None:
                 break
-            node.used = next(self.clock)
             found.append(node)
+        self._use(found)
         return found
 
     def add(self, token_ids: Sequence[int], read: Callable[[int], tuple[Any, int]], salt: str = "") -> None:
         """Add the whole pages of a text; ``read(start)`` gives content and bytes of a page that is not there yet."""
         node = self.roots.setdefault(salt, Page(None, 0, None, ()))
+        path: list[Page] = []
         for number, key in enumerate(self._keys(token_ids)):
             child = node.children.get(key)
             if child is None:
@@ -58,8 +60,9 @@ class PageTree:
                     break
                 child = node.children[key] = Page(content, num_bytes, node, key)
                 self.num_bytes += num_bytes
-            child.used = next(self.clock)
+            path.append(child)
             node = child
+        self._use(path)
         self._shrink()
 
     def texts(self) -> list[tuple[str, tuple[Page, ...]]]:
@@ -76,36 +79,43 @@ class PageTree:
             if not pages[-1].children:
                 found.append((salt, pages))
             stack += [(salt, (*pages, page)) for page in pages[-1].children.values()]
-        return sorted(found, key=lambda text: text[1][-1].used)
+        age = {page: number for number, page in enumerate(self.by_use)}
+        return sorted(found, key=lambda text: age[text[1][-1]])
 
     @property
     def num_pages(self) -> int:
         """Pages of all texts."""
-        return sum(1 for _ in self._pages())
+        return len(self.by_use)
 
     def _keys(self, token_ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
         for start in range(0, len(token_ids) - self.page_size + 1, self.page_size):
             yield tuple(token_ids[start : start + self.page_size])
 
-    def _pages(self) -> Iterator[Page]:
-        stack = list(self.roots.values())
-        while stack:
-            page = stack.pop()
-            stack += page.children.values()
-            if page.parent is not None:
-                yield page
+    def _use(self, path: Sequence[Page]) -> None:
+        """The pages of a text, from its beginning, are the ones used last."""
+        for page in reversed(path):
+            self.by_use[page] = None
+            self.by_use.move_to_end(page)
 
     def _shrink(self) -> None:
-        """Drop the pages used longest ago, from the ends of their texts."""
+        """Drop the pages used longest ago, which are the ends of their texts."""
         while self.num_bytes > self.limit_bytes:
-            oldest = min((page for page in self._pages() if not page.children), key=lambda page: page.used)
+            oldest, _ = self.by_use.popitem(last=False)
             assert oldest.parent is not None
+            assert not oldest.children
             del oldest.parent.children[oldest.key]
             self.num_bytes -= oldest.num_bytes
         self.roots = {salt: root for salt, root in self.roots.items() if root.children}
 
     def check_integrity(self) -> None:
-        """Raises ValueError where the bytes counted are not those of the pages."""
-        held = sum(page.num_bytes for page in self._pages())
+        """Raises ValueError where bytes are miscounted, or a page cannot be reached any more."""
+        stack, reached = list(self.roots.values()), list[Page]()
+        while stack:
+            page = stack.pop()
+            stack += page.children.values()
+            reached += [] if page.parent is None else [page]
+        held = sum(page.num_bytes for page in reached)
         if held != self.num_bytes or held > self.limit_bytes:
             raise ValueError(f"pages hold {held} bytes, {self.num_bytes} are counted, {self.limit_bytes} allowed")
+        if set(reached) != set(self.by_use):
+            raise ValueError(f"{len(reached)} pages hang in the tree, {len(self.by_use)} are ordered by their use")

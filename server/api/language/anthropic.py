@@ -23,7 +23,7 @@ from server.api.language.chat import answer_chat, chat_prompt
 from server.api.language.generation import Generation
 from server.api.language.messages import ChatBody
 from server.api.language.pieces import Answer, CallPiece, Piece, TextPiece
-from server.api.language.schemas import CacheSalt
+from server.api.language.schemas import CacheSalt, Deadline, Priority
 from server.api.language.tools import chosen_tools
 from server.api.language.translated import Part, as_chat, objects, unsupported
 from server.api.openapi import ASKING
@@ -75,10 +75,12 @@ class MessagesBody(CountBody):
     stop_sequences: list[Text] = Field([])
     stream: bool = False
     cache_salt: CacheSalt = ""
+    priority: Priority = 0
+    deadline_ms: Deadline | None = None
 
     def chat_fields(self) -> dict[str, Any]:
         """The chat's fields, those of sampling included."""
-        names = ("max_tokens", "temperature", "top_p", "top_k", "stream", "cache_salt")
+        names = ("max_tokens", "temperature", "top_p", "top_k", "stream", "cache_salt", "priority", "deadline_ms")
         return super().chat_fields() | {name: getattr(self, name) for name in names} | {"stop": self.stop_sequences}
 
 

@@ -21,7 +21,7 @@ from server.api.language.answer import Wire
 from server.api.language.chat import answer_chat
 from server.api.language.generation import Generation
 from server.api.language.pieces import Answer, CallPiece, Piece, TextPiece
-from server.api.language.schemas import CacheSalt
+from server.api.language.schemas import CacheSalt, Deadline, Priority
 from server.api.language.translated import Part, as_chat, objects, unsupported
 from server.api.openapi import ASKING
 from server.api.serving import CurrentServing
@@ -57,6 +57,8 @@ class ResponsesBody(RequestBody):
     text: dict[str, Any] = Field({}, description="format: text, json_object or json_schema")
     reasoning: dict[str, Any] = Field({}, description="effort: given to the chat template")
     cache_salt: CacheSalt = ""
+    priority: Priority = 0
+    deadline_ms: Deadline | None = None
 
     def chat_fields(self) -> dict[str, Any]:
         """The fields of the chat it stands for. Errors: InvalidValue, UnsupportedParameter."""
@@ -72,7 +74,7 @@ class ResponsesBody(RequestBody):
             "reasoning_effort": self.reasoning.get("effort"),
             "verbosity": self.text.get("verbosity"),
         }
-        names = ("temperature", "top_p", "stream", "parallel_tool_calls", "cache_salt")
+        names = ("temperature", "top_p", "stream", "parallel_tool_calls", "cache_salt", "priority", "deadline_ms")
         return fields | {name: getattr(self, name) for name in names}
 
 

@@ -31,6 +31,20 @@ CacheSalt = Annotated[
 ]
 
 
+Priority = Annotated[
+    WholeNumber,
+    Field(ge=-(2**31), le=2**31 - 1, description="Smaller numbers go first, and take the place of larger ones."),
+]
+Deadline = Annotated[
+    WholeNumber,
+    Field(
+        ge=1,
+        le=MAX_DEADLINE_MS,
+        description="Milliseconds until the first token is wanted; orders the queue, cancels nothing.",
+    ),
+]
+
+
 def parse_prompts(value: Any) -> list[str] | list[TokenIds]:
     """The four shapes of ``prompt`` as a list of texts or of token-id lists."""
     prompts = [value] if isinstance(value, str) or (value and is_id_list(value)) else value
@@ -131,12 +145,8 @@ class GenerationBody(RequestBody):
     stop_token_ids: list[WholeNumber] = Field([], max_length=MAX_STOP_TOKEN_IDS)
     ignore_eos: bool = False
     min_tokens: WholeNumber = Field(0, ge=0, description="Tokens before the model may end the text.")
-    priority: WholeNumber = Field(
-        0, ge=-(2**31), le=2**31 - 1, description="Smaller numbers go first, and take the place of larger ones."
-    )
-    deadline_ms: WholeNumber | None = Field(
-        None, ge=1, le=MAX_DEADLINE_MS, description="When the first token is wanted; orders the queue, cancels nothing."
-    )
+    priority: Priority = 0
+    deadline_ms: Deadline | None = None
     skip_special_tokens: bool = Field(True, description="false: special tokens are part of the text.")
     prompt_logprobs: WholeNumber | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Log-probabilities of the prompt's tokens, with so many alternatives."

@@ -176,22 +176,27 @@ async def test_sampling_fields_reach_the_engine(connect, make_model):
     assert (second.sampling.top_k, second.sampling.temperature) == (0, 1.0)
 
 
-async def test_a_salt_keeps_prompts_apart_on_every_route(connect, make_model):
-    """It reaches the engine as a part of what a cached prompt is known by; a longer one is refused, not cut."""
+async def test_salt_priority_and_deadline_reach_the_engine_from_every_route(connect, make_model):
+    """A salt is a part of what a cached prompt is known by; a longer one is refused, not cut."""
+    own = {"cache_salt": "mine", "priority": -3, "deadline_ms": 250}
     model = make_model()
     chat = [{"role": "user", "content": "one"}]
     async with connect(model) as client:
-        await complete(client, cache_salt="mine", n=2)
+        await complete(client, **own, n=2)
         for path, fields in (
             ("/v1/chat/completions", {"messages": chat}),
             ("/v1/responses", {"input": "one"}),
             ("/v1/messages", {"messages": chat, "max_tokens": 5}),
         ):
-            answer = await client.post(path, json=fields | {"cache_salt": "mine"})
+            answer = await client.post(path, json=fields | own)
             assert (answer.status_code, answer.headers.get("X-Dovetail-Ignored")) == (200, None), answer.text
+            for name, value in (("priority", 2**40), ("deadline_ms", 0)):
+                wrong = await client.post(path, json=fields | {name: value})
+                assert (wrong.status_code, name in wrong.text) == (400, True), wrong.text
         await complete(client)
         refused = await client.post("/v1/completions", json={"prompt": "one", "cache_salt": "x" * 257})
-    assert [request.cache_salt for request in model.engine.submitted] == ["mine"] * 5 + [""]
+    seen = [(request.cache_salt, request.priority, request.deadline_s) for request in model.engine.submitted]
+    assert seen == [("mine", -3, 0.25)] * 5 + [("", 0, None)]
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "cache_salt")
 
 
