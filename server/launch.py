@@ -202,7 +202,7 @@ def load_parts(settings: Settings) -> tuple[Engine, Placed]:
     from drafters.proposal import Budget
     from server.engine.ahead import AheadDrafter, ahead_budget
     from server.engine.engine import Engine, EngineOptions
-    from server.engine.measure import load_costs
+    from server.engine.measure import fixed_chunk, load_costs
     from server.targets.context import DrafterRoom, Wanted, slot_capacity
     from server.targets.loading import choose_engine, load_target, memory_plan
 
@@ -232,7 +232,7 @@ def load_parts(settings: Settings) -> tuple[Engine, Placed]:
     gc.freeze()
     options = EngineOptions(
         settings.max_seqs, memory.context, budget, lookup=settings.lookup, cache_bytes=memory.cache_bytes,
-        pool_rows=pool_rows,
+        pool_rows=pool_rows, prefill_chunk=fixed_chunk(target),
     )  # fmt: skip
     drafts = settings.trees == "cost" and (drafter is not None or settings.lookup)
     costs = load_costs(target, drafter, budget, capacity, str(placed.drafter)) if drafts else None

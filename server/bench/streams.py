@@ -54,9 +54,13 @@ class Setup:
 
     def engine(self, drafter: Drafter | None, *, lookup: bool, by_cost: bool = True, rows: int | None = None) -> Engine:
         """An engine of its own; ``rows``: the size of its trees, where that is not the budget's."""
-        budget = self.budget if rows is None else dataclasses.replace(self.budget, rows=rows, depth=max(rows - 2, 0))
+        budget = self.budget if rows is None else self.tree(rows)
         options = EngineOptions(self.max_seqs, self.context, budget, lookup=lookup, cache_bytes=CACHE_BYTES)
         return Engine(self.target, drafter, options, self.costs(drafter) if by_cost else None)
+
+    def tree(self, rows: int) -> Budget:
+        """Trees of so many rows, no deeper than rows allow."""
+        return dataclasses.replace(self.budget, rows=rows, depth=min(max(rows - 2, 0), self.budget.depth))
 
     def costs(self, drafter: Drafter | None) -> Costs:
         """Measured now: what an earlier run remembers was another machine's load."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from server.settings import Settings
     from server.text import TextCodec
 
-MEASUREMENTS = ("decode", "waits", "trees")
+MEASUREMENTS = ("decode", "waits", "trees", "servers")
 ROWS, TOP_K, DEPTH = 8, 2, 6  # the serving default
 MOST_ROWS = 32
 CONTEXT = 4096
@@ -29,9 +29,15 @@ STREAM = "The history of the steam engine begins"
 
 def streams(
     target: Target = None,
-    measure: Annotated[str, typer.Option(help=f"{', '.join(MEASUREMENTS)}, by commas.")] = ",".join(MEASUREMENTS),
+    measure: Annotated[str, typer.Option(help=f"{', '.join(MEASUREMENTS)}, by commas.")] = "decode,waits,trees",
     streams: Annotated[str, typer.Option(help="Numbers of streams, by commas.")] = "1,2,4,8,16",
-    suite: Annotated[str, typer.Option(help="humaneval, mt-bench, gsm8k or a JSONL file.")] = "humaneval",
+    suite: Annotated[
+        str, typer.Option(help="humaneval, mt-bench, gsm8k or JSONL files, by commas; trees are measured on each.")
+    ] = "humaneval",
+    against: Annotated[
+        str,
+        typer.Option(help="Servers beside this one: llama.cpp, transformers; NAME=MODEL gives one a model of its own."),
+    ] = ("llama.cpp,transformers"),
     limit: Annotated[int, typer.Option(min=1, help="Texts for trees.")] = 6,
     max_tokens: Annotated[int, typer.Option(min=8, help="Tokens of each stream or text.")] = 64,
     turns: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 5,
@@ -46,22 +52,26 @@ def streams(
     ] = None,
     config: Config = None,
 ) -> None:
-    """Several streams beside plain decoding, what a request waits for, and rows by cost beside fixed trees.
+    """Several streams beside plain decoding, what a request waits for, rows by cost beside fixed trees, other servers.
 
     Figures are medians of alternating turns. The last line printed is the report as JSON.
     """
     check_folder(json_file, "--json")
     check_folder(plot, "--plot")
-    if plot is not None and "decode" not in measure:
-        raise typer.BadParameter("only decode has a picture", param_hint="--plot")
+    if plot is not None and not {"decode", "servers"} & set(measure.split(",")):
+        raise typer.BadParameter("only decode and servers have a picture", param_hint="--plot")
     wanted, counts = measure.split(","), [int(count) for count in streams.split(",")]
     if unknown := set(wanted) - set(MEASUREMENTS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: known are {', '.join(MEASUREMENTS)}")
+    plan = Plan(suite.split(","), limit, max_tokens, turns)
     settings = settings_from(
         config, target=target, drafter=drafter, weights=weights, threads=threads, max_seqs=max(counts), context=CONTEXT,
         rows=MOST_ROWS, top_k=TOP_K, depth=MOST_ROWS - 2, trees="fixed",
     )  # fmt: skip
-    report = run(settings, wanted, counts, Plan(suite, limit, max_tokens, turns))
+    report = run(settings, wanted, counts, plan)
+    if "servers" in wanted:
+        ours = ([target] if target else []) + (["--weights", weights] if weights else [])
+        report["servers"] = servers(settings, [*ours, "--max-seqs", str(max(counts))], against.split(","), counts, plan)
     line = json.dumps(report)
     if plot is not None:
         from server.bench.streams_plot import plot_streams
@@ -74,16 +84,16 @@ def streams(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """suite: where prompts come from; limit: texts for trees; max_tokens: of each; turns: times each is measured."""
+    """suites: where prompts come from; limit: texts for trees; max_tokens: of each; turns: times each is measured."""
 
-    suite: str
+    suites: list[str]
     limit: int
     max_tokens: int
     turns: int
 
 
 def run(settings: Settings, wanted: list[str], counts: list[int], plan: Plan) -> dict[str, Any]:
-    """Load once and measure what is wanted."""
+    """Load once and measure what of this process is wanted."""
     from drafters.proposal import Budget
     from server.bench.prompts import load_prompts
     from server.bench.streams import Setup, contestants, decode_report, trees_report, useless_drafter
@@ -103,13 +113,42 @@ def run(settings: Settings, wanted: list[str], counts: list[int], plan: Plan) ->
     }
     if "decode" in wanted:
         useless = useless_drafter(target, settings.max_seqs, slot_capacity(context, [loaded.options.budget]))
-        prompts = [codec.encode(prompt.text or prompt.turns[0]) for prompt in load_prompts(plan.suite, max(counts))]
+        found = load_prompts(plan.suites[0], max(counts))
+        prompts = [codec.encode(prompt.text or prompt.turns[0]) for prompt in found]
         engines = contestants(setup, drafter, useless)
         report["decode"] = decode_report(engines, prompts, counts, plan.max_tokens, plan.turns, tell)
     if "waits" in wanted:
         report["waits"] = waits(setup, drafter, codec, plan.turns)
     if "trees" in wanted:
-        report["trees"] = trees_report(setup, drafter, texts(setup, codec, plan), plan.turns, tell)
+        report["trees"] = {
+            suite: trees_report(setup, drafter, texts(setup, codec, suite, plan), plan.turns, tell)
+            for suite in plan.suites
+        }
+    return report
+
+
+def servers(settings: Settings, ours: list[str], against: list[str], counts: list[int], plan: Plan) -> dict[str, Any]:
+    """This server and others, with as many clients at once as there are streams; chats of all suites in turn."""
+    from server.bench.lossless import SearchOptions, search_prompts
+    from server.bench.server_race import OURS, ServerUnavailable, contender, servers_report
+    from server.launch import load_codec, resolve_target
+    from server.placement.machine import compute_threads
+
+    target, unavailable = resolve_target(settings.target), dict[str, str]()
+    codec, contenders = load_codec(target), []
+    for entry in (OURS, *against):
+        name, _, own = entry.partition("=")
+        try:
+            threads = settings.threads or compute_threads()
+            contenders.append(contender(name, resolve_target(own) if own else target, ours, threads, CONTEXT))
+        except ServerUnavailable as reason:
+            unavailable[name] = str(reason)
+    chats = search_prompts(SearchOptions(tuple(plan.suites), plan.turns * sum(counts)))
+    prompts = [chat.text or chat.turns[0] for chat in chats]
+    report = servers_report(
+        contenders, prompts, counts, plan.max_tokens, plan.turns, lambda text: len(codec.encode(text)), tell
+    )
+    report["unavailable"] |= unavailable
     return report
 
 
@@ -129,7 +168,7 @@ def waits(setup: Setup, drafter: AnyDrafter | None, codec: TextCodec, turns: int
     }
 
 
-def texts(setup: Setup, codec: TextCodec, plan: Plan) -> Texts:
+def texts(setup: Setup, codec: TextCodec, suite: str, plan: Plan) -> Texts:
     """Prompts of a suite, and what the target alone writes after them."""
     from server.bench.contestants import EngineContestant
     from server.bench.prompts import load_prompts
@@ -137,9 +176,7 @@ def texts(setup: Setup, codec: TextCodec, plan: Plan) -> Texts:
     from server.bench.texts import generate_references
 
     plain = EngineContestant(PLAIN, setup.engine(None, lookup=False, by_cost=False))
-    return generate_references(
-        plain, codec, load_prompts(plan.suite, plan.limit), plan.max_tokens, True, lambda *_: None
-    )
+    return generate_references(plain, codec, load_prompts(suite, plan.limit), plan.max_tokens, True, lambda *_: None)
 
 
 def tell(what: str) -> None:

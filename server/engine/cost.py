@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 
 DRIFT_RATE, SHAPE_RATE = 0.1, 0.03
 WILDEST_RATIO = 2.0  # one pass that took longer than this times what was expected says that much and no more
-PACE_RATE = 0.3
+PACE_RATE, EXCESS_KEPT = 0.3, 0.9
 UNKNOWN_ROW_S, FEWEST_ROWS = 0.002, 8  # of a prompt's token before any was read; of a chunk that tells
+MOST_SHOWN = 8  # positions of a request, in a round that tells what drafting takes
 UNKNOWN_SLOPE = 0.1  # of T(1) for each further row, where nothing but T(1) is known
 
 
@@ -63,30 +64,35 @@ class VerifyCost:
 
 
 class PrefillPace:
-    """Seconds that a token of a prompt takes, everything included, as the chunks read so far show."""
+    """Seconds that a token of a prompt takes, everything included, as the chunks read so far show.
+
+    excess: by how much of its usual time a chunk may take longer; the largest seen lately counts, and fades.
+    """
 
     def __init__(self, row_s: float = UNKNOWN_ROW_S) -> None:
         self.row_s = row_s
+        self.excess = 0.0
 
     def seconds(self, rows: int) -> float:
         """To read so many tokens."""
         return rows * self.row_s
 
     def rows_in(self, seconds: float) -> int:
-        """Tokens that are read in so long a time."""
-        return int(seconds / self.row_s)
+        """Tokens that are read within so long a time, also by a chunk as slow as the slowest of late."""
+        return int(seconds / (self.row_s * (1 + self.excess)))
 
     def record(self, rows: int, seconds: float) -> None:
         """A chunk took so long; of a small one the fixed part of every pass would be taken for its rows'."""
         if rows >= FEWEST_ROWS:
             ratio = min(max(seconds / rows / self.row_s, 1 / WILDEST_RATIO), WILDEST_RATIO)
+            self.excess = max(ratio - 1, self.excess * EXCESS_KEPT)
             self.row_s *= ratio**PACE_RATE
 
 
 @dataclass
 class DraftCost:
-    """Seconds of drafting for a batch: a part that every round pays, one for each level of the trees, and one for each
-    committed position that the drafter has yet to be shown.
+    """Seconds of drafting for a batch: a part that every round pays, showing the drafter something included, one for
+    each level of the trees, and one for each committed position that it has yet to be shown.
 
     ratios: for each number of requests, how much longer than for one, as far as rounds have shown.
     """
@@ -102,8 +108,14 @@ class DraftCost:
         ratio = self.ratios[max(known)] if known else 1.0
         return ratio * (self.fixed_s + self.level_s * (depth + 1))
 
-    def record(self, num_requests: int, depth: int, seconds: float) -> None:
-        """A round's drafting took so long."""
+    def record(self, num_requests: int, depth: int, num_shown: int, seconds: float) -> None:
+        """A round's drafting took so long, ``num_shown`` positions that the drafter was shown before included.
+
+        Where those are many, the time is theirs and says nothing.
+        """
+        seconds -= self.row_s * num_shown
+        if seconds <= 0 or num_shown > MOST_SHOWN * num_requests:
+            return
         expected = self.seconds(num_requests, depth)
         if expected <= 0:
             self.fixed_s = seconds

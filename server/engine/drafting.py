@@ -264,12 +264,12 @@ class Drafting:
         """The drafter's trees, checked, once it has seen everything."""
         assert self.drafter is not None
         assert self.backlog is not None
+        started, num_behind = self.now(), self.backlog.num_rows
         self.backlog.show()
-        started = self.now()
         budget = Budget(self.options.budget.rows, self.options.budget.top_k, depth)
         trees = self.drafter.propose([DraftState(s.slot, s.token_ids) for s in drafted], budget)
         if self.costs is not None:
-            self.costs.draft.record(len(drafted), depth, self.now() - started)
+            self.costs.draft.record(len(drafted), depth, num_behind, self.now() - started)
         if len(trees) != len(drafted):
             raise DrafterError(f"the drafter proposed {len(trees)} trees for {len(drafted)} requests")
         for sequence, tree in zip(drafted, trees, strict=True):

@@ -16,16 +16,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import Tensor
+
 from drafters.drafter import Drafter, DraftState, Observation
 from drafters.proposal import Budget, Proposal
 from kernels.native import ABI, instruction_set, num_threads
 from server.engine.cost import Costs, DraftCost, VerifyCost
+from server.engine.scheduler import CHUNK_S
 from server.targets.target import PrefillChunk, Target, VerifyRows
 
 logger = logging.getLogger(__name__)
 
+METHOD = 2  # of measuring; what another one found is not taken
 SLOT = 0
 CONTEXT = 32
+CHUNKS = (64, 32, 16, 8)  # tokens of a fixed chunk, to choose from
 VERIFY_BUDGET_S, DRAFT_BUDGET_S = 0.6, 0.3
 ROWS = (1, 8, 2, 16, 4, 32, 3, 6, 12, 24, 64, 5, 48)  # in order of use, where a slow target leaves no time for all
 
@@ -43,7 +48,7 @@ def measured_costs(target: Target, drafter: Drafter | None, budget: Budget, max_
                 started = time.perf_counter()
                 drafter.observe([Observation(SLOT, features[1:], token_ids[2:])])
                 row_s = (time.perf_counter() - started) / (CONTEXT - 1)
-                draft = draft_cost(drafter, DraftState(SLOT, token_ids), budget, row_s)
+                draft = draft_cost(target, drafter, features[-1:], DraftState(SLOT, token_ids), budget, row_s)
             except Exception:  # it fails while requests are served as well, and is dealt with there
                 logger.warning("what the drafter costs could not be measured", exc_info=True)
             finally:
@@ -51,6 +56,27 @@ def measured_costs(target: Target, drafter: Drafter | None, budget: Budget, max_
     finally:
         target.release(SLOT)
     return Costs(verify, draft)
+
+
+def fixed_chunk(target: Target) -> int:
+    """Tokens of a prompt's chunk on a target without exact rows: the most that are read in ``CHUNK_S``.
+
+    They lie by position, so that a text depends on nobody's company; hence their number is settled once, here. A target
+    with exact rows needs none.
+    """
+    if target.info.exact_rows:
+        return CHUNKS[0]
+    token_ids = [i % target.info.vocab_size for i in range(max(CHUNKS))]
+    for rows in CHUNKS[:-1]:
+        seconds = float("inf")
+        for _ in range(2):
+            started = time.perf_counter()
+            target.prefill(PrefillChunk(SLOT, token_ids[:rows]))
+            seconds = min(seconds, time.perf_counter() - started)
+            target.release(SLOT)
+        if seconds <= CHUNK_S:
+            return rows
+    return CHUNKS[-1]
 
 
 def verify_times(target: Target, root_id: int, max_rows: int) -> dict[int, float]:
@@ -70,20 +96,28 @@ def verify_times(target: Target, root_id: int, max_rows: int) -> dict[int, float
     return times
 
 
-def draft_cost(drafter: Drafter, state: DraftState, budget: Budget, row_s: float) -> DraftCost:
-    """Seconds of the first level of a tree and of each level behind it: the shorter of several."""
+def draft_cost(
+    target: Target, drafter: Drafter, features: Tensor, state: DraftState, budget: Budget, row_s: float
+) -> DraftCost:
+    """Seconds to show a drafter one more position, ``features`` [1, width], and to grow the first level of a tree, and
+    of each level behind it: the shorter of several.
+
+    As in a round the target runs before, so that the drafter's weights do not lie in the cache.
+    """
     shallow = deep = float("inf")
     ends = time.perf_counter() + DRAFT_BUDGET_S
     for _ in range(6):
         for depth in (0, budget.depth):
+            target.verify([VerifyRows(SLOT, state.token_ids[-1], Proposal())])[0].argmax()
             started = time.perf_counter()
+            drafter.observe([Observation(SLOT, features, state.token_ids[-1:])])
             drafter.propose([state], Budget(budget.rows, budget.top_k, depth))
             seconds = time.perf_counter() - started
             shallow, deep = (min(shallow, seconds), deep) if depth == 0 else (shallow, min(deep, seconds))
         if time.perf_counter() > ends:
             break
     level_s = max(deep - shallow, 0.0) / budget.depth if budget.depth else 0.0
-    return DraftCost(max(shallow - level_s, 0.0), level_s, row_s)
+    return DraftCost(max(shallow - level_s - row_s, 0.0), level_s, row_s)
 
 
 def load_costs(target: Target, drafter: Drafter | None, budget: Budget, capacity: int, place: str) -> Costs:
@@ -91,7 +125,7 @@ def load_costs(target: Target, drafter: Drafter | None, budget: Budget, capacity
     info = target.info
     model = (info.name, info.architecture, info.num_layers, info.hidden_size, info.num_parameters, info.weights)
     drafts = ("none",) if drafter is None else (drafter.name, place, *dataclasses.astuple(budget))
-    machine = (platform.node(), os.cpu_count(), instruction_set(), num_threads(), ABI)
+    machine = (METHOD, platform.node(), os.cpu_count(), instruction_set(), num_threads(), ABI)
     key = "|".join(map(str, (*machine, type(target).__name__, *model, *drafts)))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dovetail"
     return remembered_costs(folder / "costs.json", key, target, drafter, budget, capacity - CONTEXT - 1)

@@ -19,7 +19,7 @@ from server.engine.request import EngineError
 from server.engine.sequence import RunningSequence, Status
 
 PATIENCE = 4.0  # a request without a deadline is due after so many times what its prompt takes to read
-CHUNK_S = 0.075  # of the 100 ms that a stream may wait for somebody's prompt: what a chunk takes is not known exactly
+CHUNK_S = 0.06  # of the 100 ms that a stream may wait for somebody's prompt: what a chunk takes is not known exactly
 CHUNK_STEP = 8  # rows
 HEADROOM = 64  # rows that each running request may still get before a newcomer's arrival makes anybody give way
 

@@ -48,7 +48,8 @@ def test_streams_are_measured_beside_plain_decoding(setup: Setup, tmp_path: Path
         engine.check_integrity()
         assert not engine.scheduler.has_work
     head = {"hardware": {"cores": 2}, "target": {"name": "tiny", "weights": "bf16"}, "decode": report}
-    plot_streams(head, tmp_path / "streams.png")
+    servers = {"dovetail": {"1": {"tokens_per_s": 9.0}}, "unavailable": {"llama.cpp": "no"}}
+    plot_streams(head | {"servers": servers}, tmp_path / "streams.png")
     assert (tmp_path / "streams.png").stat().st_size > 1000
 
 

@@ -4,15 +4,20 @@ import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from drafters.proposal import Proposal, chain
+from drafters.drafter import DraftState, Observation
+from drafters.proposal import Budget, Proposal, chain
 from server.engine.acceptance import Accepted
 from server.engine.calibration import DRAFTER, LOOKUP, Calibration, RequestRecord, drafter_cell, lookup_cell
 from server.engine.candidates import NOTHING, Candidates, Draft, choose_rows, learn_unused, merge, sorted_gains
 from server.engine.cost import Costs, DraftCost, VerifyCost, best_count
 from server.engine.ledger import Ledger
+from server.engine.measure import measured_costs
+from server.targets.target import PrefillChunk, VerifyRows
 
 CURVE = {1: 10.0, 2: 11.0, 4: 12.0, 8: 14.0, 16: 26.0, 32: 52.0}
 
@@ -70,7 +75,9 @@ def test_no_row_is_taken_where_rows_are_dear_and_more_where_they_are_cheap() -> 
 def test_drafting_costs_grow_with_what_rounds_showed() -> None:
     draft = DraftCost(1.0, 0.5, 0.01)
     assert draft.seconds(1, 3) == 3.0
-    draft.record(4, 3, 6.0)
+    draft.record(4, 3, 20, 6.2)  # a part of which went into showing it twenty positions
+    assert draft.seconds(4, 1) == pytest.approx(4.0)
+    draft.record(4, 3, 200, 60.0)  # a long pause lies behind it
     assert draft.seconds(4, 1) == pytest.approx(4.0)
     assert draft.seconds(1, 3) == 3.0
 
@@ -86,6 +93,46 @@ def path_of(candidates: Candidates, tokens: Sequence[int]) -> Accepted:
         row = below[0]
         rows.append(row)
     return Accepted(tuple(rows), tuple(token_ids))
+
+
+class Warming:
+    """Target and drafter in one, by a clock of their own: what ran last is in the cache, and twice as fast."""
+
+    name, feature_layers = "warming", ()
+    info = SimpleNamespace(vocab_size=9)
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.last = ""
+
+    def run(self, what: str, seconds: float) -> None:
+        self.now += seconds * (0.5 if self.last == what else 1.0)
+        self.last = what
+
+    def prefill(self, chunk: PrefillChunk) -> SimpleNamespace:
+        return SimpleNamespace(features=torch.zeros(len(chunk.token_ids), 2))
+
+    def verify(self, rows: Sequence[VerifyRows]) -> list[SimpleNamespace]:
+        self.run("target", 0.01)
+        return [SimpleNamespace(argmax=lambda: [0])]
+
+    def observe(self, batch: Sequence[Observation]) -> None:
+        self.run("drafter", 0.0004 + 0.0001 * sum(len(o.next_ids) for o in batch))
+
+    def propose(self, states: Sequence[DraftState], budget: Budget) -> list[Proposal]:
+        self.now += 0.001 * (budget.depth + 1)
+        return [Proposal() for _ in states]
+
+    def release(self, slot: int) -> None:
+        self.last = ""
+
+
+def test_a_drafter_is_measured_as_it_runs_behind_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = Warming()
+    monkeypatch.setattr("server.engine.measure.time", SimpleNamespace(perf_counter=lambda: both.now))
+    found = measured_costs(both, both, Budget(8, 2, 6), 8).draft  # type: ignore[arg-type]
+    assert found.level_s == pytest.approx(0.001)
+    assert found.fixed_s + found.row_s == pytest.approx(0.0005), "its weights are read anew in every round"
 
 
 def test_stages_share_a_tree_and_no_node_outranks_its_parent() -> None:

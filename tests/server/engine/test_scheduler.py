@@ -3,13 +3,16 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
 from server.engine.cost import PrefillPace
+from server.engine.measure import fixed_chunk
 from server.engine.request import EngineError, FinishReason, Request
 from server.engine.scheduler import CHUNK_S, CHUNK_STEP, Limits, Scheduler
 from server.engine.sequence import RunningSequence, Status
+from server.targets.target import PrefillChunk
 
 ROW_S = 0.002
 
@@ -183,6 +186,47 @@ def test_chunks_take_the_time_they_may_or_end_at_fixed_borders() -> None:
     assert fixed.chunk_rows(reading) == 24
     reading.num_rows = 990
     assert fixed.chunk_rows(reading) == 10
+
+
+def test_chunks_shrink_where_their_time_varies_and_grow_again() -> None:
+    made = scheduler()
+    reading = sequence("r", 1000)
+    usual = made.chunk_rows(reading)
+    made.pace.record(usual, 1.9 * usual * ROW_S)  # somebody else had the machine for a while
+    made.pace.record(usual, usual * ROW_S)
+    assert made.chunk_rows(reading) * ROW_S * 1.7 < CHUNK_S
+    for _ in range(40):
+        made.pace.record(usual, usual * ROW_S)
+    assert made.chunk_rows(reading) == usual
+
+
+class Reader:
+    """A target that reads, and what its passes take by its own clock."""
+
+    def __init__(self, row_s: float, exact_rows: bool = False) -> None:
+        self.info = SimpleNamespace(vocab_size=9, exact_rows=exact_rows)
+        self.row_s = row_s
+        self.now = 0.0
+        self.held = 0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def prefill(self, chunk: PrefillChunk) -> None:
+        self.held += len(chunk.token_ids)
+        self.now += 0.005 + self.row_s * len(chunk.token_ids)
+
+    def release(self, slot: int) -> None:
+        self.held = 0
+
+
+@pytest.mark.parametrize(("row_s", "rows"), [(0.0005, 64), (0.0012, 32), (0.003, 16), (0.02, 8)])
+def test_fixed_chunks_are_as_long_as_time_allows(row_s: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Reader(row_s)
+    monkeypatch.setattr("server.engine.measure.time", slow)
+    assert fixed_chunk(slow) == rows  # type: ignore[arg-type]
+    assert slow.held == 0, "its slot is left empty"
+    assert fixed_chunk(Reader(row_s, exact_rows=True)) == 64  # type: ignore[arg-type]
 
 
 def test_a_leak_is_seen() -> None:
