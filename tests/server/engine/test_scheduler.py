@@ -10,7 +10,7 @@ import pytest
 from server.engine.cost import PrefillPace
 from server.engine.measure import fixed_chunk
 from server.engine.request import EngineError, FinishReason, Request
-from server.engine.scheduler import CHUNK_S, CHUNK_STEP, Limits, Scheduler
+from server.engine.scheduler import CHUNK_S, CHUNK_STEP, PATIENCE, Limits, Scheduler
 from server.engine.sequence import RunningSequence, Status
 from server.targets.target import PrefillChunk
 
@@ -118,7 +118,7 @@ def test_a_short_prompt_passes_a_long_one_and_the_long_one_is_not_forgotten() ->
     machine = Machine(scheduler(), random.Random(1))
     machine.scheduler.add(sequence("long", 3000))
     machine.step()
-    machine.scheduler.add(sequence("short", 30, submitted=machine.now))
+    machine.scheduler.add(sequence("short", 20, submitted=machine.now))
     machine.step()
     assert list(machine.first_token) == ["short"]
     number = 0
@@ -126,7 +126,8 @@ def test_a_short_prompt_passes_a_long_one_and_the_long_one_is_not_forgotten() ->
         if len(machine.scheduler.waiting) < 2:
             machine.scheduler.add(sequence(f"s{(number := number + 1)}", 40, 2, submitted=machine.now))
         machine.step()
-    assert machine.now < 5 * 3000 * ROW_S
+    # due after PATIENCE times what it takes to read; then read, with a round behind every chunk
+    assert machine.now < (PATIENCE + 1.5) * 3000 * ROW_S
 
 
 def test_deadlines_and_priorities_decide_who_is_read_first() -> None:
