@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
+import functools
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from server.api import health, models
+from server.api.access import Access, open_to_all
 from server.api.errors import install_error_handlers
 from server.api.gate import Gate
 from server.api.language import anthropic, chat, completions, embeddings, responses, tokenizer
 from server.api.openapi import App
 from server.api.serving import Load, Serving
+from server.connection import Connection
 from server.installation import own_version
-from server.settings import Settings
+from server.placement.machine import connection_limit
+from server.settings import Settings, SettingsError
 from server.vision import routes as vision_routes
 from server.vision.worker import VisionWorker
 
@@ -50,7 +56,12 @@ def create_app(
         await app.state.serving.stop()
 
     app = App(title="Dovetail", version=own_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, api_key=settings.api_key.get_secret_value() if settings.api_key else None)
+    app.add_middleware(Gate, access=Access(settings))
+    if settings.cors_origins:  # around the gate: browsers ask for leave without a key
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after", "x-dovetail-ignored"],
+        )  # fmt: skip
     install_error_handlers(app)
     language = (completions, chat, responses, anthropic, embeddings, tokenizer)
     for routes in (*language, vision_routes, models, health):
@@ -66,7 +77,7 @@ class ListenError(OSError):
 class DrainingServer(uvicorn.Server):
     """uvicorn, except that it lets running requests finish before it closes their connections.
 
-    On the first signal new requests get 503 and running ones ``settings.drain_s`` to finish; a second SIGINT cuts it.
+    On the first signal new requests get 503 and running ones ``settings.drain_s`` to finish; a second signal cuts it.
     A model that cannot be loaded ends the server as well; ``load_error`` then says why. A Ctrl-C that comes before all
     models are loaded sets ``load_interrupted``.
     """
@@ -75,18 +86,32 @@ class DrainingServer(uvicorn.Server):
         self.load_error: Exception | None = None
         self.load_interrupted = False
         self.app = create_app(settings, load, self._fail, vision)
+        connection = functools.partial(
+            Connection,
+            send_timeout_s=settings.send_timeout_s,
+            max_connections=connection_limit(settings.max_connections),
+        )
         config = uvicorn.Config(
             self.app,
             host=settings.host,
             port=settings.port,
-            http="h11",  # it bounds the size of headers
+            http=cast(Any, connection),  # of h11, which bounds the size of headers
             ws="none",
+            ssl_certfile=settings.tls_cert,
+            ssl_keyfile=settings.tls_key,
             log_config=None,
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=FINISH_S,
         )
         super().__init__(config)
+        try:
+            config.load()
+        except (ssl.SSLError, OSError) as error:
+            message = (
+                f"tls_cert {str(settings.tls_cert)!r} and tls_key {str(settings.tls_key)!r} cannot be used: {error}"
+            )
+            raise SettingsError(message) from error
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, then close."""
@@ -98,6 +123,7 @@ class DrainingServer(uvicorn.Server):
         """A signal came."""
         serving: Serving | None = getattr(self.app.state, "serving", None)
         self.load_interrupted |= sig == signal.SIGINT and (serving is None or serving.is_loading)
+        self.force_exit |= self.should_exit
         super().handle_exit(sig, frame)
 
     def _fail(self, error: Exception) -> None:
@@ -111,12 +137,18 @@ def serve(settings: Settings, load: Load | None, vision: VisionWorker | None = N
     Errors: ListenError before anything is loaded, whatever loading a model raised, KeyboardInterrupt where Ctrl-C came
     before the models were there.
     """
-    if not is_loopback(settings.host) and settings.api_key is None:
+    if open_to_all(settings):
         logger.warning("listening on %s without an API key: anyone who reaches it can use it", settings.host)
     sockets = bind_sockets(settings.host, settings.port)
-    server = DrainingServer(settings, load, vision)
+    try:
+        server = DrainingServer(settings, load, vision)
+    except SettingsError:
+        for opened in sockets:
+            opened.close()
+        raise
+    scheme = "http" if settings.tls_cert is None else "https"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    logger.info("listening on http://%s:%d (Ctrl-C ends it)", host, sockets[0].getsockname()[1])
+    logger.info("listening on %s://%s:%d (Ctrl-C ends it)", scheme, host, sockets[0].getsockname()[1])
     with signals_spent():
         server.run(sockets)
     if server.load_error is not None:
@@ -154,11 +186,3 @@ def signals_spent() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches ``host``."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -30,7 +31,6 @@ app = typer.Typer(
     name="dovetail",
     help="Exact, faster answers from language models that do not fit your GPU.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(serve)
@@ -74,13 +74,14 @@ def set_up(
 
 def main() -> None:
     """The console script. Exit codes: 0 fine, 1 failed, 2 usage, 130 Ctrl-C. An error that has a type is one line."""
+    open_standard_streams()
     try:
         app()
         exit_code = FINE
     except SystemExit as end:
         exit_code = end.code if isinstance(end.code, int) else FAILED
         if exit_code == INTERRUPTED:
-            sys.stderr.write("dovetail: interrupted\n")
+            complain("interrupted")
     except SettingsError as error:
         exit_code = fail(error, USAGE)
     except (ValueError, OSError, ImportError, EngineError) as error:
@@ -88,18 +89,35 @@ def main() -> None:
     leave(exit_code)
 
 
+def open_standard_streams() -> None:
+    """Where the process was started with closed standard streams, the next file or connection would take their
+    numbers, and what native code prints would go into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+
+
 def fail(error: Exception, exit_code: int) -> int:
     """One line on stderr; the traceback only with --verbose."""
     logger.debug("the command failed", exc_info=error)
-    sys.stderr.write(f"dovetail: {error}\n")
+    complain(str(error))
     return exit_code
+
+
+def complain(message: str) -> None:
+    """One line on stderr, if there is one."""
+    with contextlib.suppress(OSError, AttributeError):  # closed, full, or absent
+        sys.stderr.write(f"dovetail: {message}\n")
 
 
 def leave(exit_code: int) -> NoReturn:
     """End the process. A thread that still loads a model is in native code, where the usual teardown would abort."""
     if any(thread.name == LOADING_THREAD for thread in threading.enumerate()):
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, AttributeError, ValueError):
+                stream.flush()
         os._exit(exit_code)
     sys.exit(exit_code)

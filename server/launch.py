@@ -197,8 +197,8 @@ def load_engine(settings: Settings) -> Engine:
     return load_parts(settings)[0]
 
 
-def load_parts(settings: Settings) -> tuple[Engine, Placed]:
-    """The same, and where its parts were placed."""
+def load_parts(settings: Settings, report: Callable[[str], None] = logger.debug) -> tuple[Engine, Placed]:
+    """The same, and where its parts were placed; ``report`` is told each stage."""
     from drafters.proposal import Budget
     from server.engine.ahead import AheadDrafter, ahead_budget
     from server.engine.engine import Engine, EngineOptions
@@ -220,12 +220,14 @@ def load_parts(settings: Settings) -> tuple[Engine, Placed]:
             logger.warning("no drafter is named for %s, so it %s; --drafter names one", settings.target, how)
         drafter_name = "none"
     placed = place(settings, folder, drafter_name, capacity, budget)
+    report(f"reading the weights of {folder.name}")
     target = load_target(
         folder, settings.weights, settings.max_seqs, capacity, settings.threads, settings.kv_cache, engine,
         settings.gpu_layers, placed.split if engine == NATIVE else None,
     )  # fmt: skip
     pool_rows = memory.pool_rows + settings.max_seqs * budget.rows
     room = DrafterRoom(settings.max_seqs, capacity, pool_rows, memory.left_bytes)
+    report("loading the drafter")
     drafter = load_drafter(target, folder, drafter_name, placed.drafter, room, placed.head_rows)
     # What is loaded stays; without this every full collection walks all of transformers' and the model's objects.
     gc.collect()
@@ -234,6 +236,7 @@ def load_parts(settings: Settings) -> tuple[Engine, Placed]:
         settings.max_seqs, memory.context, budget, lookup=settings.lookup, cache_bytes=memory.cache_bytes,
         pool_rows=pool_rows, prefill_chunk=fixed_chunk(target),
     )  # fmt: skip
+    report("measuring what passes cost")
     drafts = settings.trees == "cost" and (drafter is not None or settings.lookup)
     costs = load_costs(target, drafter, budget, capacity, str(placed.drafter)) if drafts else None
     if drafter is not None and drafter.feature_layers and placed.drafter.device.type != "cpu":
@@ -354,11 +357,11 @@ def vision_worker(settings: Settings) -> VisionWorker | None:
     return VisionWorker(models, options) if models else None
 
 
-def load_model(settings: Settings) -> LoadedModel:
+def load_model(settings: Settings, report: Callable[[str], None] = logger.debug) -> LoadedModel:
     """Everything one server needs for its model; the engine thread is not started yet."""
     from server.engine.thread import EngineThread
 
-    engine, placed = load_parts(settings)
+    engine, placed = load_parts(settings, report)
     folder = resolve_target(settings.target)
     codec = load_codec(folder)
     codec.fit(engine.target.info.vocab_size)

@@ -52,8 +52,17 @@ def parse_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def parse_keys(value: Any) -> Any:
+    """As ``parse_list``; where a key was meant and none is there, the server must not be open to all."""
+    keys = parse_list(value)
+    if isinstance(value, str) and not keys:
+        raise ValueError("the key is empty; name one, or leave it out")
+    return keys
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_list)]
+Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(parse_keys)]
 
 
 class Settings(BaseSettings):
@@ -110,7 +119,23 @@ class Settings(BaseSettings):
     rows: int | None = Field(None, ge=1, description="Most rows of a verify pass for one request, root included.")
     top_k: int | None = Field(None, ge=1, description="Children a drafted node may have.")
     depth: int | None = Field(None, ge=0, description="Draft levels after the first.")
-    api_key: SecretStr | None = Field(None, description="Key that clients must send.")
+    api_key: Keys = Field((), description="Key that clients must send; may be repeated.")
+    api_key_file: Path | None = Field(
+        None, description="File with a key a line; blank lines and those that begin with # are passed over."
+    )
+    allowed_hosts: Names = Field(
+        (), description="Host names that requests may name where only this machine is listened to; '*': any."
+    )
+    cors_origins: Names = Field((), description="Origins whose pages may read answers; nothing: none; '*': all.")
+    tls_cert: Path | None = Field(None, description="Certificate chain in PEM; with --tls-key it makes HTTPS.")
+    tls_key: Path | None = Field(None, description="Private key of the certificate in PEM.")
+    rate_limit: float | None = Field(
+        None, gt=0, description="Requests a minute of one key, or of one address where there are no keys."
+    )
+    max_per_key: int | None = Field(
+        None, ge=1, description="Requests of one key, or of one address, that may be open at once."
+    )
+    max_connections: int = Field(1024, ge=1, description="Connections that may be open at once.")
     vision: Names | None = Field(
         None, description="Folder or .onnx file of a vision model, may be repeated; 'none': no vision."
     )
@@ -126,7 +151,12 @@ class Settings(BaseSettings):
     )
     strict: bool = Field(False, description="Refuse unknown request fields instead of ignoring and reporting them.")
     keepalive_s: float = Field(10.0, gt=0, description="Seconds of silence after which a stream sends a comment.")
+    send_timeout_s: float = Field(
+        30.0, gt=0, description="Seconds that a client may leave its answer unread before it is cut off."
+    )
     drain_s: float = Field(30.0, ge=0, description="Seconds that running requests get at shutdown.")
+    watchdog_s: float = Field(120.0, gt=0, description="Seconds of one engine step after which it counts as stuck.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
     @field_validator("drafter_device")
     @classmethod
@@ -143,6 +173,23 @@ class Settings(BaseSettings):
             raise ValueError(f"cache_file {str(self.cache_file)!r} is a folder; name a file")
         return self
 
+    @field_validator("api_key")
+    @classmethod
+    def _keys_that_headers_hold(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for key in value:
+            check_key(key.get_secret_value())
+        return value
+
+    @model_validator(mode="after")
+    def _certificate_with_key(self) -> Settings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together; name both, or neither")
+        for name in ("tls_cert", "tls_key", "api_key_file"):
+            file: Path | None = getattr(self, name)
+            if file is not None and not file.is_file():
+                raise ValueError(f"{name} {str(file)!r} is no file")
+        return self
+
     @model_validator(mode="after")
     def _something_to_serve(self) -> Settings:
         if self.no_llm and self.target is not None:
@@ -152,11 +199,37 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """Every key that opens the server, those of the file too. Errors: SettingsError."""
+        found = [key.get_secret_value() for key in self.api_key]
+        return tuple(dict.fromkeys(found if self.api_key_file is None else [*found, *read_keys(self.api_key_file)]))
+
+    @property
     def served_name(self) -> str:
         """The name clients use: as asked, else the target's last path part, else the default's."""
         if self.model_name is not None:
             return self.model_name
         return BUNDLED if self.target is None else Path(self.target).name.removesuffix(".gguf") or self.target
+
+
+def check_key(key: str) -> None:
+    """Errors: ValueError for a key that no header can hold; the key itself is not told."""
+    if not re.fullmatch(r"[!-~]+", key):
+        raise ValueError("a key is empty, or holds blanks or characters beyond ASCII, which no header carries")
+
+
+def read_keys(file: Path) -> list[str]:
+    """The keys of a file, one a line. Errors: SettingsError; a file without any would leave the server open."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        keys = [line for line in lines if line and not line.startswith("#")]
+        for key in keys:
+            check_key(key)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"api_key_file {str(file)!r} cannot be used: {error}") from error
+    if not keys:
+        raise SettingsError(f"api_key_file {str(file)!r} holds no key; write one a line")
+    return keys
 
 
 def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Settings:

@@ -1,11 +1,9 @@
-"""What stands before every route: request id, key, size and pace of the body, and the answer to our own faults."""
+"""What stands before every route: request id, access, size and pace of the body, and the answer to our own faults."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import logging
 import re
 import uuid
@@ -13,30 +11,43 @@ from urllib.parse import quote
 
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import ApiError, internal_error
+from server.api.access import Access
+from server.api.errors import ApiError, internal_error, retry_after
 
 logger = logging.getLogger(__name__)
 
-PUBLIC_PATHS = frozenset({"/health"})
+MAX_HEADERS = 100
 MAX_BODY_BYTES = 8 * 2**20
 VISION_PATHS = "/v1/vision/"
 MAX_VISION_BODY_BYTES = 32 * 2**20
+MAX_HELD_BYTES = 256 * 2**20  # bodies of all requests together
 BODY_DEADLINE_S = 30.0
 DRAIN_S = 10.0
+ROOM_RETRY_S = 1.0
 MAX_DRAINED_BYTES = 256 * 2**20
 FIELD_CHARS = ".*[]$ "
 MAX_NAME_CHARS = 100
+# Nothing that the server sends is a document of its own, unless its route says otherwise.
+SECURITY_HEADERS = {
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+}
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class Gate:
-    """ASGI middleware. Without a key configured every path is open; with one, all but ``PUBLIC_PATHS`` need it."""
+    """ASGI middleware. ``access`` says who may come in."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, access: Access) -> None:
         self.app = app
-        self.key_digest = None if api_key is None else digest(api_key)
+        self.access = access
+        self.room = BodyRoom(MAX_HELD_BYTES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it here."""
@@ -46,46 +57,68 @@ class Gate:
         headers = Headers(scope=scope)
         scope = as_routes_know_it(scope)
         request_id = accepted_request_id(headers.get("x-request-id"))
-        scope.setdefault("state", {})["request_id"] = request_id
-        body = BodyReader(receive, max_body_bytes(scope["path"]))
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        body = BodyReader(receive, max_body_bytes(scope["path"]), self.room)
         answer = AnswerSender(scope, body, send)
         try:
-            self._check(scope["path"], headers)
-            await self.app(scope, body, answer)
+            with self.access.admit(scope, headers) as state["limits"]:
+                check_head(scope["path"], headers)
+                await self.app(scope, body, answer)
         except ApiError as error:
             await error.response()(scope, body, answer)
+        except ClientDisconnect:
+            logger.info("request %s: the client left before its body was whole", request_id)
         except Exception:  # the one place that answers our own faults
             logger.exception("request %s failed", request_id)
             if answer.started:
                 raise
             await internal_error(request_id).response()(scope, body, answer)
+        finally:
+            body.release()
 
-    def _check(self, path: str, headers: Headers) -> None:
-        if self.key_digest is not None and path not in PUBLIC_PATHS:
-            given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
-            if not hmac.compare_digest(digest(given), self.key_digest):
-                message = "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
-                challenge = {"WWW-Authenticate": "Bearer"}
-                raise ApiError(401, message, kind="authentication_error", code="invalid_api_key", headers=challenge)
-        if headers.get("content-encoding", "identity") != "identity":
-            raise ApiError(415, "Compressed bodies are not accepted; send it plain.", code="unsupported_media_type")
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > max_body_bytes(path):
-            raise too_large(max_body_bytes(path))
+
+def check_head(path: str, headers: Headers) -> None:
+    """Errors: ApiError 431, 415 and 413 for what is wrong before a byte of the body is read."""
+    if len(headers) > MAX_HEADERS:
+        message = f"The request has {len(headers)} headers; at most {MAX_HEADERS} are allowed."
+        raise ApiError(431, message, code="too_many_headers", headers={"Connection": "close"})
+    if headers.get("content-encoding", "identity") != "identity":
+        raise ApiError(415, "Compressed bodies are not accepted; send it plain.", code="unsupported_media_type")
+    length = headers.get("content-length", "0")
+    if length.isdecimal() and int(length) > max_body_bytes(path):
+        raise too_large(max_body_bytes(path))
+
+
+class BodyRoom:
+    """The memory that the bodies of all requests may take together, in bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Errors: ApiError 429 where there is no room."""
+        if self.num_bytes + num_bytes > self.max_bytes:
+            headers = {"Retry-After": retry_after(ROOM_RETRY_S), "Connection": "close"}
+            message = f"The server holds {self.num_bytes} bytes of other requests; try again soon."
+            raise ApiError(429, message, kind="overloaded", code="queue_full", headers=headers)
+        self.num_bytes += num_bytes
 
 
 class BodyReader:
     """A ``receive`` that bounds the body in bytes and in time, then passes everything through."""
 
-    def __init__(self, receive: Receive, max_bytes: int) -> None:
+    def __init__(self, receive: Receive, max_bytes: int, room: BodyRoom) -> None:
         self.receive = receive
         self.max_bytes = max_bytes
+        self.room = room
         self.num_bytes = 0
         self.complete = False  # nothing more of the body will come
         self.deadline = asyncio.get_running_loop().time() + BODY_DEADLINE_S
 
     async def __call__(self) -> Message:
-        """The next ASGI message. Errors: ApiError 413 and 408."""
+        """The next ASGI message. Errors: ApiError 413, 408, and 429 where all bodies together are too large."""
         if self.complete:
             return await self.receive()
         try:
@@ -97,11 +130,18 @@ class BodyReader:
         if message["type"] == "http.disconnect":
             self.complete = True
         else:
-            self.num_bytes += len(message.get("body", b""))
+            num_bytes = len(message.get("body", b""))
             self.complete = not message.get("more_body", False)
-            if self.num_bytes > self.max_bytes:
+            if self.num_bytes + num_bytes > self.max_bytes:
                 raise too_large(self.max_bytes)
+            self.room.take(num_bytes)
+            self.num_bytes += num_bytes
         return message
+
+    def release(self) -> None:
+        """The request has ended: its body is held no more."""
+        self.room.num_bytes -= self.num_bytes
+        self.num_bytes = 0
 
     async def drain(self) -> None:
         """Read and drop the rest, within bounds: a connection closed on unread data takes the answer with it."""
@@ -148,28 +188,30 @@ def as_routes_know_it(scope: Scope) -> Scope:
 
 
 def set_headers(scope: Scope, headers: MutableHeaders) -> None:
-    """What every answer carries: the request's id, and the names of the fields that were ignored."""
+    """What every answer carries: the request's id, what it may be used for, what its caller has left, and the names of
+    the fields that were ignored."""
     headers["x-request-id"] = scope["state"]["request_id"]
+    for name, value in (SECURITY_HEADERS | scope["state"].get("limits", {})).items():
+        headers.setdefault(name, value)
     if ignored := scope["state"].get("ignored_fields"):
         headers["x-dovetail-ignored"] = ", ".join(quote(name, safe=FIELD_CHARS)[:MAX_NAME_CHARS] for name in ignored)
 
 
 async def require_json(request: Request) -> None:
     """Route dependency: the body must be declared as JSON, which also keeps other sites' forms out."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if (kind := content_type(request)) != "application/json":
         message = f"The content type is {kind or 'missing'}; send application/json."
         raise ApiError(415, message, code="unsupported_media_type")
+
+
+def content_type(request: Request) -> str:
+    """What the body is said to be, without parameters; empty where nothing is said."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def max_body_bytes(path: str) -> int:
     """How large a body may be: images are larger than texts."""
     return MAX_VISION_BODY_BYTES if path.startswith(VISION_PATHS) else MAX_BODY_BYTES
-
-
-def digest(key: str) -> bytes:
-    """Keys are compared as digests, so that the time taken tells nothing."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def accepted_request_id(given: str | None) -> str:

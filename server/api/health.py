@@ -18,12 +18,15 @@ router = APIRouter()
 
 @router.get("/health", responses=failures(503))
 async def health(serving: CurrentServing) -> JSONResponse:
-    """200 while requests are answered; 503 with the reason while loading, going down, or after a failure."""
+    """200 while requests for text are answered, or for vision where there is no language model; 503 with the reason
+    while loading, going down, or after a failure. How vision stands is told beside it."""
     try:
         text = None if serving.load is None else serving.model()
-        vision = None if serving.vision is None else serving.vision_worker()
+        if text is None:
+            serving.vision_worker()
     except NotServing as error:
-        return JSONResponse({"status": error.code} | error.body(), error.status_code, headers=dict(error.headers or {}))
+        told = {"status": error.code} | error.body() | ({"loading": serving.loading()} if serving.is_loading else {})
+        return JSONResponse(told, error.status_code, headers=dict(error.headers or {}))
     answer: dict[str, Any] = {"status": "ok"}
     if text is not None:
         status = text.engine.status()
@@ -37,8 +40,10 @@ async def health(serving: CurrentServing) -> JSONResponse:
             "drafting": {"state": status.drafting.state, "reason": status.drafting.reason},
             "placement": text.placement(),
         }
-    if vision is not None:
-        answer["vision"] = {"models": list(vision.names)} | dataclasses.asdict(vision.status())
+    if serving.vision is not None:
+        state, reason = serving.vision_state()
+        told = {"models": list(serving.vision.names), "state": state, "reason": reason}
+        answer["vision"] = told | dataclasses.asdict(serving.vision.status())
     return JSONResponse(answer)
 
 

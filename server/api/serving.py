@@ -9,13 +9,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Annotated, Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
 
+from server.api import supervisor
 from server.api.dispatcher import Dispatcher
 from server.api.errors import ApiError, InvalidValue, NotServing, shown
+from server.api.watchdog import Watchdog
 from server.engine.grammar import GrammarCompiler
 from server.engine.request import Event, Request, SamplingParams
 from server.settings import LOADING_THREAD, Settings
@@ -27,6 +30,9 @@ logger = logging.getLogger(__name__)
 LOADING_RETRY_S = 5.0
 LONG_RETRY_S = 120.0
 DRAIN_POLL_S = 0.05
+WATCH_S = 1.0
+
+Result = TypeVar("Result")
 
 
 class DraftingStatus(Protocol):
@@ -84,6 +90,10 @@ class EngineHandle(Protocol):
     def alive(self) -> bool:
         """Whether the thread runs."""
 
+    @property
+    def step_in_hand(self) -> int | None:
+        """The number of the step that runs; None between steps."""
+
     def status(self) -> EngineStatus:
         """How busy it is."""
 
@@ -128,7 +138,10 @@ class ServedModel(Protocol):
         """Longest prompt and answer together, in tokens."""
 
 
-Load = Callable[[Settings], ServedModel]
+Report = Callable[[str], None]
+"""Told what is being done, in a few words."""
+
+Load = Callable[[Settings, Report], ServedModel]
 
 
 class Phase(enum.StrEnum):
@@ -163,17 +176,27 @@ class Serving:
         self.created = int(time.time())
         self.loaded: ServedModel | None = None
         self.failure = ""
+        self.stage, self.started = "looking for the model", time.monotonic()
+        self.watchdog = Watchdog(settings.watchdog_s)
         self.reported_fields: set[str] = set()
         self.lock = threading.Lock()
         self.compiler: GrammarCompiler | None = None
         self.dispatcher = Dispatcher(asyncio.get_running_loop())
+        # Large bodies are read one at a time: a few bytes may stand for a hundred times as much memory.
+        self.readers = ThreadPoolExecutor(1, thread_name_prefix="dovetail-bodies")
+
+    async def aside(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Run ``work`` where large bodies are read, one after another."""
+        return await self.dispatcher.loop.run_in_executor(self.readers, work, *arguments)
 
     def start_loading(self) -> None:
         """Load in threads of their own, which do not keep the process alive when it is told to end."""
+        self.watching = asyncio.ensure_future(self._watch())
         if self.vision is not None:
             self.vision.start(self._vision_loaded)
         if self.load is None:
             self.phase = Phase.READY
+            supervisor.tell("READY=1")
             return
         threading.Thread(target=self._load, name=LOADING_THREAD, daemon=True).start()
 
@@ -193,7 +216,24 @@ class Serving:
             raise NotServing("model_loading", "The model is being loaded; try again soon.", LOADING_RETRY_S)
         if not self.loaded.engine.alive:
             raise NotServing("engine_dead", "The engine has stopped; restart the server.", LONG_RETRY_S)
+        self.check_not_stuck()
         return self.loaded
+
+    def check_not_stuck(self) -> None:
+        """Errors: NotServing where the engine does not come back from a step."""
+        if self.watchdog.is_stuck:
+            raise NotServing("engine_stuck", "The engine does not come back from a step.", LONG_RETRY_S)
+
+    def loading(self) -> dict[str, Any]:
+        """How far loading the language model is."""
+        return {"stage": self.stage, "elapsed_s": round(time.monotonic() - self.started, 1)}
+
+    def vision_state(self) -> tuple[str, str]:
+        """``ok``, ``loading`` or ``failed``, and why. Only to be asked where there are vision models."""
+        assert self.vision is not None
+        if self.vision.failure:
+            return "failed", self.vision.failure
+        return ("ok" if self.vision_ready else "loading"), ""
 
     def vision_worker(self) -> VisionWorker:
         """The vision models' worker, ready. Errors: NotServing (503), ApiError 404 where there are no such models."""
@@ -272,6 +312,9 @@ class Serving:
     async def stop(self) -> None:
         """End running requests and the engine. May be called again."""
         self.phase = Phase.STOPPING
+        self.watching.cancel()
+        supervisor.tell("STOPPING=1")
+        self.readers.shutdown(wait=False, cancel_futures=True)
         if self.vision is not None:
             await asyncio.to_thread(self.vision.stop)
         if self.loaded is not None:
@@ -284,7 +327,7 @@ class Serving:
     def _vision_loaded(self, error: Exception | None) -> None:
         if error is None:
             self._tell(self._vision_is_ready, None)
-        else:
+        elif self.load is None:
             self._tell(self._failed, ValueError(f"vision: {error}"))
 
     def _vision_is_ready(self, _: None) -> None:
@@ -298,11 +341,25 @@ class Serving:
     def _load(self) -> None:
         assert self.load is not None
         try:
-            model = self.load(self.settings)
+            model = self.load(self.settings, self._report)
         except Exception as error:  # told to the event loop, which answers with it
             self._tell(self._failed, error)
         else:
             self._tell(self._ready, model)
+
+    def _report(self, stage: str) -> None:
+        """Called in the thread that loads."""
+        self.stage = stage
+        logger.info("%s", stage)
+
+    async def _watch(self) -> None:
+        """Look at the engine once a second, and tell whoever supervises the process that it is well."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            engine = None if self.loaded is None else self.loaded.engine
+            self.watchdog.look(None if engine is None else engine.step_in_hand, WATCH_S)
+            if not self.watchdog.is_stuck and (engine is None or engine.alive):
+                supervisor.tell("WATCHDOG=1")
 
     def _tell(self, callback: Callable[..., None], argument: object) -> None:
         with contextlib.suppress(RuntimeError):  # the server ended while the model was being loaded
@@ -314,6 +371,7 @@ class Serving:
         model.engine.start(self.dispatcher.deliver)
         self.loaded = model
         self.phase = Phase.READY
+        supervisor.tell("READY=1")
         logger.info("%s is ready: context %d, drafter %s", model.name, model.context_length, model.drafter_name)
 
     def _failed(self, error: Exception) -> None:

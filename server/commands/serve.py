@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
+
+import typer
 
 from server.commands.options import (
     Config,
@@ -25,6 +28,7 @@ from server.commands.options import (
     flag,
     settings_from,
 )
+from server.commands.show_settings import settings_text
 
 
 def serve(
@@ -54,14 +58,36 @@ def serve(
     vision_batch: Annotated[int | None, flag("vision_batch")] = None,
     vision_pixels: Annotated[int | None, flag("vision_pixels")] = None,
     vision_url_hosts: Annotated[str | None, flag("vision_url_hosts")] = None,
-    api_key: Annotated[str | None, flag("api_key")] = None,
+    api_key: Annotated[list[str] | None, flag("api_key")] = None,
+    api_key_file: Annotated[Path | None, flag("api_key_file")] = None,
+    allowed_hosts: Annotated[str | None, flag("allowed_hosts")] = None,
+    cors_origins: Annotated[str | None, flag("cors_origins")] = None,
+    tls_cert: Annotated[Path | None, flag("tls_cert")] = None,
+    tls_key: Annotated[Path | None, flag("tls_key")] = None,
+    rate_limit: Annotated[float | None, flag("rate_limit")] = None,
+    max_per_key: Annotated[int | None, flag("max_per_key")] = None,
+    max_connections: Annotated[int | None, flag("max_connections")] = None,
     model_name: Annotated[str | None, flag("model_name")] = None,
     sampling_defaults: Annotated[str | None, flag("sampling_defaults")] = None,
     strict: Annotated[bool | None, flag("strict")] = None,
+    keepalive_s: Annotated[float | None, flag("keepalive_s")] = None,
+    send_timeout_s: Annotated[float | None, flag("send_timeout_s")] = None,
+    drain_s: Annotated[float | None, flag("drain_s")] = None,
+    watchdog_s: Annotated[float | None, flag("watchdog_s")] = None,
+    log_level: Annotated[str | None, flag("log_level")] = None,
     config: Config = None,
+    show_settings: Annotated[
+        bool, typer.Option("--show-settings", help="Print every setting and where it comes from, and end.")
+    ] = False,
 ) -> None:
     """Answer OpenAI clients over HTTP, and vision requests beside them."""
-    settings = settings_from(**locals())
+    flags = {name: value for name, value in locals().items() if name not in ("config", "show_settings")}
+    settings = settings_from(config, **flags)
+    if show_settings:
+        typer.echo(settings_text(settings, flags, config))
+        return
+    if "log_level" in settings.model_fields_set:
+        logging.getLogger().setLevel(settings.log_level.upper())
     from server import app
     from server.launch import load_model, vision_worker
 

@@ -161,7 +161,10 @@ class Drafting:
             self.lookup.release(slot)
         if self.drafter is not None and self.backlog is not None:
             self.backlog.release(slot)
-            self.drafter.release(slot)
+            try:
+                self.drafter.release(slot)
+            except Exception as error:
+                self.failed(error)
 
     def check_integrity(self, held: Collection[int]) -> None:
         """Raises DrafterError where something waits for a slot that nobody holds."""

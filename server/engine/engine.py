@@ -134,6 +134,11 @@ class Engine:
         sequence = self.scheduler.find(request_id)
         return [] if sequence is None else [self._end(sequence, FinishReason.CANCELLED)]
 
+    def fail_running(self, error: Exception) -> list[Event]:
+        """End all that hold a slot, after a step that threw."""
+        text = f"{type(error).__name__}: {error}"
+        return [self._end(each, FinishReason.FAILED, text) for each in list(self.scheduler.running.values())]
+
     def step(self) -> list[Event]:
         """One turn: a chunk of a prompt, then a round of everything that decodes."""
         while (sequence := self.scheduler.in_the_way()) is not None:

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 
 from server.engine.drafting import DraftingStatus
 from server.engine.engine import Engine
-from server.engine.request import EngineStopped, Event, FinishedEvent, QueueFull, Request
+from server.engine.request import (
+    DraftStats,
+    EngineStopped,
+    Event,
+    FinishedEvent,
+    FinishReason,
+    QueueFull,
+    Request,
+    Timings,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +27,7 @@ Deliver = Callable[[list[Event]], None]
 SECONDS_PER_WAITING_REQUEST = 2.0
 MAX_RETRY_AFTER_S = 120.0  # clients give up on anything longer
 STOP_TIMEOUT_S = 30.0
+MAX_FAILED_STEPS = 3  # one behind another; then the engine is given up
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,9 @@ class EngineThread:
         self.lock = threading.Lock()
         self.unfinished: set[str] = set()
         self.stopping = False
+        self.step_in_hand: int | None = None  # its number while it runs; one that stays for long is stuck
+        self.num_steps = 0
+        self.failed_steps = 0
         self.deliver: Deliver | None = None
         self.at_end: Callable[[], None] | None = None  # called in the thread once it has ended as it should
         self.thread = threading.Thread(target=self._run, name="dovetail-engine", daemon=True)
@@ -89,7 +102,7 @@ class EngineThread:
                 retry_after_s = min(MAX_RETRY_AFTER_S, SECONDS_PER_WAITING_REQUEST * (num_waiting + 1))
                 raise QueueFull(self.max_waiting, retry_after_s)
             self.unfinished.add(request.request_id)
-        self.inbox.put(Submit(request))
+            self.inbox.put(Submit(request))  # in the lock: whatever is unfinished is in the inbox or in the engine
 
     def cancel(self, request_id: str) -> None:
         """End a request soon: a FinishedEvent with CANCELLED follows, unless it has ended already."""
@@ -105,20 +118,16 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while not self.stopping:
-                events = self._take_in()
-                if self.engine.scheduler.has_work:
-                    events += self.engine.step()
-                else:
-                    self.engine.check_integrity()
-                self._hand_over(events)
-            self._hand_over(self._cancel_all())
+                self._hand_over(self._take_in())
+                self._hand_over(self._step())
+            self._hand_over(self._end_all())
             if self.at_end is not None:
                 self.at_end()
         except Exception:
             logger.exception("the engine thread died; its requests are cancelled")
         finally:
             self.stopping = True
-            self._hand_over(self._cancel_all())
+            self._hand_over(self._end_all())
 
     def _take_in(self) -> list[Event]:
         """Everything in the inbox; waits for the first message when there is nothing else to do."""
@@ -131,16 +140,70 @@ class EngineThread:
                 break
             wait = False
             if isinstance(message, Submit):
-                self.engine.submit(message.request)
+                events += self._submit(message.request)
             elif isinstance(message, Cancel):
                 events += self.engine.cancel(message.request_id)
         return events
 
-    def _cancel_all(self) -> list[Event]:
-        """Events that end whatever was still known."""
+    def _submit(self, request: Request) -> list[Event]:
+        """Hand a request to the engine; its end where that does not take it."""
+        try:
+            self.engine.submit(request)
+        except Exception as error:
+            logger.exception("request %s could not be queued", request.request_id)
+            return [ending(request.request_id, FinishReason.FAILED, error)]
+        return []
+
+    def _step(self) -> list[Event]:
+        """One step. What it throws belongs to no single request: what ran in it is ended as failed, what waits goes on.
+
+        Errors: the last of ``MAX_FAILED_STEPS`` that came one behind another.
+        """
+        self.num_steps += 1
+        self.step_in_hand = self.num_steps
+        try:
+            if not self.engine.scheduler.has_work:
+                self.engine.check_integrity()
+                return []
+            events = self.engine.step()
+        except Exception as error:
+            self.failed_steps += 1
+            if self.failed_steps == MAX_FAILED_STEPS:
+                raise
+            logger.exception("a step of the engine failed; the requests that ran in it are ended")
+            return self._end_running(error)
+        finally:
+            self.step_in_hand = None
+        self.failed_steps = 0
+        return events
+
+    def _end_running(self, error: Exception) -> list[Event]:
+        """Ends of what ran in a step that threw, and of what had ended in it and whose end was lost."""
+        events: list[Event] = list(self.engine.fail_running(error))
+        with self.lock:
+            lost = self.unfinished - {event.request_id for event in events} - self._queued()
+        return events + [ending(request_id, FinishReason.FAILED, error) for request_id in lost]
+
+    def _queued(self) -> set[str]:
+        """Requests in the inbox, which stay there, and those that wait in the engine. The lock must be held."""
+        messages = [self.inbox.get_nowait() for _ in range(self.inbox.qsize())]
+        for message in messages:
+            self.inbox.put(message)
+        waiting = {sequence.request_id for sequence in self.engine.scheduler.waiting}
+        return waiting | {message.request.request_id for message in messages if isinstance(message, Submit)}
+
+    def _end_all(self) -> list[Event]:
+        """An end for whatever was still known, also where the engine cannot give it."""
         with self.lock:
             known = list(self.unfinished)
-        return [event for request_id in known for event in self.engine.cancel(request_id)]
+        events: list[Event] = []
+        for request_id in known:
+            try:
+                events += self.engine.cancel(request_id) or [ending(request_id, FinishReason.CANCELLED)]
+            except Exception:
+                logger.exception("request %s could not be taken out of the engine", request_id)
+                events.append(ending(request_id, FinishReason.CANCELLED))
+        return events
 
     def _hand_over(self, events: list[Event]) -> None:
         if not events or self.deliver is None:
@@ -149,3 +212,9 @@ class EngineThread:
         with self.lock:
             self.unfinished -= finished
         self.deliver(events)
+
+
+def ending(request_id: str, reason: FinishReason, error: Exception | None = None) -> FinishedEvent:
+    """The end of a request of which the engine knows nothing."""
+    text = None if error is None else f"{type(error).__name__}: {error}"
+    return FinishedEvent(request_id, reason, DraftStats(), Timings(), text)

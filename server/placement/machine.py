@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SPARE_FILES = 64  # open files that are no connections
 # What decides the speed of products on a CPU.
 INSTRUCTION_SETS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16",
@@ -226,6 +227,26 @@ def read_number(file: Path) -> int | None:
         return int(file.read_text())
     except (OSError, ValueError):
         return None
+
+
+def connection_limit(wanted: int) -> int:
+    """How many connections may be open: as many as wanted, where this process may open so many files.
+
+    Asks for as many files as the system lets it; some stay free for models, pipes and the vision process.
+    """
+    if os.name != "posix":
+        return wanted
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + SPARE_FILES
+    if soft < needed and soft != resource.RLIM_INFINITY:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    limit = wanted if soft == resource.RLIM_INFINITY else min(wanted, max(soft - SPARE_FILES, soft // 4))
+    if limit < wanted:
+        logger.warning("%d connections at once instead of %d: this process may open %d files", limit, wanted, soft)
+    return limit
 
 
 def cpu_limits() -> tuple[float, float | None]:

@@ -18,7 +18,8 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from server.api.errors import ApiError, InvalidValue, shown
-from server.api.gate import MAX_VISION_BODY_BYTES
+from server.api.gate import MAX_VISION_BODY_BYTES, content_type
+from server.api.reading import UNREADABLE
 from server.vision.bodies import MAX_IMAGES, ImageBody, refuse_constant
 from vision.images import ImageError
 
@@ -61,7 +62,7 @@ async def read_vision_request(request: HttpRequest, schema: type[ImageBody], asi
 
     What takes longer the larger the body is runs ``aside``. Errors: ApiError 400 and 415, RequestValidationError.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = content_type(request)
     if kind == "application/json":
         body, sources = await aside(parse_json, await request.body(), schema)
         single = body.image is not None
@@ -87,8 +88,7 @@ def parse_json(raw: bytes, schema: type[ImageBody]) -> tuple[ImageBody, list[Sou
     try:
         values = json.loads(raw, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
-        message = "The body is not JSON in UTF-8 with at most a few hundred levels."
-        raise ApiError(400, message, code="invalid_json") from error
+        raise ApiError(400, UNREADABLE, code="invalid_json") from error
     body = validated(schema, values, strict=True)
     return body, [text_source(text) for text in ([body.image] if body.image is not None else body.images or [])]
 

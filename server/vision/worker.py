@@ -53,8 +53,9 @@ class WorkerOptions:
 
     ``max_requests`` with ``max_bytes`` of bodies may be in the server at once. A batch takes up to ``max_batch``
     images; ``window_s`` is what its first image waits for company when the process is idle. ``answer_timeout_s`` after
-    a batch was handed over the process counts as hung. Loading may take ``load_timeout_s``. A restart that failed is
-    tried again after ``retry_pause_s``, and after twice as long each time until ``MAX_RETRY_PAUSE_S``.
+    a batch was handed over the process counts as hung. Loading may take ``load_timeout_s``. A start that failed is
+    tried again after ``retry_pause_s``, and after twice as long each time until ``MAX_RETRY_PAUSE_S``; so is one whose
+    process dies before it has answered anything.
     """
 
     max_requests: int = 64
@@ -100,7 +101,8 @@ class VisionWorker:
         self.failure = ""
         self.stopping = False
         self.restarts = 0
-        self.failed_starts = 0
+        self.is_loaded = False  # whether a start has succeeded
+        self.failed_starts = self.idle_deaths = 0
         self.next_start = 0.0
         self.seconds_per_image = FIRST_GUESS_S
         self.lock = threading.Lock()
@@ -112,7 +114,8 @@ class VisionWorker:
         self.on_loaded: Callable[[Exception | None], None] = lambda _: None
 
     def start(self, on_loaded: Callable[[Exception | None], None] | None = None) -> None:
-        """Start thread and process; ``on_loaded`` is called in that thread once, with None or with why not."""
+        """Start thread and process; ``on_loaded`` is called in that thread: with why a first start failed, which is
+        tried again, and once with None."""
         self.on_loaded = on_loaded or self.on_loaded
         self.thread.start()
 
@@ -196,8 +199,11 @@ class VisionWorker:
 
     def _run(self) -> None:
         try:
-            self._start_process()
-            self.on_loaded(None)
+            try:
+                self._start_process()
+            except VisionStopped as error:
+                self._postpone(error)
+                self.on_loaded(error)
             while not self.stopping:
                 self._recover()
                 batch = self._next_batch()
@@ -207,9 +213,6 @@ class VisionWorker:
                     self._postpone(error)
                 finally:
                     fail(batch, self._stopped())
-        except VisionStopped as error:  # the first start: nothing is known of the models
-            self.failure = str(error)
-            self.on_loaded(error)
         finally:
             self._end_process()
             self._refuse_waiting()
@@ -219,23 +222,33 @@ class VisionWorker:
         self._end_process()
         self.failure = str(error)
         self.failed_starts += 1
-        pause_s = min(MAX_RETRY_PAUSE_S, self.options.retry_pause_s * 2 ** (self.failed_starts - 1))
+        pause_s = self._pause_s(self.failed_starts)
         self.next_start = time.monotonic() + pause_s
         self._refuse_waiting()
         if not self.stopping:
             logger.error("the vision process could not be started: %s; trying again in %.0f s", error, pause_s)
 
     def _recover(self) -> None:
-        """Start a process where the last start failed and its pause is over."""
-        if not self.failure or time.monotonic() < self.next_start:
+        """Start a process where the last start failed or its process died, and the pause is over."""
+        has_died = self.process is not None and not self.process.is_alive()
+        if not (self.failure or has_died) or time.monotonic() < self.next_start:
             return
         try:
-            self._start_process()
+            if has_died:
+                self.idle_deaths += 1
+                self.next_start = time.monotonic() + self._pause_s(self.idle_deaths)
+                self._restart(ProcessDied("while it was idle"), 0)
+            else:
+                self._start_process()
         except VisionStopped as error:
             self._postpone(error)
         else:
             self.failure, self.failed_starts = "", 0
             logger.warning("the vision process runs again")
+
+    def _pause_s(self, num_failures: int) -> float:
+        """Before the next start."""
+        return min(MAX_RETRY_PAUSE_S, self.options.retry_pause_s * 2 ** (num_failures - 1))
 
     def _stopped(self) -> VisionStopped:
         return VisionStopped(self.failure or "the vision process has stopped; restart the server")
@@ -275,6 +288,7 @@ class VisionWorker:
                 for entry in batch:
                     self._answer([entry])
             return
+        self.idle_deaths = 0
         taken = time.monotonic() - started
         self.seconds_per_image += 0.2 * (taken / len(batch) - self.seconds_per_image)
         for entry, answer in zip(batch, answers, strict=True):
@@ -292,6 +306,13 @@ class VisionWorker:
         if self.stopping:
             raise self._stopped()
         self.models = self.process.wait_until_loaded(options.load_timeout_s)
+        self._loaded()
+
+    def _loaded(self) -> None:
+        """Tell, once, that the models can answer."""
+        if not self.is_loaded:
+            self.is_loaded = True
+            self.on_loaded(None)
 
     def _restart(self, death: ProcessDied, num_images: int) -> None:
         """A new process for the dead one. Errors: VisionStopped."""

@@ -96,6 +96,7 @@ class ScriptedEngine:
         self.context = options.get("context", 200)
         self.round_s = options.get("round_s", 0.0)
         self.num_cached = 0
+        self.step_in_hand: int | None = None
         self.turn = threading.Event()
         self.turn.set()
         self.lock = threading.Condition()

@@ -102,7 +102,7 @@ def test_serve_hands_its_settings_on(launch, monkeypatch, make_settings):
     (settings, load) = served[0]
     assert load is launch.load_model
     assert (settings.target, settings.port, settings.strict, settings.max_seqs) == ("some/model", 0, True, 2)
-    assert settings.api_key.get_secret_value() == "k"
+    assert settings.keys == ("k",)
 
 
 @pytest.mark.parametrize(

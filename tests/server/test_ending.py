@@ -17,7 +17,7 @@ INTERRUPTED_WHILE_LOADING = """
 import multiprocessing, os, signal, sys, time, torch
 from server import cli, launch
 
-def load_model(settings):
+def load_model(settings, report):
     matrix = torch.eye(300)
     while not multiprocessing.active_children():
         time.sleep(0.01)

@@ -20,7 +20,7 @@ from server.engine.request import (
     Request,
     SamplingParams,
 )
-from server.engine.thread import EngineThread
+from server.engine.thread import EngineThread, Submit
 from server.targets.torch_target import TorchTarget
 
 GREEDY = SamplingParams(temperature=0)
@@ -127,3 +127,49 @@ def test_an_idle_engine_does_not_spin(running: tuple[EngineThread, "queue.Queue[
     thread.engine.step = lambda: steps.append(1) or real_step()  # type: ignore[method-assign, func-returns-value]
     time.sleep(0.2)
     assert steps == []
+
+
+def test_a_step_that_throws_ends_what_ran_in_it_and_nothing_else(target: TorchTarget) -> None:
+    engine = Engine(target, None, EngineOptions(max_seqs=1, context_length=250))
+    thread = EngineThread(engine, max_waiting=4)
+    real_admit, faults = engine.scheduler.admit, [RuntimeError("no rows today")]
+
+    def admit() -> None:
+        real_admit()
+        if faults:
+            raise faults.pop()
+
+    engine.scheduler.admit = admit  # type: ignore[method-assign]
+    events: queue.Queue[Event] = queue.Queue()
+    thread.start(lambda batch: [events.put(event) for event in batch])  # type: ignore[func-returns-value]
+    for i in range(3):
+        thread.submit(Request(f"r{i}", [1], 5, GREEDY))
+    ends = finished(events, 3)
+    assert sorted(ends.values()) == [FinishReason.FAILED, FinishReason.LENGTH, FinishReason.LENGTH]
+    assert thread.alive and thread.status().free_slots == 1
+    thread.stop()
+
+
+def test_an_engine_that_keeps_failing_is_given_up_and_everybody_gets_an_end(target: TorchTarget) -> None:
+    engine = Engine(target, None, EngineOptions(max_seqs=1, context_length=250))
+    thread = EngineThread(engine, max_waiting=9)
+    engine.step = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    engine.cancel = lambda request_id: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    events: queue.Queue[Event] = queue.Queue()
+    for i in range(6):
+        thread.inbox.put(Submit(Request(f"r{i}", [1], 5, GREEDY)))
+        thread.unfinished.add(f"r{i}")
+    thread.start(lambda batch: [events.put(event) for event in batch])  # type: ignore[func-returns-value]
+    assert len(finished(events, 6)) == 6
+    thread.thread.join(WAIT_S)
+    assert not thread.alive and not thread.unfinished
+
+
+def test_a_request_still_in_the_inbox_gets_its_end_when_the_engine_stops(target: TorchTarget) -> None:
+    thread = EngineThread(Engine(target, None, EngineOptions(2, 250)), max_waiting=4)
+    events: queue.Queue[Event] = queue.Queue()
+    thread.inbox.put(None)  # it stops before it takes anything in
+    thread.stopping = True
+    thread.unfinished.add("late")
+    thread.start(lambda batch: [events.put(event) for event in batch])  # type: ignore[func-returns-value]
+    assert finished(events, 1) == {"late": FinishReason.CANCELLED}

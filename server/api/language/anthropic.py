@@ -27,13 +27,14 @@ from server.api.language.schemas import CacheSalt, Deadline, Priority
 from server.api.language.tools import chosen_tools
 from server.api.language.translated import Part, as_chat, objects, unsupported
 from server.api.openapi import ASKING
+from server.api.reading import JsonRoute
 from server.api.serving import CurrentServing
 from server.api.sse import named_event
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
-router = APIRouter(dependencies=[Depends(require_json)], responses=ASKING)
+router = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_json)], responses=ASKING)
 
 
 class CountBody(RequestBody):

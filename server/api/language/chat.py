@@ -26,13 +26,14 @@ from server.api.language.tokens import ShownToken, TokenView
 from server.api.language.tool_calls import GENERIC, HERMES, THINK, AnswerParser, CallFormat, call_format
 from server.api.language.tools import Tool, chosen_tools, told_in_text
 from server.api.openapi import ASKING
+from server.api.reading import JsonRoute
 from server.api.serving import CurrentServing, ServedModel, Serving
 from server.engine.completion import Completion
 from server.text import TextCodec
 
 NUM_TAIL = 16  # tokens of a prompt in which a template opens the reasoning
 
-router = APIRouter(dependencies=[Depends(require_json)], responses=ASKING)
+router = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_json)], responses=ASKING)
 
 
 @dataclass(frozen=True)

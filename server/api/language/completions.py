@@ -23,6 +23,7 @@ from server.api.language.schemas import CompletionBody
 from server.api.language.structured import grammar_for
 from server.api.language.tokens import ShownToken, TokenView
 from server.api.openapi import ASKING
+from server.api.reading import JsonRoute
 from server.api.serving import CurrentServing, ServedModel
 from server.engine.completion import Completion
 from server.engine.request import ContextTooLong
@@ -30,7 +31,7 @@ from server.text import TextCodec
 
 DEFAULT_MAX_TOKENS = 16
 
-router = APIRouter(dependencies=[Depends(require_json)], responses=ASKING)
+router = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_json)], responses=ASKING)
 
 
 @dataclass(frozen=True)

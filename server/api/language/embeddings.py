@@ -23,6 +23,7 @@ from server.api.language.prompts import answer_limit
 from server.api.language.schemas import TokenIds, check_ids, parse_prompts
 from server.api.leaving import unless_left
 from server.api.openapi import ASKING
+from server.api.reading import JsonRoute
 from server.api.serving import CurrentServing, ServedModel, Serving
 from server.engine.request import Request
 from server.engine.stop import TextOutput
@@ -31,7 +32,7 @@ from server.text import TextCodec
 MAX_INPUTS = 2048
 AT_ONCE = 8
 
-router = APIRouter(dependencies=[Depends(require_json)], responses=ASKING)
+router = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_json)], responses=ASKING)
 
 
 class EmbeddingsBody(RequestBody):

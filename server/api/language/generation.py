@@ -159,6 +159,7 @@ class Generation:
             except TimeoutError:
                 if not self.engine.alive:
                     raise EngineStopped("The engine has stopped; restart the server.") from None
+                self.serving.check_not_stuck()
                 yield None
                 continue
             completion, delta = self.running.take(event)

@@ -24,10 +24,11 @@ from server.api.language.pieces import Answer, CallPiece, Piece, TextPiece
 from server.api.language.schemas import CacheSalt, Deadline, Priority
 from server.api.language.translated import Part, as_chat, objects, unsupported
 from server.api.openapi import ASKING
+from server.api.reading import JsonRoute
 from server.api.serving import CurrentServing
 from server.api.sse import DONE, named_event
 
-router = APIRouter(dependencies=[Depends(require_json)], responses=ASKING)
+router = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_json)], responses=ASKING)
 
 
 class ResponsesBody(RequestBody):

@@ -21,12 +21,13 @@ from server.api.language.schemas import check_ids
 from server.api.language.tools import chosen_tools
 from server.api.language.translated import as_chat
 from server.api.openapi import ASKING, LOOKING, failures
+from server.api.reading import JsonRoute
 from server.api.serving import CurrentServing
 from server.text import TextCodec
 
 MAX_TOKENS_IN_BODY = 1_000_000
 
-router = APIRouter(dependencies=[Depends(require_json)], responses=ASKING)
+router = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_json)], responses=ASKING)
 facts = APIRouter(responses=LOOKING | failures(503))
 
 

@@ -54,11 +54,11 @@ def connect(
     async def open_client(
         model: Any, ready: bool = True, vision: Any = None, **settings: Any
     ) -> AsyncIterator[httpx.AsyncClient]:
-        load = model if callable(model) or model is None else lambda _: model
+        load = model if callable(model) or model is None else lambda *_: model
         app: FastAPI = create_app(make_settings(**settings), load, vision=vision)
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
         ):
             while ready and (await client.get("/health")).status_code != 200:
                 pass
@@ -74,7 +74,7 @@ def listen(make_settings: Callable[..., Settings]) -> Callable[..., Any]:
 
     @contextmanager
     def run(model: Any, **settings: Any) -> Iterator[tuple[str, DrainingServer]]:
-        load = model if callable(model) else lambda _: model
+        load = model if callable(model) else lambda *_: model
         server = DrainingServer(make_settings(port=0, **settings), load)
         thread = threading.Thread(target=server.run)
         thread.start()

@@ -128,7 +128,7 @@ def test_a_signal_lets_running_requests_finish(listen, make_model, until):
 
 
 def test_a_load_error_ends_the_process(make_settings):
-    def load(settings):
+    def load(settings, report):
         raise ValueError("no weights")
 
     with pytest.raises(ValueError, match="no weights"):
@@ -140,7 +140,7 @@ def test_a_signal_while_loading_ends_the_process_in_order():
         "import os, signal, threading, time\n"
         "from server.app import serve\n"
         "from server.settings import Settings\n"
-        "def load(settings):\n"
+        "def load(settings, report):\n"
         "    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
         "    time.sleep(60)\n"
         "serve(Settings(port=0), load)\n"
@@ -166,8 +166,8 @@ def test_a_refusal_arrives_although_the_body_is_still_coming(listen, make_model)
         for key, status in ((b"sesame", b"413"), (b"wrong", b"401")):
             with socket.create_connection((host, int(port))) as connection:
                 connection.sendall(
-                    b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer " + key +
-                    b"\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+                    b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nauthorization: Bearer "
+                    + key + b"\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
                 )  # fmt: skip
                 connection.sendall(body)
                 answer = b"".join(iter(lambda connection=connection: connection.recv(65536), b""))

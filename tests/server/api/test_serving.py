@@ -4,6 +4,8 @@ import threading
 
 import pytest
 
+from server.vision.worker import VisionWorker
+
 pytestmark = pytest.mark.anyio
 
 COMPLETION = {"model": "tiny", "prompt": "one", "max_tokens": 20, "temperature": 0}
@@ -17,8 +19,9 @@ def forever(request):
 async def test_while_loading_the_server_answers(connect, make_model):
     model, go = make_model(), threading.Event()
 
-    def load(settings):
+    def load(settings, report):
         assert settings.model_name == "tiny"
+        report("reading the weights")
         go.wait(5)
         return model
 
@@ -28,6 +31,8 @@ async def test_while_loading_the_server_answers(connect, make_model):
         assert 1 <= int(answer.headers["retry-after"]) <= 120
         health = await client.get("/health")
         assert (health.status_code, health.json()["status"]) == (503, "model_loading")
+        assert health.json()["loading"]["stage"] == "reading the weights"
+        assert health.json()["loading"]["elapsed_s"] >= 0
         models = (await client.get("/v1/models")).json()
         assert [entry["id"] for entry in models["data"]] == ["tiny"]
         go.set()
@@ -43,7 +48,7 @@ async def test_while_loading_the_server_answers(connect, make_model):
 
 @pytest.mark.parametrize("error", [ValueError("weights.safetensors is cut short"), RuntimeError("odd")])
 async def test_a_model_that_cannot_be_loaded_is_told(connect, caplog, error):
-    def load(settings):
+    def load(settings, report):
         raise error
 
     async with connect(load, ready=False) as client:
@@ -120,6 +125,49 @@ async def test_a_dead_engine_is_503(connect, make_model):
         model.engine.stop()
         for answer in (await client.post("/v1/completions", json=COMPLETION), await client.get("/health")):
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
+
+
+async def test_an_engine_that_is_stuck_is_told_until_it_comes_back(connect, make_model, read_events, caplog):
+    model = make_model(script=forever, round_s=0.05)
+    async with connect(model, keepalive_s=0.05, watchdog_s=3) as client:
+        watchdog = client.app.state.serving.watchdog
+        stream = asyncio.ensure_future(client.post("/v1/completions", json=COMPLETION | {"stream": True}))
+        while model.engine.status().running < 1:
+            await asyncio.sleep(0.01)
+        model.engine.turn.clear()
+        for step in (7, 7, None, 8, 8, 8):
+            watchdog.look(step, 1)
+            assert not watchdog.is_stuck
+        watchdog.look(8, 1)
+        assert watchdog.is_stuck and "test_serving.py" in caplog.text
+        for answer in (await client.post("/v1/completions", json=COMPLETION), await client.get("/health")):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_stuck")
+        assert read_events((await stream).text)[-1]["error"]["code"] == "engine_stuck"
+        watchdog.look(9, 1)
+        model.engine.turn.set()
+        assert (await client.get("/health")).status_code == 200
+
+
+async def test_text_is_answered_whatever_becomes_of_vision(connect, make_model):
+    class Late(VisionWorker):
+        def start(self, on_loaded=None):
+            self.on_loaded = on_loaded
+
+    vision = Late({"halves": None})
+    async with connect(make_model(), vision=vision) as client:
+        assert (await client.get("/health")).json()["vision"]["state"] == "loading"
+        vision.failure = "the model is damaged"
+        vision.on_loaded(ValueError(vision.failure))
+        await asyncio.sleep(0)
+        health = (await client.get("/health")).json()
+        assert (health["status"], health["vision"]["reason"]) == ("ok", "the model is damaged")
+        assert (await client.post("/v1/completions", json=COMPLETION)).status_code == 200
+        answer = await client.post("/v1/vision/detections", json={"image": ""})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
+        vision.failure = ""
+        vision.on_loaded(None)
+        await asyncio.sleep(0)
+        assert (await client.get("/health")).json()["vision"]["state"] == "ok"
 
 
 async def test_an_engine_that_dies_tells_its_requests(connect, make_model, read_events):

@@ -215,6 +215,34 @@ def test_a_model_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
     worker.stop()
 
 
+def test_a_model_that_is_damaged_at_the_start_is_served_once_it_is_whole(tmp_path: Path) -> None:
+    folder = write_tiny_detector(tmp_path / "halves")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config[: len(config) // 2])
+    worker = VisionWorker({"halves": folder}, WorkerOptions(retry_pause_s=0.01))
+    outcomes: list[Exception | None] = []
+    worker.start(outcomes.append)
+    until(lambda: outcomes)
+    assert isinstance(outcomes[0], VisionStopped) and not worker.alive
+    (folder / "config.json").write_text(config)
+    until(lambda: worker.alive)
+    assert outcomes[-1] is None
+    assert found(worker.submit([job("blue")])[0].result(PATIENCE_S)) == ["blue"]
+    worker.stop()
+
+
+def test_a_process_that_dies_while_nobody_asks_comes_back_ever_more_slowly(make_worker) -> None:
+    worker = make_worker(retry_pause_s=0.001)
+    for deaths in range(1, 4):
+        until(lambda: worker.process is not None)
+        worker.process.is_alive = lambda: False
+        until(lambda deaths=deaths: worker.restarts == deaths)
+    assert worker.alive and worker.idle_deaths == 3
+    assert worker._pause_s(4) == 8 * worker._pause_s(1)
+    assert worker.submit(jobs(b"good"))[0].result(PATIENCE_S).header["data"] == b"good"
+    assert worker.idle_deaths == 0
+
+
 def test_a_batch_may_mix_models_options_and_faults(tmp_path: Path, folder: Path) -> None:
     other = write_tiny_detector(tmp_path / "other", class_names=("rot", "blau"))
     models = load_models({"halves": folder, "other": other})
