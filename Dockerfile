@@ -64,7 +64,7 @@ VOLUME ["/var/cache/dovetail"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 # 503 with the stage of loading until text is answered; that does not count against the container while it starts.
-HEALTHCHECK --interval=30s --timeout=5s --start-period=10m --start-interval=2s \
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10m \
     CMD ["python", "-Ic", "import os, urllib.request as u; u.urlopen(f\"http://127.0.0.1:{os.environ.get('DOVETAIL_PORT', 8000)}/health\", timeout=4)"]
 ENTRYPOINT ["dovetail"]
 CMD ["serve"]

@@ -8,7 +8,7 @@ work=${1:-/tmp/dovetail-image}
 here=$(cd "$(dirname "$0")/.." && pwd)
 base=localhost/dovetail-base image=localhost/dovetail:cpu
 mkdir -p "$work"
-export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=vfs
+export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=${STORAGE_DRIVER:-overlay}
 
 if [ ! -e "$work/base.tar" ]; then
     debootstrap --variant=minbase --include=ca-certificates,python3,python3-pip,python3-venv bookworm "$work/base" \

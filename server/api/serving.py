@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 LOADING_RETRY_S = 5.0
 LONG_RETRY_S = 120.0
 DRAIN_POLL_S = 0.05
-WATCH_S = 1.0
 
 Result = TypeVar("Result")
 
@@ -191,7 +190,8 @@ class Serving:
 
     def start_loading(self) -> None:
         """Load in threads of their own, which do not keep the process alive when it is told to end."""
-        self.watching = asyncio.ensure_future(self._watch())
+        engine = lambda: None if self.loaded is None else self.loaded.engine  # noqa: E731
+        self.watching = asyncio.ensure_future(self.watchdog.watch(engine))
         if self.vision is not None:
             self.vision.start(self._vision_loaded)
         if self.load is None:
@@ -351,15 +351,6 @@ class Serving:
         """Called in the thread that loads."""
         self.stage = stage
         logger.info("%s", stage)
-
-    async def _watch(self) -> None:
-        """Look at the engine once a second, and tell whoever supervises the process that it is well."""
-        while True:
-            await asyncio.sleep(WATCH_S)
-            engine = None if self.loaded is None else self.loaded.engine
-            self.watchdog.look(None if engine is None else engine.step_in_hand, WATCH_S)
-            if not self.watchdog.is_stuck and (engine is None or engine.alive):
-                supervisor.tell("WATCHDOG=1")
 
     def _tell(self, callback: Callable[..., None], argument: object) -> None:
         with contextlib.suppress(RuntimeError):  # the server ended while the model was being loaded

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import traceback
+from collections.abc import Callable
+from typing import Protocol
+
+from server.api import supervisor
 
 logger = logging.getLogger(__name__)
+
+WATCH_S = 1.0
+
+
+class Stepping(Protocol):
+    """What of an engine is looked at."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can answer."""
+
+    @property
+    def step_in_hand(self) -> int | None:
+        """The number of the step that runs; None between steps."""
 
 
 class Watchdog:
@@ -22,6 +41,15 @@ class Watchdog:
     def is_stuck(self) -> bool:
         """Whether one step has run for longer than ``patience_s``."""
         return self.seconds >= self.patience_s
+
+    async def watch(self, engine: Callable[[], Stepping | None]) -> None:
+        """Look once a second, and tell whoever supervises the process that it is well; None: nothing is loaded yet."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            found = engine()
+            self.look(None if found is None else found.step_in_hand, WATCH_S)
+            if not self.is_stuck and (found is None or found.alive):
+                supervisor.tell("WATCHDOG=1")
 
     def look(self, step: int | None, seconds: float) -> None:
         """The number of the step that runs now, None where none does, ``seconds`` after the last look."""

@@ -2,6 +2,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import tomllib
 import types
 from dataclasses import dataclass
 
@@ -103,6 +104,24 @@ def test_serve_hands_its_settings_on(launch, monkeypatch, make_settings):
     assert load is launch.load_model
     assert (settings.target, settings.port, settings.strict, settings.max_seqs) == ("some/model", 0, True, 2)
     assert settings.keys == ("k",)
+
+
+def test_settings_are_shown_with_where_they_come_from_and_keys_are_not(make_settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("DOVETAIL_PORT", "8001")
+    file = tmp_path / "mine.toml"
+    file.write_text('host = "::1"\n')
+    shown = run("serve", "--show-settings", "--max-seqs", "2", "--api-key", "s3cret", "--config", str(file)).stdout
+    for line in ("port = 8001  # DOVETAIL_PORT", "max_seqs = 2  # command line", f'host = "::1"  # {file}',
+                 "strict = false  # default", "# target is not set  # default"):  # fmt: skip
+        assert line in shown.splitlines()
+    assert "s3cret" not in shown
+    assert tomllib.loads(shown)["vision_url_hosts"] == []
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&- 1>&- 2>&-", "2>/dev/full"])
+def test_closed_and_full_standard_streams_change_no_exit_code(closed):
+    command = f"'{sys.executable}' -c 'from server.cli import main; main()' plan nowhere/at/all {closed}"
+    assert subprocess.run(["bash", "-c", command], check=False, capture_output=True).returncode == 1
 
 
 @pytest.mark.parametrize(

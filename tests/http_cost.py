@@ -1,0 +1,69 @@
+"""What HTTP costs a token, and what an idle server costs: ``python tests/http_cost.py --json FILE [-- of the server]``.
+
+The event loop has a thread to itself and the engine another, so the CPU time of the first while streams run, divided by
+their tokens, is all that parsing, decoding, events and sending take. Without drafts every token is an event of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import load
+
+TICKS_S = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_s(stat: Path) -> float:
+    """CPU seconds that a process or a thread has used."""
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * TICKS_S
+
+
+async def stream_cost(port: int, pid: int, streams: int, length: int, *, drafts: bool) -> dict[str, Any]:
+    """CPU milliseconds of the event loop for each token of so many streams."""
+    client = load.Client(port, 0)
+    fields: dict[str, Any] = {"stream": True, "ignore_eos": True, "speculative": {"enabled": drafts}}
+    fields["stream_options"] = {"include_usage": True}
+    await client.ask(load.completion("x = 1", 20, **fields))
+    thread = Path(f"/proc/{pid}/task/{pid}/stat")
+    before = cpu_s(thread)
+    answers = await asyncio.gather(*(client.ask(load.completion(f"x = {i}", length, **fields)) for i in range(streams)))
+    used = cpu_s(thread) - before
+    events = [json.loads(line[6:]) for a in answers for line in a.body.decode().split("\n") if line[:7] == "data: {"]
+    tokens = sum(event["usage"]["completion_tokens"] for event in events if event.get("usage"))
+    return {
+        "streams": streams, "drafts": drafts, "tokens": tokens, "events": len(events),
+        "ms_per_token": round(used / tokens * 1e3, 4),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--idle", type=float, default=20.0, help="seconds to look at the idle server")
+    parser.add_argument("--length", type=int, default=400)
+    parser.add_argument("arguments", nargs="*", default=["tiny"])
+    given = parser.parse_args()
+    with load.server(*given.arguments) as (port, pid):
+        costs = [
+            asyncio.run(stream_cost(port, pid, streams, given.length, drafts=drafts))
+            for streams in (1, 4) for drafts in (False, True)
+        ]  # fmt: skip
+        time.sleep(2)
+        before = cpu_s(Path(f"/proc/{pid}/stat"))
+        time.sleep(given.idle)
+        idle = (cpu_s(Path(f"/proc/{pid}/stat")) - before) / given.idle
+    command = " ".join(["python", "tests/http_cost.py", *sys.argv[1:]])
+    report = {"command": command, "http": costs, "idle_share_of_a_core": round(idle, 5)}
+    given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
