@@ -52,13 +52,14 @@ class Connection(H11Protocol):
         super().data_received(data)
         is_busy = self.cycle is not None and not self.cycle.response_complete
         if is_busy or self.transport.is_closing():
-            self.head_timer = cancelled(self.head_timer)
+            self.stop_head_timer()
         elif self.head_timer is None and self.timeout_keep_alive_task is None:
             self.head_timer = self.loop.call_later(HEAD_DEADLINE_S, self.cut, "its request did not arrive")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is waited for any more."""
-        self.head_timer, self.send_timer = cancelled(self.head_timer), cancelled(self.send_timer)
+        self.stop_head_timer()
+        self.stop_send_timer()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -69,7 +70,7 @@ class Connection(H11Protocol):
     def resume_writing(self) -> None:
         """The client reads."""
         super().resume_writing()
-        self.send_timer = cancelled(self.send_timer)
+        self.stop_send_timer()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close the idle connection, whether or not the client takes what is left of its last answer."""
@@ -86,6 +87,18 @@ class Connection(H11Protocol):
         """Cut the connection where the client does not read in time."""
         if self.send_timer is None:
             self.send_timer = self.loop.call_later(self.send_timeout_s, self.cut, "its answer was not read")
+
+    def stop_head_timer(self) -> None:
+        """A head is not waited for any more."""
+        if self.head_timer is not None:
+            self.head_timer.cancel()
+            self.head_timer = None
+
+    def stop_send_timer(self) -> None:
+        """The client reads, or has gone."""
+        if self.send_timer is not None:
+            self.send_timer.cancel()
+            self.send_timer = None
 
     def cut(self, reason: str) -> None:
         """End the connection without waiting for the client."""
@@ -112,9 +125,3 @@ class Connection(H11Protocol):
         except h11.LocalProtocolError:  # its answer has begun
             logger.debug("the connection of %s is closed: it sent what is no HTTP behind its request", self.client)
         self.transport.close()
-
-
-def cancelled(timer: asyncio.TimerHandle | None) -> None:
-    """Stop a timer; None, to put in its place."""
-    if timer is not None:
-        timer.cancel()

@@ -18,16 +18,16 @@ class Dispatcher:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.queues: dict[str, asyncio.Queue[Event]] = {}
+        self.queues: dict[str, asyncio.Queue[Event | None]] = {}
 
     def deliver(self, events: list[Event]) -> None:
         """Take over one round's events."""
         with contextlib.suppress(RuntimeError):  # the loop closed while the engine was being stopped
             self.loop.call_soon_threadsafe(self._hand_over, events)
 
-    def open(self, request_ids: Iterable[str]) -> asyncio.Queue[Event]:
-        """One queue that receives the events of all these requests."""
-        queue: asyncio.Queue[Event] = asyncio.Queue()
+    def open(self, request_ids: Iterable[str]) -> asyncio.Queue[Event | None]:
+        """One queue that receives the events of all these requests; its reader may put None into it."""
+        queue: asyncio.Queue[Event | None] = asyncio.Queue()
         self.queues.update(dict.fromkeys(request_ids, queue))
         return queue
 

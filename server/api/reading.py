@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, cast
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -23,12 +23,12 @@ class JsonRoute(APIRoute):
     """A route whose JSON body is parsed and checked before the framework sees it, large ones one at a time in
     ``Serving.bodies``; their bytes are not kept while the answer runs. The errors are the framework's."""
 
-    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The framework's handler behind the reading."""
         answer = super().get_route_handler()
         if self.body_field is None:
             return answer
-        schema: type[BaseModel] = self.body_field.field_info.annotation
+        schema = cast(type[BaseModel], self.body_field.field_info.annotation)
 
         async def read_and_answer(request: Request) -> Response:
             raw = b"".join([chunk async for chunk in request.stream()])

@@ -84,7 +84,10 @@ class GrammarCompiler:
         """A grammar at its beginning. Errors: GrammarError."""
         text = source if isinstance(source, str) else json.dumps(source)
         with self.lock:
-            matcher = self.compiled.get((kind, text)) or self._compile(kind, text)
+            matcher = self.compiled.get((kind, text))
+        if matcher is None:  # outside the lock: it may take seconds, and the event loop asks for what is there
+            matcher = self._compile(kind, text)
+        with self.lock:
             self.compiled[kind, text] = matcher
             self.compiled.move_to_end((kind, text))
             if len(self.compiled) > MAX_COMPILED:

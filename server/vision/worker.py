@@ -248,7 +248,7 @@ class VisionWorker:
 
     def _pause_s(self, num_failures: int) -> float:
         """Before the next start."""
-        return min(MAX_RETRY_PAUSE_S, self.options.retry_pause_s * 2 ** (num_failures - 1))
+        return min(MAX_RETRY_PAUSE_S, self.options.retry_pause_s * 2.0 ** (num_failures - 1))
 
     def _stopped(self) -> VisionStopped:
         return VisionStopped(self.failure or "the vision process has stopped; restart the server")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,38 @@ class Choice:
         return (DraftStats(), Timings()) if ending is None else (ending.stats, ending.timings)
 
 
+class Silence:
+    """Events of a queue as they come, and None after each ``seconds`` without any.
+
+    One timer for the whole stream, set again when it rings: a timeout for each event costs more than all the rest of
+    waiting for it.
+    """
+
+    def __init__(self, events: asyncio.Queue[Event | None], seconds: float) -> None:
+        self.events = events
+        self.seconds = seconds
+        self.loop = asyncio.get_running_loop()
+        self.last = self.loop.time()
+        self.timer = self.loop.call_later(seconds, self._ring)
+
+    async def next(self) -> Event | None:
+        """The next event, or None."""
+        event = await self.events.get()
+        self.last = self.loop.time()
+        return event
+
+    def close(self) -> None:
+        """Wait for nothing any more."""
+        self.timer.cancel()
+
+    def _ring(self) -> None:
+        left = self.last + self.seconds - self.loop.time()
+        if left <= 0:
+            self.events.put_nowait(None)
+            left = self.seconds
+        self.timer = self.loop.call_later(left, self._ring)
+
+
 class Generation:
     """Submits a call's requests, merges their events, and cancels what is unfinished when it is closed.
 
@@ -142,7 +175,7 @@ class Generation:
             for index, (request, output) in enumerate(zip(requests, outputs, strict=True))
         }
         self.running = Completions(choice.completion for choice in self.choices.values())
-        self.events: asyncio.Queue[Event] = self.dispatcher.open(self.choices)
+        self.events: asyncio.Queue[Event | None] = self.dispatcher.open(self.choices)
         try:
             for request in requests:
                 self.engine.submit(request)
@@ -152,25 +185,30 @@ class Generation:
 
     async def deltas(self, keepalive_s: float) -> AsyncGenerator[ChoiceDelta | None, None]:
         """Every delta of every choice as it comes; None after ``keepalive_s`` of silence. Errors: the choices' own."""
-        while self.running.num_open:
-            try:
-                async with asyncio.timeout(keepalive_s):
-                    event = await self.events.get()
-            except TimeoutError:
-                if not self.engine.alive:
-                    raise EngineStopped("The engine has stopped; restart the server.") from None
-                self.serving.check_not_stuck()
-                yield None
-                continue
-            completion, delta = self.running.take(event)
-            if isinstance(event, FinishedEvent):
-                self.check(completion, event)
-                self.choices[event.request_id].log(str(delta.finish_reason))
-            elif completion.stopped:
-                self.engine.cancel(event.request_id)
-            choice = self.choices[event.request_id]
-            for shown in [] if isinstance(event, PromptEvent | PooledEvent) else choice.begin() + choice.grow(delta):
-                yield shown
+        with contextlib.closing(Silence(self.events, keepalive_s)) as silence:
+            while self.running.num_open:
+                event = await silence.next()
+                if event is None:
+                    self._check_engine()
+                    yield None
+                    continue
+                completion, delta = self.running.take(event)
+                if isinstance(event, FinishedEvent):
+                    self.check(completion, event)
+                    self.choices[event.request_id].log(str(delta.finish_reason))
+                elif completion.stopped:
+                    self.engine.cancel(event.request_id)
+                choice = self.choices[event.request_id]
+                for shown in (
+                    [] if isinstance(event, PromptEvent | PooledEvent) else choice.begin() + choice.grow(delta)
+                ):
+                    yield shown
+
+    def _check_engine(self) -> None:
+        """Errors: EngineStopped, NotServing where nothing can come any more."""
+        if not self.engine.alive:
+            raise EngineStopped("The engine has stopped; restart the server.")
+        self.serving.check_not_stuck()
 
     def check(self, completion: Completion, event: FinishedEvent) -> None:
         """Errors: ApiError 500 where the engine failed on the request, NotServing where it was cancelled by no client.

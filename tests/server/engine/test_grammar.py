@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 
 import jsonschema
 import pytest
@@ -155,3 +156,17 @@ def test_no_row_is_spent_on_what_the_grammar_forbids(compiler, codec):
     kept = possible(tree, lambda token_ids: grammar.follows([], token_ids))
     assert sorted(kept) == [0, 1, 2, 4, 5]  # not the b at the beginning, nor the second c
     assert grammar.follows([a, b], [e, e]) == 1
+
+
+def test_a_grammar_that_compiles_slowly_holds_up_no_other(codec, monkeypatch):
+    compiler, go = GrammarCompiler(codec.tokenizer, codec.stop_ids), threading.Event()
+    compiler.compile("regex", "[a-z]")
+    real = compiler._compile
+    monkeypatch.setattr(compiler, "_compile", lambda kind, text: go.wait(60) and real(kind, text))
+    slow = threading.Thread(target=compiler.compile, args=("regex", "slow"))
+    slow.start()
+    assert compiler.compile("regex", "[a-z]").follows([], [codec.tokenizer.token_to_id("a")]) == 1
+    assert slow.is_alive()
+    go.set()
+    slow.join(60)
+    assert ("regex", "slow") in compiler.compiled
