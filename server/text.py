@@ -7,6 +7,7 @@ from somewhere else (a GGUF file's metadata).
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,8 @@ from tokenizers import Tokenizer
 from server.chat_template import ChatTemplate, TemplateFault
 from server.token_bytes import TokenBytes
 from server.tokenizer_files import DEFAULT_TEMPLATE, TokenizerFileError, read_tokenizer
+
+logger = logging.getLogger(__name__)
 
 REPLACEMENT = "\ufffd"
 # An unfinished character is at most 3 bytes, and a byte-fallback decoder shows every byte of the run it stands in,
@@ -164,6 +167,13 @@ class TextCodec:
                 "config.json): it is another model's tokenizer; put the model's own tokenizer.json beside the weights"
             )
         self.model_vocab_size = model_vocab_size
+        beyond = sorted(token_id for token_id in self.stop_ids if not 0 <= token_id < model_vocab_size)
+        if beyond:
+            logger.warning(
+                "eos_token_id %s is passed over: the model has embeddings for 0 to %d",
+                ", ".join(map(str, beyond)), model_vocab_size - 1,
+            )  # fmt: skip
+            self.stop_ids -= frozenset(beyond)
 
     @property
     def has_chat_template(self) -> bool:

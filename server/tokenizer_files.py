@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_FILE = "special_tokens_map.json"
+ADDED_FILE = "added_tokens.json"
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 DEFAULT_TEMPLATE = "default"
@@ -49,6 +52,7 @@ class TokenizerFiles:
 def read_tokenizer(folder: Path) -> TokenizerFiles:
     """Read a model folder. Errors: TokenizerFileError."""
     fault, config = template_fault(folder), read_config(folder)
+    check_tokens(folder, config)
     plain = {name: token_text(value) if name.endswith("_token") else value for name, value in config.items()}
     if fault is None and plain == config:
         loaded = load(folder)
@@ -123,18 +127,50 @@ def template_fault(folder: Path) -> str | None:
     return f"chat_template in {folder / CONFIG_FILE} is neither a text nor a list of objects with name and template"
 
 
+def check_tokens(folder: Path, config: dict[str, Any]) -> None:
+    """Errors: TokenizerFileError naming file and key of a token that is none, which transformers would not name."""
+    added = config.get("added_tokens_decoder", {})
+    if not isinstance(added, dict):
+        raise TokenizerFileError(
+            f"added_tokens_decoder in {folder / CONFIG_FILE} is {shown(added)}, which is no object"
+        )
+    for name, value in added.items():
+        if not name.removeprefix("-").isdecimal() or not isinstance(token_text(value), str | dict):
+            raise TokenizerFileError(
+                f"added_tokens_decoder in {folder / CONFIG_FILE} has {name!r}: {shown(value)}; an id and a token are "
+                "wanted"
+            )
+    for file, fields in ((CONFIG_FILE, config), (SPECIAL_FILE, read_object(folder / SPECIAL_FILE))):
+        for name, value in fields.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if name in SPECIAL_TOKENS and value is not None and not isinstance(text, str):
+                raise TokenizerFileError(f"{name} in {folder / file} is {shown(value)}; a token's text is wanted")
+    for name, value in read_object(folder / ADDED_FILE).items():
+        if not isinstance(value, int):
+            raise TokenizerFileError(f"{folder / ADDED_FILE} gives the token {name!r} the id {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """The beginning of a JSON value."""
+    return json.dumps(value)[:80]
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """``tokenizer_config.json``; empty where it is absent. Errors: TokenizerFileError."""
-    file = folder / CONFIG_FILE
+    return read_object(folder / CONFIG_FILE)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where it is absent. Errors: TokenizerFileError."""
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise TokenizerFileError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise TokenizerFileError(f"{file} must hold a JSON object, not {type(config).__name__}")
-    return config
+    if not isinstance(content, dict):
+        raise TokenizerFileError(f"{file} must hold a JSON object, not {type(content).__name__}")
+    return content
 
 
 def token_text(value: Any) -> Any:

@@ -6,11 +6,20 @@ the memory bus once for all rows, and every row is bit-equal to the row computed
 
 from kernels.linear_lowbit.checkpoint import PackedFormatError, PackingError, load_packed, packing_error, save_packed
 from kernels.linear_lowbit.cpu import linear
-from kernels.linear_lowbit.packed import FORMAT_VERSION, PackedWeight, dequantise, pack, pack_quantised, unpack
+from kernels.linear_lowbit.packed import (
+    FORMAT_VERSION,
+    DamagedWeight,
+    PackedWeight,
+    dequantise,
+    pack,
+    pack_quantised,
+    unpack,
+)
 from kernels.linear_lowbit.reference import QuantisedWeight
 
 __all__ = [
     "FORMAT_VERSION",
+    "DamagedWeight",
     "PackedFormatError",
     "PackedWeight",
     "PackingError",

@@ -97,6 +97,10 @@ def packed_bytes(
     )
 
 
+class DamagedWeight(ValueError):
+    """A weight holds NaN or infinity: what it was read from is damaged."""
+
+
 def pack(
     weight: Tensor, bits: int, group_size: int = 32, *, zero_point: bool = False, importance: Tensor | None = None
 ) -> PackedWeight:
@@ -111,7 +115,7 @@ def pack(
     if importance is not None and importance.shape != weight.shape[1:]:
         raise ValueError(f"importance must have one value per input, {weight.shape[1]}, got {list(importance.shape)}")
     if not weight.isfinite().all():
-        raise ValueError("a weight with NaN or infinity cannot be packed: the checkpoint is damaged")
+        raise DamagedWeight("a weight holds NaN or infinity")
     if bits > 8:
         return _pack_float(weight, bits, group_size)
     if weight.abs().max() > torch.finfo(torch.float16).max:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ SIZES = (
     "intermediate_size", "max_position_embeddings", "head_dim",
 )  # fmt: skip
 MAX_SHOWN = 5
+NO_MEMORY = re.compile(r"tried to allocate (\d+) bytes")
 
 
 def check_files(folder: Path) -> None:
@@ -88,7 +91,11 @@ def indexed_files(folder: Path) -> list[str]:
 
 def inside(folder: Path, name: str, where: str) -> str:
     """``name``, if the file lies in the folder, or is the hub cache's own link from a snapshot to its blobs."""
-    place, root = (folder / name).resolve(), folder.resolve()
+    try:
+        place, root = (folder / name).resolve(), folder.resolve()
+        (folder / name).exists()
+    except (OSError, ValueError) as error:  # too long, a zero byte, links in a circle
+        raise TargetError(f"{where} is {_shown(name)}, which is no file name: {error}") from error
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
@@ -208,44 +215,52 @@ def read_config(folder: Path) -> Any:
     file = folder / "config.json"
     if not file.is_file():
         raise TargetError(f"{folder} has no config.json; a target is a folder as transformers saves it")
-    read_object(file)
+    content = read_object(file)
+    check_plain(content, folder)
+    check_sizes(content, file)
     try:
         config = copy.deepcopy(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-        check_sizes(config.get_text_config(), file)
+        text = config.get_text_config()
+        check_sizes({name: getattr(text, name, None) for name in SIZES}, file)  # whatever the file calls them
     except TargetError:
         raise
     except MALFORMED as error:
-        raise TargetError(f"{file} does not describe a model: {type(error).__name__}: {reason_of(error)}") from error
-    check_plain(config, folder)
+        raise TargetError(f"{file} does not describe a model: {reason_of(error)}") from error
     return config
 
 
-def check_sizes(config: Any, file: Path) -> None:
+def check_sizes(fields: Mapping[str, Any], file: Path) -> None:
     """Every size is a whole number of at least 1, where the architecture has it."""
     for name in SIZES:
-        value = getattr(config, name, None)
+        value = fields.get(name)
         if isinstance(value, list):  # sizes layer by layer, in some architectures
             continue
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise TargetError(f"{file}: {name} is {_shown(value)}; it must be a whole number of at least 1")
 
 
-def check_plain(config: Any, folder: Path) -> None:
+def check_plain(fields: Mapping[str, Any], folder: Path) -> None:
     """Refuse a checkpoint that another tool quantised: its bytes are no weights yet."""
-    if getattr(config, "quantization_config", None) is not None:
+    if fields.get("quantization_config") is not None:
         raise TargetError(
             f"{folder} is quantised already, says its config.json; give the original weights, or a GGUF file"
         )
 
 
 def reason_of(error: Exception) -> str:
-    """Why a model cannot be made or run, where transformers' own words would not tell a user."""
-    text = str(error)
+    """Why a model cannot be made or run, on one line, in words where transformers' own would not tell a user."""
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if isinstance(error, KeyError) and ATTENTION_NAME in text:
         return "its attention does not go through transformers' attention registry"
     if isinstance(error, TypeError) and "row_pass" in text:
         return "its layers do not hand the rows' places on to their attention"
-    return text
+    if found := NO_MEMORY.search(text):
+        return f"a tensor of the sizes it states would take {int(found[1]) / 2**30:,.0f} GiB, more than there is"
+    if isinstance(error, KeyError) and " " not in text:
+        return f"transformers knows no {text!r}"
+    if isinstance(error, StrictDataclassError):  # the last line is the reason, behind the name of its type
+        text = text.splitlines()[-1].strip().partition("Error: ")[2] or text
+    return " ".join(text.split())
 
 
 def context_limit(config: Any, folder: Path) -> int:

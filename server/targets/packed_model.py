@@ -6,7 +6,8 @@ again. So the peak is the packed weights and two layers, whatever the size of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,9 +26,10 @@ from kernels.decoder_layer import (
     layer_tensors,
     pack_decoder_layer,
 )
-from kernels.linear_lowbit import PackedFormatError, PackedWeight, load_packed, pack, save_packed
+from kernels.linear_lowbit import DamagedWeight, PackedFormatError, PackedWeight, load_packed, pack, save_packed
 from kernels.tree_attention.transformers_plugin import ATTENTION_NAME
 from server.targets.checkpoint import HEAD, MALFORMED, ModelFiles, read_config, reason_of
+from server.targets.rope import check_frequencies
 from server.targets.target import TargetError
 
 PACKED_FILE = "packed.safetensors"
@@ -98,11 +100,13 @@ def model_of(config: Any, source: Path) -> Any:
     """The model of a configuration, without weights. Errors: TargetError, naming ``source``, for no language model."""
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
-            return AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16, attn_implementation=ATTENTION_NAME, trust_remote_code=False
             ).eval()
     except MALFORMED as error:
         raise TargetError(f"{source} cannot be loaded as a causal language model: {reason_of(error)}") from error
+    check_frequencies(model, source)
+    return model
 
 
 def check_model(model: Any) -> None:
@@ -147,7 +151,8 @@ def pack_from(
         files.fill(layer, f"{prefix}.layers.{index}")
         if prepare is not None:
             prepare(index, layer)
-        layers.append(pack_decoder_layer(layer, BITS[weights], group_size))
+        with named_damage(f"layer {index}"):
+            layers.append(pack_decoder_layer(layer, BITS[weights], group_size))
         if inspect is not None:
             inspect(index, layer, layers[-1])
         layer.to("meta")
@@ -157,8 +162,18 @@ def pack_from(
         model.lm_head.weight = base.embed_tokens.weight
     files.tell_unused()
     bits = max(BITS[weights], HEAD_BITS)
-    packed_head = pack(head, bits if bits > 8 or head.shape[1] % group_size == 0 else 16, group_size)
+    with named_damage("the head"):
+        packed_head = pack(head, bits if bits > 8 or head.shape[1] % group_size == 0 else 16, group_size)
     return PackedModel(model, layers, packed_head, weights, tied)
+
+
+@contextlib.contextmanager
+def named_damage(part: str) -> Iterator[None]:
+    """Errors: TargetError that names the part of the model where a weight is damaged."""
+    try:
+        yield
+    except DamagedWeight as error:
+        raise TargetError(f"{part} of the model: {error}; the files are damaged, fetch them again") from error
 
 
 def save_packed_model(packed: PackedModel, folder: Path) -> None:

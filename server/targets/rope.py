@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from server.targets.target import TargetError
+
 LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
 
 
@@ -61,3 +63,16 @@ def by_position(base_model: Any) -> str | None:
         "own position, so texts do not depend on neighbours or drafts; longer texts differ from transformers', which "
         "reads the whole prompt again there"
     )
+
+
+def check_frequencies(model: nn.Module, source: object) -> None:
+    """Errors: TargetError where a configuration's rotary frequencies are no numbers: every text would be nonsense."""
+    for name, buffer in model.named_buffers():
+        if not name.endswith("inv_freq") or buffer.is_meta:
+            continue
+        wrong = buffer[~(buffer.isfinite() & (buffer >= 0))]
+        if len(wrong):
+            raise TargetError(
+                f"{source}: the rope_parameters of config.json (rope_theta, factor) give the rotary frequency "
+                f"{float(wrong[0]):g}; frequencies are finite and not negative"
+            )

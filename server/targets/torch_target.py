@@ -5,8 +5,9 @@ The model's own code runs unchanged; ``kernels.tree_attention.transformers_plugi
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from kernels.tree_attention.transformers_plugin import ATTENTION_NAME, RowPass, 
 from server.placement.devices import CPU
 from server.targets.checkpoint import MALFORMED, check_files, read_config, reason_of, tell_unused
 from server.targets.feature_tap import FeatureTap
-from server.targets.rope import by_position
+from server.targets.rope import by_position, check_frequencies
 from server.targets.target import PrefillChunk, Prefilled, TargetError, TargetInfo, Verified, VerifyRows, share_out
 
 logger = logging.getLogger(__name__)
@@ -87,23 +88,42 @@ def load_transformers_model(folder: Path, dtype: torch.dtype) -> Any:
     check_files(folder)
     config = read_config(folder)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with quiet_transformers():  # its report of many lines is told below in one
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=ATTENTION_NAME,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except MALFORMED as error:
         raise TargetError(f"{folder} cannot be loaded as a causal language model: {reason_of(error)}") from error
-    for problem in ("missing_keys", "mismatched_keys"):
-        if report[problem]:
-            names = ", ".join(sorted(map(str, report[problem]))[:5])
-            raise TargetError(f"the weights in {folder} do not fit its config.json: {problem} {names}")
+    misfits = [f"they lack {name}" for name in sorted(report["missing_keys"])]
+    misfits += [
+        f"{name} is {list(stored)}, the configuration says {list(wanted)}"
+        for name, stored, wanted in sorted(report["mismatched_keys"])
+    ]
+    if misfits:
+        more = f" and {len(misfits) - 1} more do not fit" if len(misfits) > 1 else ""
+        raise TargetError(f"the weights in {folder} do not fit its config.json: {misfits[0]}{more}")
+    check_frequencies(model, folder)
     tell_unused(folder, sorted(report["unexpected_keys"]))
     return model
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers logs errors alone."""
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class TorchTarget:

@@ -207,6 +207,37 @@ def test_a_template_that_is_no_text_costs_only_the_chat(tmp_path: Path) -> None:
         codec.chat(CONVERSATION)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("special_tokens_map.json", [], "special_tokens_map.json must hold a JSON object"),
+        ("special_tokens_map.json", {"eos_token": []}, "eos_token in .*special_tokens_map.json is \\[\\]"),
+        ("added_tokens.json", {"<x>": "7"}, "added_tokens.json gives the token '<x>' the id"),
+        ("added_tokens.json", None, "added_tokens.json must hold a JSON object"),
+        ("tokenizer_config.json", {"added_tokens_decoder": []}, "added_tokens_decoder in .*tokenizer_config.json"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": 5}}, "added_tokens_decoder in .* has 'x': 5"),
+        ("tokenizer_config.json", {"bos_token": ["a"]}, "bos_token in .*tokenizer_config.json"),
+    ],
+)
+def test_a_token_that_is_none_is_named_with_its_file(file: str, content: Any, named: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, byte_level(), {file: content})
+    with pytest.raises(TextError, match=named):
+        TextCodec.from_folder(folder)
+
+
+def test_an_end_of_text_beyond_the_embeddings_is_told_and_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_folder(
+        tmp_path, byte_level(), {"config.json": {"model_type": "llama", "eos_token_id": [2, -1, 10**9]}}
+    )
+    codec = TextCodec.from_folder(folder)
+    assert codec.stop_ids >= {2, -1, 10**9}
+    codec.fit(codec.vocab_size)
+    assert 2 in codec.stop_ids and not codec.stop_ids & {-1, 10**9}
+    assert "eos_token_id -1, 1000000000 is passed over" in caplog.text
+
+
 def test_a_tokenizer_larger_than_the_model(tmp_path: Path) -> None:
     tokenizer = byte_level()
     tokenizer.add_tokens(["<late>"])

@@ -33,7 +33,7 @@ def open_coco(root: Path, split: str, class_names: tuple[str, ...] | None) -> De
         raw = _coco_images(content, {key: str(name) for key, name in categories.items()}, folders, file)
     except DataError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{file} is not a COCO annotation file ({type(error).__name__}: {error})") from error
     return label(raw, class_names or names, root)
 
@@ -56,7 +56,11 @@ def _by_id(entries: list[dict[str, Any]], what: str, key: str) -> dict[Any, Any]
     for entry in entries:
         if entry["id"] in found:
             raise ValueError(f"the {what} id {entry['id']!r} belongs to {found[entry['id']]!r} and to {entry[key]!r}")
+        if not isinstance(entry[key], str):
+            raise ValueError(f"the {what} with the id {entry['id']!r} has the {key} {entry[key]!r}, which is no text")
         found[entry["id"]] = entry[key]
+    if len({type(key) for key in found}) > 1:
+        raise ValueError(f"the {what} ids {', '.join(map(repr, found))} are of several types; write all as numbers")
     return found
 
 
@@ -98,9 +102,17 @@ def _box(entry: Mapping[str, Any], categories: Mapping[Any, str], number: int) -
     return RawBox(
         categories[entry["category_id"]],
         (x, y, x + width, y + height),
-        bool(entry.get("iscrowd", 0)),
-        entry.get("area"),
+        _number(entry, "iscrowd", number) != 0,
+        _number(entry, "area", number) if "area" in entry else None,
     )
+
+
+def _number(entry: Mapping[str, Any], key: str, number: int) -> float:
+    """A number of an annotation, 0 where there is none; tools write some as texts."""
+    try:
+        return float(entry.get(key) or 0)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"annotation {number} has the {key} {entry[key]!r}, which is no number") from error
 
 
 def _around(outlines: Any, number: int) -> tuple[float, float, float, float]:

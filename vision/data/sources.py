@@ -75,10 +75,14 @@ def image_files(folder: Path, besides: Collection[str] = (), *, deep: bool = Tru
 
     Other files are named in a warning, but hidden ones and those with the suffixes ``besides``.
     """
-    files = [file for file in (folder.rglob("*") if deep else folder.glob("*")) if file.is_file()]
+    files = [
+        file
+        for file in (folder.rglob("*") if deep else folder.glob("*"))
+        if file.is_file() and not file.name.startswith(".")  # macOS puts ._NAME beside every NAME in an archive
+    ]
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     known = {*IMAGE_SUFFIXES, *besides}
-    others = [file for file in files if file.suffix.lower() not in known and not file.name.startswith(".")]
+    others = [file for file in files if file.suffix.lower() not in known]
     if others:
         logger.warning(
             "%d files in %s are no images of a known kind, the first: %s; known suffixes are %s",

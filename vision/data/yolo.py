@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 NAME_FILES = ("data.yaml", "dataset.yaml", "data.yml")
 CLASSES_FILE = "classes.txt"
+LABEL_SUFFIX = ".txt"
 # Shares may miss the picture by a rounding; anything further is not a share.
 ROUNDING = 0.01
 Box = tuple[float, float, float, float]
@@ -44,15 +45,18 @@ def open_yolo(root: Path, split: str, class_names: tuple[str, ...] | None) -> De
     if not divided:
         chosen = set(split_by_seed(sorted(path.stem for path in files), split, root))
         files = [path for path in files if path.stem in chosen]
+    found = _label_files(labels, deep=divided)
     raw: list[RawImage] = []
     for path in files:
+        file = found.pop(path.relative_to(images).with_suffix(""), None)
         sizes = picture_sizes(path)
         if not sizes:
             logger.warning("skipped: %s is not a readable image", path)
             continue
-        file = (labels / path.relative_to(images)).with_suffix(".txt")
-        raw.append(RawImage(path, read_labels(file, names, sizes[0]) if file.is_file() else [], sizes[0]))
-    _name_strays(labels, images, files, divided)
+        raw.append(RawImage(path, [] if file is None else read_labels(file, names, sizes[0]), sizes[0]))
+    if found and divided:  # images renamed without their labels train as empty ones
+        first = next(iter(found.values())).name
+        logger.warning("%d label files in %s belong to no image, the first: %s", len(found), labels, first)
     return label(raw, class_names or tuple(names.values()), root)
 
 
@@ -71,18 +75,15 @@ def _folders(root: Path, split: str) -> tuple[Path, Path, bool]:
     raise DataError(f"{root} has none of the folders images/{split}, {split}/images, {split}")
 
 
-def _name_strays(labels: Path, images: Path, files: list[Path], divided: bool) -> None:
-    """Say which label files belong to no image: images renamed without their labels train as empty ones."""
-    if not divided:
-        return
-    used = {path.relative_to(images).with_suffix("") for path in files}
-    strays = [
-        file
-        for file in sorted(labels.rglob("*.txt"))
-        if file.relative_to(labels).with_suffix("") not in used and file.name != CLASSES_FILE
-    ]
-    if strays:
-        logger.warning("%d label files in %s belong to no image, the first: %s", len(strays), labels, strays[0].name)
+def _label_files(folder: Path, *, deep: bool) -> dict[Path, Path]:
+    """Label files by their path in ``folder`` without suffix, which some tools write in capitals. Errors: DataError."""
+    found: dict[Path, Path] = {}
+    for file in sorted(folder.rglob("*") if deep else folder.glob("*")):
+        if file.suffix.lower() != LABEL_SUFFIX or file.name == CLASSES_FILE:
+            continue
+        if (other := found.setdefault(file.relative_to(folder).with_suffix(""), file)) is not file:
+            raise DataError(f"{other} and {file.name} are labels of the same image; remove one of them")
+    return found
 
 
 def read_names(root: Path, images: Path) -> dict[int, str]:
@@ -93,10 +94,20 @@ def read_names(root: Path, images: Path) -> dict[int, str]:
     for folder in (images, root):
         file = folder / CLASSES_FILE
         if file.is_file():
-            names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-            check_names(names, str(file))
-            return dict(enumerate(names))
+            return dict(enumerate(_listed_names(file)))
     raise DataError(f"{root / NAME_FILES[0]} does not exist; it holds the class names under `names`")
+
+
+def _listed_names(file: Path) -> list[str]:
+    """One class name a line; a class's id is its line, so that none but the last may be empty. Errors: DataError."""
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except ValueError as error:
+        raise DataError(f"{file} is not UTF-8 text ({error})") from error
+    if not all(names):
+        raise DataError(f"{file}, line {names.index('') + 1} is empty: the ids of the names after it could be meant so")
+    check_names(names, str(file))
+    return names
 
 
 def _yaml_names(file: Path) -> dict[int, str]:
@@ -110,9 +121,9 @@ def _yaml_names(file: Path) -> dict[int, str]:
         raise DataError(f"{file} describes poses (kpt_shape); keep a line's first five numbers and remove kpt_shape")
     names = entries.get("names")
     if isinstance(names, yaml.SequenceNode):
-        found = [(str(place), value.value) for place, value in enumerate(names.value)]
+        found = [(str(place), _name_of(value, file)) for place, value in enumerate(names.value)]
     elif isinstance(names, yaml.MappingNode):
-        found = [(key.value, value.value) for key, value in names.value]
+        found = [(str(key.value), _name_of(value, file)) for key, value in names.value]
     else:
         given = f"; {names.value!r} is one text" if isinstance(names, yaml.ScalarNode) else ""
         raise DataError(f"{file} has no list of class names under `names`{given}; write names: [cat, dog]")
@@ -122,9 +133,15 @@ def _yaml_names(file: Path) -> dict[int, str]:
     count = entries["nc"].value if "nc" in entries else str(len(found))
     if count != str(len(found)):
         raise DataError(f"{file} says nc: {count} and names {len(found)} classes; mend one of them")
-    by_id = dict(sorted(zip(ids, (str(value) for _, value in found), strict=True)))
+    by_id = dict(sorted(zip(ids, (name for _, name in found), strict=True)))
     check_names(list(by_id.values()), str(file))
     return by_id
+
+
+def _name_of(node: yaml.Node, file: Path) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        raise DataError(f"{file} has a list or a map as a class name under `names`; every name must be one text")
+    return str(node.value)
 
 
 def _id_of(key: str, file: Path) -> int:

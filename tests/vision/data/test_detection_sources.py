@@ -99,6 +99,9 @@ def test_broken_voc_annotations_are_named(tmp_path: Path, content: str) -> None:
         open_detection("voc", tmp_path, "train")
 
 
+NOTE = {"image_id": 7, "category_id": 3, "bbox": [0, 0, 9, 9]}
+
+
 def coco_content() -> dict[str, object]:
     return {
         "images": [{"id": 7, "file_name": "x.jpg", "width": 60, "height": 40},
@@ -198,6 +201,8 @@ def test_yolo_classes_go_by_their_ids(tmp_path: Path, names: str, line: str, exp
     ("names: {first: a}", "class id 'first'"), ("names: {-1: a}", "class id '-1'"), ("names: {1.5: a}", "'1.5'"),
     ("names: [a, a]", "'a' more than once"), ("names: [a, b]\nnc: 3", "nc: 3 and names 2"), ("[", "is not YAML"),
     ("names: [a, b]\nkpt_shape: [2, 2]", "describes poses"), ("train: x", "no list of class names"),
+    ("names: [[a], b]", "every name must be one text"), ("names: {0: {a: b}}", "every name must be one text"),
+    ("names: {[0]: a}", "class id"),
 ])  # fmt: skip
 def test_yolo_names_that_contradict_themselves_are_refused(tmp_path: Path, names: str, message: str) -> None:
     write_yolo(tmp_path, "1 0.5 0.5 0.5 0.5\n")
@@ -216,6 +221,23 @@ def test_yolo_images_that_would_share_labels_are_refused(tmp_path: Path) -> None
     Image.new("RGB", (8, 8)).save(tmp_path / "images/train/a.JPG", "JPEG")
     with pytest.raises(DataError, match="would share the labels of a"):
         open_detection("yolo", tmp_path, "train")
+
+
+def test_yolo_label_files_in_capitals_and_names_by_their_line(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    Image.new("RGB", (60, 40)).save(tmp_path / "train/a.jpg")
+    (tmp_path / "train/._a.jpg").write_bytes(b"what macOS puts into archives")
+    (tmp_path / "train/a.TXT").write_text("0 0.5 0.5 0.5 0.5")
+    (tmp_path / "train/classes.txt").write_text("cat\ndog\n\n")
+    (image,) = open_detection("yolo", tmp_path, "train").images
+    assert (image.path.name, len(image.boxes)) == ("a.jpg", 1)
+    (tmp_path / "train/a.txt").write_text("1 0.5 0.5 0.5 0.5")
+    with pytest.raises(DataError, match=r"a\.TXT and a\.txt are labels of the same image"):
+        open_detection("yolo", tmp_path, "train")
+    for content, message in ((b"cat\n\ndog\n", "line 2 is empty"), (b"\xff\xfec", "is not UTF-8")):
+        (tmp_path / "train/classes.txt").write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            open_detection("yolo", tmp_path, "train")
 
 
 def test_yolo_layouts_of_roboflow_and_labelimg(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -320,6 +342,10 @@ def test_stems_with_spaces_stand_in_lists(tmp_path: Path) -> None:
     ({"categories": [{"id": 3, "name": "car"}, {"id": 18, "name": "car"}]}, "'car' more than once"),
     ({"annotations": [{"image_id": 7, "category_id": 4, "bbox": [0, 0, 9, 9]}]}, "category_id 4; categories are 18, 3"),
     ({"annotations": [{"image_id": 7, "category_id": 3}]}, "annotation 1 has neither a bbox nor polygons"),
+    ({"annotations": [NOTE | {"iscrowd": "no"}]}, "annotation 1 has the iscrowd 'no', which is no number"),
+    ({"annotations": [NOTE | {"area": "large"}]}, "annotation 1 has the area 'large', which is no number"),
+    ({"images": [{"id": 7, "file_name": None}]}, "image with the id 7 has the file_name None"),
+    ({"categories": [{"id": 3, "name": "car"}, {"id": "18", "name": "dog"}]}, "ids 3, '18' are of several types"),
 ])  # fmt: skip
 def test_coco_files_that_contradict_themselves_are_refused(
     tmp_path: Path, change: dict[str, object], message: str
@@ -327,6 +353,17 @@ def test_coco_files_that_contradict_themselves_are_refused(
     (tmp_path / "images").mkdir()
     (tmp_path / "instances_val.json").write_text(json.dumps({**coco_content(), **change}))
     with pytest.raises(DataError, match=message):
+        open_detection("coco", tmp_path, "val")
+
+
+def test_coco_numbers_written_as_texts_mean_the_same(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    notes = [NOTE | {"iscrowd": "0", "area": "81"}, NOTE | {"iscrowd": "1"}]
+    (tmp_path / "instances_val.json").write_text(json.dumps({**coco_content(), "annotations": notes}))
+    image = open_detection("coco", tmp_path, "val").images[0]
+    assert (image.ignored.tolist(), image.areas.tolist()) == ([False, True], [81, 81])
+    (tmp_path / "instances_val.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"instances_val\.json is not a COCO annotation file"):
         open_detection("coco", tmp_path, "val")
 
 

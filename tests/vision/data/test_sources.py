@@ -120,6 +120,7 @@ def test_empty_class_folders_are_named(tmp_path: Path) -> None:
     write_image(tmp_path / "train/cat/a.png")
     (tmp_path / "train/dog").mkdir()
     (tmp_path / "train/eel").mkdir()
+    (tmp_path / "train/eel/._a.png").write_bytes(b"what macOS puts into archives")
     with pytest.raises(DataError, match=r"class folders without images in .*train: dog, eel"):
         open_source("folder", tmp_path, "train")
 
