@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from drafters.train.corpus import CorpusError, read_text
-from drafters.train.records import READERS, Conversation, Message, read_conversations
+from drafters.train.records import READERS, REASONING, Conversation, Message, read_conversations
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,12 @@ class ChatEncoder:
             with_answer = "".join(answered)
             if not (with_answer.startswith(before) and text.startswith(with_answer)):
                 return None
+            if (lost := lost_words(talk.messages[i], with_answer[len(before) :])) is not None:
+                raise CorpusError(f"{place}: the target's chat template has no place for {lost}, which would be lost")
             spans.append((len(before), len(with_answer)))
+        for tool in talk.tools or []:
+            if (name := called_name(tool)) is not None and name not in text:
+                raise CorpusError(f"{place}: the target's chat template has no place for the tool {name!r}")
         return spans
 
     def render(
@@ -186,6 +191,25 @@ class ChatEncoder:
         ids = np.asarray(self.codec.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
         pieces = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
         return [(piece, np.ones(len(piece), dtype=np.bool_)) for piece in pieces if len(piece) >= MIN_TOKENS]
+
+
+def lost_words(answer: Message, rendered: str) -> str | None:
+    """What an answer says that its rendering does not: a call, or all of it; None where nothing is lost."""
+    for call in answer.get("tool_calls", []):
+        if (name := called_name(call)) is not None and name not in rendered:
+            return f"the call of {name!r}"
+    if not answer["content"]:
+        for kind in REASONING:
+            if answer.get(kind) and answer[kind].strip() not in rendered:
+                return f"{kind!r}, all that an answer says"
+    return None
+
+
+def called_name(call: Any) -> str | None:
+    """The function that a call or a tool's description names."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def load_samples(

@@ -212,6 +212,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [ASKED, TOLD], "tools": {"a": 1}}, "'tools' must be a list"),
     ({"conversations": [said("human", "q"), said("function_call", "{x")]}, "a function call is not JSON"),
     ({"system": "a", "conversations": [said("system", "b"), said("human", "q"), said("gpt", "a")]}, "two system texts"),
+    # The folder's own template writes neither calls nor tools nor reasoning.
+    ({"messages": [ASKED, turn("assistant", None, tool_calls=CALL)]}, "no place for the call of 'weather'"),
+    ({"messages": [ASKED, turn("assistant", "", thinking="2+2")]}, "no place for 'thinking', all that an answer says"),
+    ({"messages": [ASKED, TOLD], "tools": CALL}, "no place for the tool 'weather'"),
 ]
 
 
