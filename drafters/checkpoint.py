@@ -53,7 +53,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
         raise DrafterError(f"{file} does not exist; a drafter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         fields: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DrafterError(f"{file} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise DrafterError(f"{file} must hold a JSON object, not {type(fields).__name__}")

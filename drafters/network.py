@@ -6,6 +6,7 @@ attention; drafting hands in flattened rows [n, H] and attention over slots. Bot
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,10 +51,15 @@ class BlockConfig:
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "vocab_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
-        for name in (*sizes, "num_blocks"):
+        optional = () if self.draft_vocab_size is None else ("draft_vocab_size",)
+        for name in (*sizes, "num_blocks", *optional):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise DrafterError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise DrafterError(f"{name} is {value!r}; it must be a number above 0")
         if self.num_blocks > MAX_BLOCKS:
             raise DrafterError(f"num_blocks is {self.num_blocks}; allowed are 1 to {MAX_BLOCKS}")
         if self.num_heads % self.num_kv_heads:
@@ -63,7 +69,7 @@ class BlockConfig:
             )
         if self.head_dim % 2:
             raise DrafterError(f"head_dim is {self.head_dim}; rotary positions need an even one")
-        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+        if self.draft_vocab_size is not None and self.draft_vocab_size > self.vocab_size:
             raise DrafterError(
                 f"draft_vocab_size is {self.draft_vocab_size}; allowed are 1 to the vocabulary, {self.vocab_size}"
             )

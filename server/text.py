@@ -324,7 +324,7 @@ def read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TextError(f"{file} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise TextError(f"{file} must hold a JSON object, not {type(value).__name__}")

@@ -1,5 +1,6 @@
 """Drafter folders: round trip, and what is refused with which words."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from drafters.drafter import DrafterError
 from drafters.network import DovetailConfig, DovetailNetwork
 
 CONFIG = DovetailConfig(32, 50, 48, 4, 2, 8, num_blocks=2, target="abc")
+FIELDS = {"model_type": "dovetail_drafter", **dataclasses.asdict(CONFIG)}
 
 
 @pytest.fixture
@@ -97,6 +99,12 @@ def test_tensors_that_do_not_fit_the_configuration(folder: Path, change: str) ->
         (json.dumps({"model_type": "llama"}), "no Dovetail drafter"),
         (json.dumps({"model_type": "dovetail_drafter", "hiden_size": 3}), "unknown keys hiden_size"),
         (json.dumps({"model_type": "dovetail_drafter", "hidden_size": 3}), "vocab_size"),
+        ("[" * 100_000, "not JSON"),
+        (json.dumps(FIELDS | {"rope_theta": "x"}), "rope_theta is 'x'; it must be a number above 0"),
+        (json.dumps(FIELDS | {"rope_theta": -1}), "rope_theta is -1"),
+        (json.dumps(FIELDS | {"norm_eps": 0}), "norm_eps is 0"),
+        (json.dumps(FIELDS | {"draft_vocab_size": "x"}), "draft_vocab_size is 'x'; it must be a whole number"),
+        (json.dumps(FIELDS | {"num_blocks": True}), "num_blocks is True"),
     ],
 )
 def test_bad_configurations(folder: Path, text: str, named: str) -> None:

@@ -64,7 +64,7 @@ def read_config(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} does not exist; a model is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} holds {type(config).__name__}, not an object")
