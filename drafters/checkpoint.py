@@ -57,6 +57,8 @@ def read_fields(folder: Path) -> dict[str, Any]:
         raise DrafterError(f"{file} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise DrafterError(f"{file} must hold a JSON object, not {type(fields).__name__}")
+    if not isinstance(fields.get("model_type", ""), str):
+        raise DrafterError(f"{file}: model_type is {fields['model_type']!r}, which is no text")
     return fields
 
 

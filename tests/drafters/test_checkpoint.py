@@ -100,6 +100,7 @@ def test_tensors_that_do_not_fit_the_configuration(folder: Path, change: str) ->
         (json.dumps({"model_type": "dovetail_drafter", "hiden_size": 3}), "unknown keys hiden_size"),
         (json.dumps({"model_type": "dovetail_drafter", "hidden_size": 3}), "vocab_size"),
         ("[" * 100_000, "not JSON"),
+        (json.dumps({"model_type": []}), "model_type is .., which is no text"),
         (json.dumps(FIELDS | {"rope_theta": "x"}), "rope_theta is 'x'; it must be a number above 0"),
         (json.dumps(FIELDS | {"rope_theta": -1}), "rope_theta is -1"),
         (json.dumps(FIELDS | {"norm_eps": 0}), "norm_eps is 0"),

@@ -16,6 +16,7 @@ from vision.backbones.preprocessing import Preprocessing
 from vision.serving.folder import (
     BACKBONE,
     CONFIG_FILE,
+    MALFORMED,
     WEIGHTS_FILE,
     CheckpointError,
     check_state,
@@ -54,7 +55,7 @@ def load_backbone(folder: Path) -> Backbone:
         model = network(network.config_type(**values), config["num_classes"])
         model.preprocessing = Preprocessing.from_json(config["preprocessing"])
         model.class_names = tuple(config["class_names"])
-    except (KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} does not describe a backbone ({type(error).__name__}: {error}); families are "
             f"{', '.join(sorted(families))}"

@@ -13,6 +13,7 @@ from vision.detection.thundernet import ThunderNetConfig
 from vision.detection.yolo_v2 import YOLOv2Config
 from vision.serving.folder import (
     CONFIG_FILE,
+    MALFORMED,
     WEIGHTS_FILE,
     CheckpointError,
     check_state,
@@ -52,7 +53,7 @@ def read_detector_config(folder: Path) -> DetectorConfig:
             normalization=Normalization(**_tuples(constants)),
             **_tuples(values),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{file} does not describe a detector ({type(error).__name__}: {error})") from error
 
 

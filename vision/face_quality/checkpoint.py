@@ -11,6 +11,7 @@ from vision.face_quality.scale import QualityScale
 from vision.face_quality.tinyfqnet import TinyFQNet
 from vision.serving.folder import (
     CONFIG_FILE,
+    MALFORMED,
     WEIGHTS_FILE,
     CheckpointError,
     check_state,
@@ -47,7 +48,7 @@ def load_scorer(folder: Path) -> tuple[TinyFQNet, ScorerConfig]:
     try:
         config = ScorerConfig(**(values | {"scale": QualityScale(**values["scale"])}))
         model = TinyFQNet(config.width)
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} describes no scorer ({type(error).__name__}: {error})"
         ) from error

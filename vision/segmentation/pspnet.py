@@ -18,6 +18,7 @@ from vision.backbones import create_backbone
 from vision.backbones.backbone import Backbone
 from vision.backbones.preprocessing import NORMALIZATIONS
 from vision.serving.folder import (
+    MALFORMED,
     SEGMENTER,
     WEIGHTS_FILE,
     CheckpointError,
@@ -119,7 +120,7 @@ def load_segmenter(folder: Path) -> Segmenter:
     try:
         del config["architecture"]
         model = Segmenter(SegmenterConfig(**{**config, "class_names": tuple(config["class_names"])}))
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{folder} holds no segmenter ({type(error).__name__}: {error})") from error
     state = read_weights(folder / WEIGHTS_FILE)
     check_state(model.state_dict(), state, source=str(folder), network=f"pspnet on {model.config.backbone}")

@@ -22,6 +22,8 @@ USUAL_NAMES = re.compile(r"|model|seed_\d+")
 # Folders of before there was a format are told by a key or a value of theirs.
 BACKBONE, SEGMENTER = "dovetail-backbone", "dovetail-segmenter"
 SHOWN_KEYS = 5
+# What a description that makes no sense raises, wherever it is first used.
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)
 
 
 class ModelError(ValueError):

@@ -10,7 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vision.serving.folder import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, ModelError, file_digest, name_of, read_config
+from vision.serving.folder import (
+    CONFIG_FILE,
+    MALFORMED,
+    ONNX_FILE,
+    WEIGHTS_FILE,
+    ModelError,
+    file_digest,
+    name_of,
+    read_config,
+)
 from vision.serving.networks import OnnxNetwork, TorchNetwork, open_session
 from vision.serving.protocol import Kind, Model, ModelInfo, Network
 from vision.serving.registry import all_kinds, kind_of
@@ -18,6 +27,7 @@ from vision.serving.registry import all_kinds, kind_of
 logger = logging.getLogger(__name__)
 
 DIGEST_KEY = "weights_sha256"
+MAX_IMAGE_SIZE = 4096  # pixels of a side that a network looks at
 
 
 def load_model(path: Path, num_threads: int = 1, name: str | None = None) -> Model:
@@ -60,8 +70,11 @@ def described(kind: Kind, name: str, config: Mapping[str, Any], digest: str, net
     """A model with what it says of itself. Errors: ModelError where ``config`` does not describe one."""
     try:
         card = kind.read_card(config, digest)
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise ModelError(f"{source} does not describe a {kind.name} ({type(error).__name__}: {error})") from error
+    if type(card.image_size) is not int or not 1 <= card.image_size <= MAX_IMAGE_SIZE:
+        allowed = f"a whole number from 1 to {MAX_IMAGE_SIZE}"
+        raise ModelError(f"{source}: image_size is {card.image_size!r}; it must be {allowed}")
     info = ModelInfo(
         name, kind.name, card.class_names, card.licence, card.image_size, network.runtime, card.description,
         kind.full_size,

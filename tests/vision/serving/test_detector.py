@@ -1,5 +1,6 @@
 """Detectors as the server calls them: numpy beside the torch reference, answers in pixels of the original."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -153,6 +154,25 @@ def test_what_is_no_model_is_refused_with_the_reason(tmp_path: Path) -> None:
         load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"format": "dovetail-detector", "version": 2}')
     with pytest.raises(ModelError, match="has version 2 of dovetail-detector; this release reads 1"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"image_size": 10**9}, "image_size is 1000000000; it must be a whole number from 1 to 4096"),
+        ({"image_size": 64.5}, "image_size is 64.5"),
+        ({"normalization": None}, "does not describe a detector"),
+        ({"head": []}, "does not describe a detector"),
+    ],
+)
+def test_a_description_that_makes_no_sense_is_refused_by_its_file(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    tiny_thundernet(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ModelError, match=said):
         load_model(tmp_path)
 
 
