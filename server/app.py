@@ -17,11 +17,12 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server.api import health, models
+from server.api import health, metrics, models, page
 from server.api.access import Access, open_to_all
 from server.api.errors import install_error_handlers
 from server.api.gate import Gate
 from server.api.language import anthropic, chat, completions, embeddings, responses, tokenizer
+from server.api.observer import Observer
 from server.api.openapi import App
 from server.api.serving import Load, Serving
 from server.connection import Connection
@@ -64,9 +65,11 @@ def create_app(
         )  # fmt: skip
     install_error_handlers(app)
     language = (completions, chat, responses, anthropic, embeddings, tokenizer)
-    for routes in (*language, vision_routes, models, health):
-        app.include_router(routes.router)
-    app.include_router(tokenizer.facts)
+    routers = [routes.router for routes in (*language, vision_routes, models, health, metrics, page)]
+    routers.append(tokenizer.facts)
+    for router in routers:
+        app.include_router(router)
+    app.add_middleware(Observer, routes=[route for router in routers for route in router.routes])
     return app
 
 

@@ -252,32 +252,14 @@ def place(settings: Settings, target: Path, drafter: str | None, capacity: int, 
         folder = None
     else:
         folder = own_drafter(target) if drafter is None else resolve_model(drafter)
-    return place_parts(
+    placed = place_parts(
         Wanted(
             target, settings.weights, folder, settings.drafter_device, settings.vram, settings.max_seqs, capacity,
             budget.rows, settings.threads,
         )
     )  # fmt: skip
-
-
-def placement_status(engine: Engine, placed: Placed) -> dict[str, Any]:
-    """Where drafter and layers are now, and why they are not where they were to be. May be called from any thread."""
-    from server.engine.ahead import AheadDrafter
-    from server.placement.moving_drafter import MovingDrafter
-    from server.targets.split_target import SplitTarget
-
-    drafter, target = engine.drafting.drafter, engine.target
-    found: dict[str, Any] = {"reason": placed.reason}
-    if isinstance(drafter, AheadDrafter):
-        found["drafts_ahead"] = {"on": drafter.trial.ahead and drafter.trial.settled, "gain": drafter.trial.gain}
-        drafter = drafter.drafter
-    if isinstance(drafter, MovingDrafter):
-        found["drafter"] = {"device": drafter.device, "reason": drafter.recovery.reason}
-    elif drafter is not None:
-        found["drafter"] = {"device": str(placed.drafter.device), "reason": ""}
-    if isinstance(target, SplitTarget):
-        found["gpu_layers"] = dataclasses.asdict(target.upper_state)
-    return found
+    files = [] if folder is None else [folder] if folder.is_file() else list(folder.glob("*.safetensors"))
+    return dataclasses.replace(placed, drafter_bytes=sum(file.stat().st_size for file in files))
 
 
 def load_drafters(settings: Settings, names: Sequence[str], grid: Sequence[Budget]) -> LoadedDrafters:
@@ -360,9 +342,11 @@ def vision_worker(settings: Settings) -> VisionWorker | None:
 def load_model(settings: Settings, report: Callable[[str], None] = logger.debug) -> LoadedModel:
     """Everything one server needs for its model; the engine thread is not started yet."""
     from server.engine.thread import EngineThread
+    from server.placement.whereabouts import placement_status, target_sizes
 
     engine, placed = load_parts(settings, report)
     folder = resolve_target(settings.target)
+    sizes = target_sizes(folder, settings.weights, engine.scheduler.limits.num_rows)
     codec = load_codec(folder)
     codec.fit(engine.target.info.vocab_size)
     if fault := codec.check_templates():
@@ -381,7 +365,7 @@ def load_model(settings: Settings, report: Callable[[str], None] = logger.debug)
         sampling=read_sampling_defaults(folder) if by_model else SamplingParams(),
         drafter_name="none" if drafter is None else drafter.name,
         context_length=engine.options.context_length,
-        placement=functools.partial(placement_status, engine, placed),
+        placement=functools.partial(placement_status, engine, placed, sizes),
     )
 
 

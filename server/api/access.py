@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from server.api import page
 from server.api.errors import ApiError, retry_after, shown
 from server.settings import Settings
 
-PUBLIC_PATHS = frozenset({"/health"})
+PUBLIC_PATHS = page.PATHS | {"/health"}
 ANY = "*"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 MAX_CALLERS = 10_000  # callers remembered at once; the one not seen for longest is forgotten first

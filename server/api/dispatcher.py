@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from server.engine.request import Event
 
@@ -16,8 +16,10 @@ class Dispatcher:
     has open are dropped: its client left.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, watch: Callable[[Sequence[Event]], None]) -> None:
+        """``watch`` sees every round's events first."""
         self.loop = loop
+        self.watch = watch
         self.queues: dict[str, asyncio.Queue[Event | None]] = {}
 
     def deliver(self, events: list[Event]) -> None:
@@ -37,6 +39,7 @@ class Dispatcher:
             self.queues.pop(request_id, None)
 
     def _hand_over(self, events: list[Event]) -> None:
+        self.watch(events)
         for event in events:
             if (queue := self.queues.get(event.request_id)) is not None:
                 queue.put_nowait(event)

@@ -40,8 +40,8 @@ async def retrieve_model(model_id: str, serving: CurrentServing) -> dict[str, An
 def describe(serving: Serving, name: str) -> dict[str, Any]:
     """OpenAI's model object, with ``kind`` as far as it is known.
 
-    Once the model is loaded, its size (``meta``), the context length and the drafter join it; licence, classes, input
-    size and runtime for a vision model.
+    Once the model is loaded, its size (``meta``), the context length, the drafter, what lies where and T(n) in
+    milliseconds by rows (``verify_ms``) join it; licence, classes, input size and runtime for a vision model.
     """
     entry: dict[str, Any] = {"id": name, "object": "model", "created": serving.created, "owned_by": "dovetail"}
     for info in serving.vision.models if serving.vision is not None else ():
@@ -64,4 +64,8 @@ def describe(serving: Serving, name: str) -> dict[str, Any]:
         "meta": meta,
         "max_model_len": model.context_length,
         "drafter": model.drafter_name,
+        "placement": model.placement(),
+        "verify_ms": {
+            str(rows): round(1000 * seconds, 3) for rows, seconds in model.engine.figures().verify_curve.items()
+        },
     }

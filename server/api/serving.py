@@ -18,7 +18,9 @@ from fastapi import Request as HttpRequest
 from server.api import supervisor
 from server.api.dispatcher import Dispatcher
 from server.api.errors import ApiError, InvalidValue, NotServing, shown
+from server.api.observations import Observations
 from server.api.watchdog import Watchdog
+from server.engine.figures import EngineFigures
 from server.engine.grammar import GrammarCompiler
 from server.engine.request import Event, Request, SamplingParams
 from server.settings import LOADING_THREAD, Settings
@@ -95,6 +97,9 @@ class EngineHandle(Protocol):
 
     def status(self) -> EngineStatus:
         """How busy it is."""
+
+    def figures(self) -> EngineFigures:
+        """What it has done since its start."""
 
 
 class ServedModel(Protocol):
@@ -180,7 +185,8 @@ class Serving:
         self.reported_fields: set[str] = set()
         self.lock = threading.Lock()
         self.compiler: GrammarCompiler | None = None
-        self.dispatcher = Dispatcher(asyncio.get_running_loop())
+        self.observations = Observations()
+        self.dispatcher = Dispatcher(asyncio.get_running_loop(), self.observations.take)
         # Large bodies are read one at a time: a few bytes may stand for a hundred times as much memory.
         self.readers = ThreadPoolExecutor(1, thread_name_prefix="dovetail-bodies")
 

@@ -48,6 +48,12 @@ class VerifyCost:
         share = (rows - known[high - 1]) / (known[high] - known[high - 1])
         return self.drift * (times[high - 1] + share * (times[high] - times[high - 1]))
 
+    def curve(self) -> dict[int, float]:
+        """T(n) at the rows that were measured; may be asked for by any thread."""
+        points = sorted(self.points.copy().items())
+        times = itertools.accumulate((seconds for _, seconds in points), max)
+        return {rows: self.drift * seconds for (rows, _), seconds in zip(points, times, strict=True)}
+
     def record(self, rows: int, seconds: float) -> None:
         """A pass over so many rows took so long."""
         expected = self.seconds(rows)

@@ -28,6 +28,7 @@ from server.engine.acceptance import Accepted, accept
 from server.engine.candidates import NOTHING, Candidates
 from server.engine.cost import Costs, PrefillPace
 from server.engine.drafting import Drafting, DraftingOptions
+from server.engine.figures import Counts, EngineFigures
 from server.engine.logprobs import rank, rank_prompt
 from server.engine.pooling import pool_prompt
 from server.engine.prefix_cache import PrefixCache
@@ -113,6 +114,7 @@ class Engine:
         cached = options.cache_bytes > 0
         self.prefixes = PrefixCache(target, options.prefill_chunk, options.cache_bytes) if cached else None
         self.clock = RoundClock()
+        self.counts = Counts()
 
     def check(self, request: Request) -> None:
         """Refuse what could never run: EngineError for an empty prompt, ContextTooLong."""
@@ -155,6 +157,20 @@ class Engine:
             events += self._round(decoding)
         return events
 
+    def figures(self) -> EngineFigures:
+        """What was done so far and how full it is. May be called from any thread, a moment old."""
+        rows, scheduler, costs = self.scheduler.limits.num_rows, self.scheduler, self.drafting.costs
+        return EngineFigures(
+            self.counts,
+            self.clock.draft_s,
+            self.clock.verify_s,
+            self.clock.other_s,
+            kv_rows=sum(sequence.reserved for sequence in list(scheduler.running.values())),
+            kv_capacity=rows,
+            cache_bytes=0 if self.prefixes is None else self.prefixes.pages.num_bytes,
+            verify_curve={} if costs is None else costs.verify.curve(),
+        )
+
     def check_integrity(self) -> None:
         """Raises EngineError where a slot, a row or a page has leaked; for idle moments and tests."""
         self.scheduler.check_integrity()
@@ -168,6 +184,9 @@ class Engine:
         started = time.perf_counter()
         if sequence.num_rows == 0:
             self._restore(sequence)
+            if sequence.num_output == 0:
+                self.counts.prompt_tokens += sequence.num_prompt
+                self.counts.cached_tokens += sequence.num_rows
         start = sequence.num_rows
         chunk = sequence.token_ids[start : start + self.scheduler.chunk_rows(sequence)]
         result = self.target.prefill(PrefillChunk(sequence.slot, chunk))
@@ -183,7 +202,9 @@ class Engine:
             next_ids = sequence.token_ids[start + 1 : start + 1 + len(chunk)]
             self.drafting.observe(sequence, result.features, next_ids)
             self.drafting.catch_up()
-        self.scheduler.pace.record(len(chunk), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.counts.prefill_s += seconds
+        self.scheduler.pace.record(len(chunk), seconds)
         return events
 
     def _begin_answer(self, sequence: RunningSequence, result: Prefilled) -> list[Event]:
@@ -254,6 +275,7 @@ class Engine:
         accepted = accept(turn.drafts.tree, chooser(sequence, turn.verified))
         sequence.stats.rounds += 1
         sequence.stats.drafted += len(turn.drafts.tree)
+        self.counts.verified(len(turn.drafts.tree), accepted.num_drafts)
         self.drafting.learn(sequence, turn.drafts, accepted)
         events = self._commit(sequence, accepted, lambda: torch.stack([turn.verified.logits(r) for r in accepted.rows]))
         if sequence.is_running:
@@ -272,10 +294,13 @@ class Engine:
         """
         sequence.timings.first_token = sequence.timings.first_token or time.monotonic()
         token_ids, reason = sequence.commit(accepted.token_ids)
+        self.counts.output_tokens += len(token_ids)
         drafted = tuple(i < accepted.num_drafts for i in range(len(token_ids)))
         if accepted.rows:
             sequence.stats.accepted += sum(drafted)
             sequence.stats.committed += len(token_ids)
+            self.counts.passes += 1
+            self.counts.pass_tokens += len(token_ids)
         num_top, ranked = sequence.request.num_logprobs, tuple[Ranked, ...]()
         if num_top is not None:
             ranked = rank(logits()[: len(token_ids)], token_ids, num_top)
@@ -304,6 +329,7 @@ class Engine:
     def _preempt(self, sequence: RunningSequence) -> None:
         """Back into the queue; its tokens stay, its rows are read again, from the cache as far as that has them."""
         logger.info("request %s gives its rows back and waits for room", sequence.request_id)
+        self.counts.preemptions += 1
         self._keep_pages(sequence)
         self._free(self.scheduler.preempt(sequence))
 
@@ -333,5 +359,6 @@ class Engine:
         self.clock.rounds += 1
         rows = sum(turn.drafts.tree.num_rows for turn in turns)
         self.clock.rows += rows
+        self.counts.rounds_of[rows] += 1
         self.clock.tokens += num_tokens
         self.drafting.record(len(turns), rows, checked - drafted, ended - checked)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from server.engine.drafting import DraftingStatus
 from server.engine.engine import Engine
+from server.engine.figures import EngineFigures
 from server.engine.request import (
     DraftStats,
     EngineStopped,
@@ -90,6 +91,10 @@ class EngineThread:
             running = slots - free
             waiting = max(0, len(self.unfinished) - running)
         return EngineStatus(running, waiting, slots, free, self.engine.drafting.status)
+
+    def figures(self) -> EngineFigures:
+        """What it has done since its start; a moment old."""
+        return self.engine.figures()
 
     def submit(self, request: Request) -> None:
         """Hand a request in. Errors: EngineStopped, QueueFull, what ``Engine.check`` refuses."""

@@ -38,6 +38,7 @@ class MovingDrafter:
         self.known: set[int] = set()  # slots that the drafter has rows of
         self.strangers: set[int] = set()  # slots whose rows an earlier drafter had
         self.place = there
+        self.bytes_up = 0  # features that went to the device
         self.current: Drafter | None = None
         self.loading: tuple[Placement, Future[Drafter]] | None = None
         try:
@@ -70,6 +71,8 @@ class MovingDrafter:
             self.strangers |= self.known
             return
         told = [observation for observation in batch if observation.slot not in self.strangers]
+        if self.place is self.there:
+            self.bytes_up += sum(observation.features.nbytes for observation in told)
         self._attempt(lambda: current.observe(told))
 
     def release(self, slot: int) -> None:

@@ -48,6 +48,7 @@ class Placed:
     """head_rows: the tokens that the drafter may draft, the first ones of the vocabulary; None: all it knows.
 
     split None: the target is on the CPU. reason: why something is not where it was asked to be; empty where it is.
+    drafter_bytes: what its files take, 0 without one.
     """
 
     drafter: Placement
@@ -55,6 +56,7 @@ class Placed:
     split: Split | None = None
     plan: Plan | None = None
     reason: str = ""
+    drafter_bytes: int = 0
 
 
 def place_parts(wanted: Wanted) -> Placed:

@@ -89,6 +89,19 @@ class SplitTarget(NativeTarget):
         count = self.info.num_layers - self.split.first
         return UpperState(str(self.split.place.device), count if self.upper is not None else 0, self.recovery.reason)
 
+    @property
+    def bus_bytes(self) -> dict[str, int]:
+        """What went to the layers on the device and came from them since they are there; may be read anywhere."""
+        upper = self.upper
+        return (
+            {"up": 0, "down": 0}
+            if upper is None
+            else {
+                "up": upper.staging.bytes_up,
+                "down": upper.staging.bytes_down,
+            }
+        )
+
     def head_at(self, place: Placement) -> Tensor | None:
         """The head [vocabulary, hidden] that lies at this place already, where it does in that type."""
         upper = self.upper

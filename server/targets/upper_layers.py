@@ -47,20 +47,23 @@ class Staging:
     """Page-locked memory that copies to and from a CUDA device go through, so that they need no copy in between.
 
     A pass waits for its results before it ends, so one buffer each way serves all of them. Other devices take plain
-    memory.
+    memory. bytes_up and bytes_down: what has gone each way so far.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.bytes_up = self.bytes_down = 0
         self.buffers: dict[tuple[bool, torch.dtype], Tensor] = {}
 
     def up(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the CPU, converted here, on the device; does not wait for them to arrive."""
         staged = self._buffer(True, rows.numel(), dtype).view(rows.shape).copy_(rows)
+        self.bytes_up += staged.nbytes
         return staged.to(self.device, non_blocking=True)
 
     def down(self, rows: Tensor) -> Tensor:
         """Rows of the device on the CPU, once they are there."""
+        self.bytes_down += rows.nbytes
         return self._buffer(False, rows.numel(), rows.dtype).view(rows.shape).copy_(rows)
 
     def _buffer(self, up: bool, size: int, dtype: torch.dtype) -> Tensor:

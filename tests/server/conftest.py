@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from server.engine.figures import Counts, EngineFigures
 from server.engine.request import (
     ContextTooLong,
     DraftStats,
@@ -144,6 +145,9 @@ class ScriptedEngine:
     def status(self) -> Status:
         with self.lock:
             return Status(len(self.running), len(self.waiting), self.slots, self.slots - len(self.running))
+
+    def figures(self) -> EngineFigures:
+        return EngineFigures(Counts(), 0.0, 0.0, 0.0, 0, 100, 0, {1: 0.004, 8: 0.006})
 
     def _run(self, deliver: Callable[[list[Event]], None]) -> None:
         while True:

@@ -194,6 +194,23 @@ def test_requests_may_opt_out_of_drafting(target: TorchTarget, plain: dict[str, 
     assert all(r.finished.stats.drafted == 0 for r in results)
 
 
+def test_figures_are_what_the_requests_say_of_themselves(
+    target: TorchTarget, plain: dict[str, list[list[int]]]
+) -> None:
+    drafter = drafter_named("oracle", plain["greedy"])
+    engine = Engine(target, drafter, EngineOptions(2, 120, BUDGETS["4x3"], 3, cache_bytes=2**20))
+    done = generate(engine, [Request(f"r{i}", PROMPTS[2], NUM_TOKENS, GREEDY) for i in range(3)])
+    figures, stats = engine.figures(), [each.finished.stats for each in done.values()]
+    counts = figures.counts
+    assert counts.output_tokens == 3 * NUM_TOKENS == counts.pass_tokens + 3
+    assert (counts.drafted, sum(figures.accepted_at)) == (sum(s.drafted for s in stats), sum(s.accepted for s in stats))
+    assert counts.passes == sum(s.rounds for s in stats) >= sum(counts.rounds_of.values()) == engine.clock.rounds
+    assert counts.prompt_tokens == 3 * len(PROMPTS[2]) and counts.cached_tokens == sum(s.cached for s in stats) > 0
+    assert list(figures.accepted_at) == sorted(figures.accepted_at, reverse=True)
+    assert figures.kv_rows == 0 < figures.kv_capacity and figures.cache_bytes > 0
+    assert all(seconds > 0 for seconds in figures.seconds.values())
+
+
 def test_cancel_frees_the_slot_in_every_state(target: TorchTarget) -> None:
     engine = Engine(target, None, EngineOptions(max_seqs=2, context_length=120, prefill_chunk=2))
     for name in ("prefilling", "decoding", "waiting"):

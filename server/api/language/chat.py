@@ -55,7 +55,7 @@ class ChatChoices:
         if answer.calls:
             message["tool_calls"] = [call_json(call) for call in answer.calls]
         choice = {"index": index, "message": message, "logprobs": self.view.of_chat(answer.tokens)}
-        choice |= {"finish_reason": answer.finish_reason} | self.view.ids(answer.tokens)
+        choice |= {"finish_reason": answer.finish_reason} | self.view.of_answer(answer.tokens)
         return choice | self.view.prompt(completion, self.prompt_logprobs)
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -79,7 +79,7 @@ class ChatChoices:
         self, index: int, delta: dict[str, Any], finish_reason: str | None, tokens: Sequence[ShownToken] = ()
     ) -> dict[str, Any]:
         entry = {"index": index, "delta": delta, "logprobs": self.view.of_chat(tokens), "finish_reason": finish_reason}
-        return entry | self.view.ids(tokens)
+        return entry | self.view.of_answer(tokens)
 
 
 def call_json(call: CallPiece, arguments: str | None = None) -> dict[str, Any]:

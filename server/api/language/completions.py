@@ -65,7 +65,7 @@ class CompletionChoices:
         self, index: int, text: str, finish_reason: str | None, tokens: Sequence[ShownToken] = ()
     ) -> dict[str, Any]:
         entry = {"text": text, "index": index, "logprobs": self.view.of_text(tokens), "finish_reason": finish_reason}
-        return entry | self.view.ids(tokens)
+        return entry | self.view.of_answer(tokens)
 
 
 @router.post("/v1/completions")

@@ -82,7 +82,13 @@ def text_output(
 
 def view_of(body: GenerationBody, codec: TextCodec) -> TokenView:
     """What a body wants to know of tokens."""
-    return TokenView(codec, body.num_shown_logprobs, body.return_token_ids, body.return_tokens_as_token_ids)
+    return TokenView(
+        codec,
+        body.num_shown_logprobs,
+        body.return_token_ids,
+        body.return_tokens_as_token_ids,
+        body.return_drafted,
+    )
 
 
 def answer_limit(num_prompt: int, asked: int | None, default: int, context: int) -> int:

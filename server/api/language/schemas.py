@@ -152,6 +152,9 @@ class GenerationBody(RequestBody):
         None, ge=0, le=MAX_LOGPROBS, description="Log-probabilities of the prompt's tokens, with so many alternatives."
     )
     return_token_ids: bool = False
+    return_drafted: bool = Field(
+        False, description="Each choice has tokens: the text of each, and whether it was an accepted draft."
+    )
     return_tokens_as_token_ids: bool = Field(False, description="Log-probabilities name tokens as token_id:N.")
     truncate_prompt_tokens: WholeNumber | None = Field(
         None, ge=-1, description="Only so many of the prompt's last tokens; -1: as many as the context leaves room for."
@@ -191,7 +194,7 @@ class GenerationBody(RequestBody):
     @property
     def tells_tokens(self) -> bool:
         """Whether the answer tells of single tokens."""
-        return self.num_logprobs is not None or self.return_token_ids
+        return self.num_logprobs is not None or self.return_token_ids or self.return_drafted
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         """The sampling fields, the model's own where the request says nothing."""

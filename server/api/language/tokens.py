@@ -17,7 +17,8 @@ class ShownToken:
     """A token of a choice, or of the prompt that is echoed before it.
 
     text: what it adds to the text in its place, so that all texts joined are the choice's; empty where it begins a
-    character that a later token completes. start: characters before it. is_cut: it belongs to a stop string.
+    character that a later token completes. start: characters before it. is_cut: it belongs to a stop string. drafted:
+    it was an accepted draft.
     """
 
     token_id: int
@@ -26,6 +27,7 @@ class ShownToken:
     ranked: Ranked | None = None
     is_echo: bool = False
     is_cut: bool = False
+    drafted: bool = False
 
 
 @dataclass
@@ -36,16 +38,18 @@ class TokenTrack:
     end: int = 0
     shown: int = 0
 
-    def add(self, token_id: int, text: str, ranked: Ranked | None, *, is_echo: bool = False) -> None:
+    def add(
+        self, token_id: int, text: str, ranked: Ranked | None, *, is_echo: bool = False, drafted: bool = False
+    ) -> None:
         """One more token."""
-        self.waiting.append(ShownToken(token_id, text, self.end, ranked, is_echo))
+        self.waiting.append(ShownToken(token_id, text, self.end, ranked, is_echo, drafted=drafted))
         self.end += len(text)
 
     def take(self, pieces: Iterable[Piece], text: str) -> list[ShownToken]:
         """The engine's pieces, and the text that is shown by now because of them; the tokens that go with it."""
         for piece in pieces:
             if piece.token_id is not None:
-                self.add(piece.token_id, piece.decoded, piece.ranked)
+                self.add(piece.token_id, piece.decoded, piece.ranked, drafted=piece.drafted)
         self.shown += len(text)
         count = 0
         while count < len(self.waiting) and self.waiting[count].start < self.shown:
@@ -69,17 +73,22 @@ class TokenView:
     """What a call wants to know of tokens.
 
     num_top: alternatives beside each log-probability, None: none are told; token_ids: whether ids are told; as_ids:
-    tokens are written ``token_id:N``.
+    tokens are written ``token_id:N``; drafted: whether each token's text is told with whether it was a draft.
     """
 
     codec: TextCodec
     num_top: int | None = None
     token_ids: bool = False
     as_ids: bool = False
+    drafted: bool = False
 
-    def ids(self, tokens: Sequence[ShownToken]) -> dict[str, Any]:
-        """``token_ids`` of the answer, where they are wanted."""
-        return {"token_ids": [token.token_id for token in tokens if not token.is_echo]} if self.token_ids else {}
+    def of_answer(self, tokens: Sequence[ShownToken]) -> dict[str, Any]:
+        """``token_ids`` and ``tokens`` of the answer, where they are wanted."""
+        own = [token for token in tokens if not token.is_echo]
+        told: dict[str, Any] = {"token_ids": [token.token_id for token in own]} if self.token_ids else {}
+        if self.drafted:
+            told["tokens"] = [{"text": token.text, "drafted": token.drafted} for token in own if not token.is_cut]
+        return told
 
     def prompt(self, completion: Completion, num_top: int | None) -> dict[str, Any]:
         """``prompt_token_ids`` and ``prompt_logprobs`` of a choice, where they are wanted."""

@@ -214,7 +214,7 @@ async def test_with_a_key_every_route_but_health_needs_it(connect, make_model):
     async with connect(make_model(), api_key="sesame") as client:
         paths = {route.path for route in client.app.routes if hasattr(route, "path")}
         paths |= {"/v1/completions", "/v1/chat/completions", "/v1/models", "/version", "/nowhere"}
-        for path in paths - {"/health"}:
+        for path in paths - {"/health", "/"}:
             for headers in ({}, {"authorization": "Bearer no"}, {"authorization": "Bearer "}, {"x-api-key": "sesam"}):
                 answer = await client.request("POST", path, headers=headers)
                 assert answer.status_code == 401, path
@@ -223,6 +223,7 @@ async def test_with_a_key_every_route_but_health_needs_it(connect, make_model):
         for headers in ({"authorization": "Bearer sesame"}, {"x-api-key": "sesame"}):
             assert (await client.get("/v1/models", headers=headers)).status_code == 200
         assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/")).status_code == 200  # the page asks for the key
 
 
 async def test_request_ids_are_taken_where_harmless(connect, make_model):

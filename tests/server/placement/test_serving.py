@@ -20,7 +20,7 @@ from server.engine.ahead import AheadDrafter
 from server.engine.completion import generate
 from server.engine.engine import Engine
 from server.engine.request import Request, SamplingParams
-from server.launch import load_parts, placement_status
+from server.launch import load_parts
 from server.placement import serving
 from server.placement.cost import Rates
 from server.placement.devices import Card, Placement, PlacementError, find_card, on_cpu
@@ -28,6 +28,7 @@ from server.placement.moving_drafter import MovingDrafter
 from server.placement.plan import WORKSPACE_BYTES
 from server.placement.serving import Placed, Wanted, place_parts
 from server.placement.what_if import MARGIN_BYTES
+from server.placement.whereabouts import placement_status
 from server.settings import Settings
 from server.targets.split_target import SplitTarget
 
@@ -97,8 +98,10 @@ def test_a_plan_is_executed_within_its_budget_and_the_text_is_the_cpus(
             # Layers and drafter are held in fp32 on this card, which has twice the planned two bytes.
             assert loaded <= 2 * (placed.plan.placement.gpu_bytes - WORKSPACE_BYTES) + 100_000
             assert device.peak - loaded < WORKSPACE_BYTES
-            status = placement_status(engine, placed)
-            assert status["drafter"] == {"device": "fake:0", "reason": ""} and not status["reason"]
+            status = placement_status(engine, placed, {})
+            size = sum(file.stat().st_size for file in drafter.glob("*.safetensors"))
+            assert status["drafter"] == {"device": "fake:0", "reason": "", "bytes": size} and not status["reason"]
+            assert status["bus_bytes"]["up"] > 0
             layers.append(status.get("gpu_layers", {"layers": 0})["layers"])
     assert layers[0] < layers[1] == 4, "more memory, more layers"
 
@@ -175,8 +178,8 @@ def test_a_drafter_moves_to_the_cpu_when_its_device_dies_and_back_when_it_lives(
         assert moving.recovery.reason.startswith("DeviceLost") and engine.drafting.status.state == "on"
         wait(moving)
         assert text(engine, 2) == want
-        assert placement_status(engine, placed)["drafter"]["device"] == "cpu"
-        assert "fallen off the bus" in json.dumps(placement_status(engine, placed))
+        assert placement_status(engine, placed, {})["drafter"]["device"] == "cpu"
+        assert "fallen off the bus" in json.dumps(placement_status(engine, placed, {}))
         device.dies_at, device.dead, moment[0] = None, False, 2.0
         assert text(engine, 3) == want
         wait(moving)

@@ -88,6 +88,21 @@ async def test_ids_of_prompt_and_answer(connect, make_model, read_events):
     assert [i for event in events[:-1] for i in event["choices"][0]["token_ids"]] == ids
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("stop", [None, "STOP"])
+async def test_accepted_drafts_are_told_where_asked(connect, make_model, read_events, path, stop):
+    fields = {"stop": stop, "messages": [{"role": "user", "content": "one"}], "return_drafted": True}
+    async with connect(make_model(size=3)) as client:
+        whole = (await post(client, path, **fields)).json()["choices"][0]
+        events = read_events((await post(client, path, stream=True, **fields)).text)
+        silent = (await post(client, path, stop=stop, messages=fields["messages"])).json()["choices"][0]
+    tokens = [token for event in events[:-1] for token in event["choices"][0].get("tokens", [])]
+    assert tokens == whole["tokens"]
+    assert "".join(token["text"] for token in tokens) == (whole.get("text") or whole["message"]["content"])
+    assert [token["drafted"] for token in tokens[:9]] == [True, True, False] * 3
+    assert "tokens" not in silent
+
+
 async def test_the_likeliest_of_many_are_given(connect, make_model):
     model = make_model(script=lambda request: [(30 - 3 * request.choice, 2 * request.choice + 30)] * 2)
     async with connect(model) as client:

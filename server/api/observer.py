@@ -1,0 +1,54 @@
+"""The outermost layer: how many answers each route gave, with which status, and how long each took to its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.gate import as_routes_know_it
+
+UNKNOWN = "unknown"
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class Observer:
+    """ASGI middleware around everything else. A stream's time ends with its last byte, or when its client leaves.
+
+    An answer counts for the path as its route writes it, so there are as many names as routes whatever is asked for.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        self.app = app
+        known = [route for route in routes if isinstance(route, Route)]
+        self.plain = {route.path for route in known if "{" not in route.path}
+        self.patterns = {route.path: route.path_regex for route in known if "{" in route.path}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through and observe its answer."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.monotonic()
+        status = 0
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, observed)
+        finally:
+            method = scope["method"] if scope["method"] in METHODS else UNKNOWN
+            route, seconds = self.route_of(as_routes_know_it(scope)["path"]), time.monotonic() - started
+            scope["app"].state.serving.observations.answer(method, route, status, seconds)
+
+    def route_of(self, path: str) -> str:
+        """The route's own path; ``UNKNOWN`` where there is none."""
+        if path in self.plain:
+            return path
+        return next((name for name, pattern in self.patterns.items() if pattern.match(path)), UNKNOWN)
