@@ -10,13 +10,15 @@ from pydantic import BaseModel
 MEANINGS = {
     400: "The request is wrong; ``param`` names the field.",
     401: "The server wants a key, and it is missing or wrong.",
+    403: "The host name is not served here, or a page of another site asks.",
     404: "There is no such model.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is of another type, or compressed.",
-    429: "Too many requests are waiting; Retry-After says when to come back.",
+    429: "Too many requests are waiting, or are this caller's; Retry-After says when to come back.",
+    431: "The request has too many headers.",
     500: "The server failed on this request; its log tells more.",
-    503: "The server cannot answer now: a model is being loaded, could not be loaded, or the server is ending.",
+    503: "The server cannot answer now: a model loads or could not be loaded, the engine is stuck, or the server ends.",
 }
 
 
@@ -40,8 +42,8 @@ def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": MEANINGS[status]} for status in statuses}
 
 
-ASKING = failures(400, 401, 404, 408, 413, 415, 429, 500, 503)
-LOOKING = failures(400, 401, 404)
+ASKING = failures(400, 401, 403, 404, 408, 413, 415, 429, 431, 500, 503)
+LOOKING = failures(400, 401, 403, 404, 429, 431)
 
 
 class App(FastAPI):

@@ -261,7 +261,7 @@ async def test_the_description_names_the_statuses_that_occur(connect, make_model
             assert "422" not in operation["responses"], path
             assert set(operation["responses"]) > {"200"}
     assert set(description["paths"]["/v1/completions"]["post"]["responses"]) == {
-        "200", "400", "401", "404", "408", "413", "415", "429", "500", "503",
+        "200", "400", "401", "403", "404", "408", "413", "415", "429", "431", "500", "503",
     }  # fmt: skip
     prompt = description["components"]["schemas"]["CompletionBody"]["properties"]["prompt"]
     assert {shape["type"] for shape in prompt["anyOf"]} == {"string", "array"}
