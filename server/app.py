@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server.api import health, metrics, models, page
+from server.api import docs, health, metrics, models, page
 from server.api.access import Access, open_to_all
 from server.api.errors import install_error_handlers
 from server.api.gate import Gate
@@ -65,7 +65,7 @@ def create_app(
         )  # fmt: skip
     install_error_handlers(app)
     language = (completions, chat, responses, anthropic, embeddings, tokenizer)
-    routers = [routes.router for routes in (*language, vision_routes, models, health, metrics, page)]
+    routers = [routes.router for routes in (*language, vision_routes, models, health, metrics, page, docs)]
     routers.append(tokenizer.facts)
     for router in routers:
         app.include_router(router)

@@ -1,13 +1,22 @@
-"""What every request body has in common: strict types, null as absence, bounded depth, fields that change nothing."""
+"""What every request body has in common: strict types, null as absence, bounded depth, plain values, and fields that
+change nothing."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+import math
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    model_validator,
+)
 
-from server.api.errors import InvalidValue
-from server.text import check_text
+from server.api.errors import ApiError, InvalidValue
+from server.text import InvalidText, check_text
 
 MAX_DEPTH = 128
 
@@ -43,13 +52,16 @@ class Body(BaseModel):
 class RequestBody(Body):
     """The whole of a request's body."""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _not_too_deep(cls, value: Any) -> Any:
+    def _plain_json(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Nothing in it is nested too deeply; where the fields leave room, no number is NaN and every text Unicode."""
         for name, inner in value.items() if isinstance(value, dict) else ():
             if is_deeper(inner, MAX_DEPTH):
                 raise InvalidValue(name, f"{name} is nested more than {MAX_DEPTH} levels deep.")
-        return value
+        body = handler(value)
+        check_values(value)
+        return body
 
 
 def is_deeper(value: Any, limit: int) -> bool:
@@ -66,3 +78,26 @@ def children(value: Any) -> list[Any]:
     """The lists and objects directly inside a value."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [inner for inner in inside if isinstance(inner, dict | list)]
+
+
+def check_values(body: Any) -> None:
+    """Errors: InvalidValue for NaN and infinity, which JSON does not have, ApiError ``invalid_unicode`` for lone
+    surrogates and NUL, each with its place; also in fields that nobody declared.
+    """
+    left: list[tuple[tuple[str, ...], Any]] = [((), body)]
+    while left:
+        path, value = left.pop()
+        if isinstance(value, dict):
+            left += [((*path, key), inner) for key, inner in value.items()]
+            value = "".join(value)
+        elif isinstance(value, list):
+            left += [((*path, str(index)), inner) for index, inner in enumerate(value) if not isinstance(inner, int)]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidValue(".".join(path), f"{'.'.join(path)} is {value}, which is no number of JSON.")
+        if isinstance(value, str):
+            try:
+                check_text(value)
+            except InvalidText as error:
+                param = ".".join(path) or None
+                message = f"{param or 'the request body'}: {error}."
+                raise ApiError(400, message, param=param, code="invalid_unicode") from error

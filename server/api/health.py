@@ -9,14 +9,18 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from server.api.errors import NotServing
-from server.api.openapi import failures
+from server.api.openapi import ANYWHERE, failures, success
 from server.api.serving import CurrentServing
 from server.installation import own_version
 
 router = APIRouter()
 
 
-@router.get("/health", responses=failures(503))
+HEALTHY = success("Requests are answered.", status=("string", "ok"))
+VERSION = success("The version.", version=("string", "Of the distribution."))
+
+
+@router.get("/health", responses=HEALTHY | failures(503, *ANYWHERE))
 async def health(serving: CurrentServing) -> JSONResponse:
     """200 while requests for text are answered, or for vision where there is no language model; 503 with the reason
     while loading, going down, or after a failure. How vision stands is told beside it."""
@@ -47,7 +51,7 @@ async def health(serving: CurrentServing) -> JSONResponse:
     return JSONResponse(answer)
 
 
-@router.get("/version", responses=failures(401))
+@router.get("/version", responses=VERSION | failures(401, *ANYWHERE))
 async def read_version() -> dict[str, Any]:
     """The distribution's version."""
     return {"version": own_version()}

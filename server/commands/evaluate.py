@@ -12,6 +12,7 @@ import typer
 from server.commands.evaluate_drafter import evaluate_drafter
 from server.commands.evaluate_drafter_study import evaluate_drafter_study
 from server.commands.evaluate_lossless import evaluate_lossless
+from server.commands.evaluate_structured import evaluate_structured
 from server.commands.options import Target, Threads
 
 app = typer.Typer(no_args_is_help=True, help="Measure a trained model.")
@@ -25,6 +26,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 app.command("drafter")(evaluate_drafter)
 app.command("drafter-study")(evaluate_drafter_study)
 app.command("lossless")(evaluate_lossless)
+app.command("structured")(evaluate_structured)
 
 
 @app.command("classifier")

@@ -76,8 +76,8 @@ class Completion:
         return self.ending
 
     def check(self) -> None:
-        """Errors: EngineError where the engine failed on the request."""
-        if self.ending is not None and self.ending.reason is FinishReason.FAILED:
+        """Errors: EngineError where the engine failed on the request, or its grammar could not go on."""
+        if self.ending is not None and self.ending.reason in (FinishReason.FAILED, FinishReason.STUCK):
             raise EngineError(self.ending.error or "the engine failed on this request")
 
     def take(self, event: Event) -> Delta:

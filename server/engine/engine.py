@@ -38,6 +38,7 @@ from server.engine.request import (
     Event,
     FinishedEvent,
     FinishReason,
+    GrammarStuck,
     Ranked,
     Request,
     TokensEvent,
@@ -313,6 +314,8 @@ class Engine:
         """Do a request's own work; an error in it ends that request and no other."""
         try:
             return work()
+        except GrammarStuck as error:
+            return [self._end(sequence, FinishReason.STUCK, str(error))] if sequence.is_running else []
         except Exception as error:
             logger.exception("request %s failed and is ended", sequence.request_id)
             if not sequence.is_running:

@@ -16,14 +16,16 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 from tokenizers import Tokenizer
 
-from server.engine.request import EngineError
+from server.engine.request import GrammarStuck
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-Kind = Literal["json_schema", "regex", "choice", "grammar"]
+Kind = Literal["json_schema", "regex", "choice", "grammar", "lark"]
 
 MAX_COMPILED = 64
+MAX_PROPERTIES = 1000  # of a schema; what optional ones cost grows with their square
+MAX_REASON = 200  # characters
 # One way to write blanks: a small model given the choice may never end them.
 BLANKS: JsonCompileOptions = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 
@@ -40,11 +42,11 @@ class Grammar:
         self.consumed: list[int] = []
 
     def allowed(self, output_ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """[vocabulary] whether each token may follow these. Errors: EngineError where nothing may, or too much work."""
+        """[vocabulary] whether each token may follow these. Errors: GrammarStuck where none may, or too much work."""
         self._go_to(output_ids)
         mask = self.matcher.compute_bitmask()
         if self.matcher.is_error():
-            raise EngineError(f"the grammar cannot go on: {self.matcher.get_error()[:200]}")
+            raise GrammarStuck(f"The grammar cannot go on: {first_line(self.matcher.get_error())}")
         return np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little").astype(bool)
 
     def forced(self, output_ids: Sequence[int]) -> Sequence[int]:
@@ -97,12 +99,42 @@ class GrammarCompiler:
     def _compile(self, kind: Kind, text: str) -> LLMatcher:
         try:
             if kind == "json_schema":
+                check_size(text)
                 grammar = LLMatcher.grammar_from_json_schema(text, overrides=BLANKS)
             else:
                 grammar = grammar_from(kind, text)
+        except GrammarError:
+            raise
         except ValueError as error:
-            raise GrammarError(str(error)) from error
+            raise GrammarError(first_line(str(error))) from error
         matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise GrammarError(matcher.get_error().splitlines()[0][:300])
+            raise GrammarError(first_line(matcher.get_error()))
+        begun = matcher.deep_copy()
+        begun.compute_bitmask()
+        if begun.is_error():
+            raise GrammarError("no answer can follow it")
         return matcher
+
+
+def first_line(text: str) -> str:
+    """What the library says before it shows its state."""
+    return next(iter(text.splitlines()), "")[:MAX_REASON]
+
+
+def check_size(text: str) -> None:
+    """Errors: GrammarError for what is no JSON, and for more properties than are compiled in a second or two."""
+    try:
+        left = [json.loads(text)]
+    except (ValueError, RecursionError) as error:
+        raise GrammarError("it is no JSON, or nested too deeply") from error
+    count = 0
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            count += len(found) if isinstance(found := value.get("properties"), dict) else 0
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    if count > MAX_PROPERTIES:
+        raise GrammarError(f"it has {count} properties; at most {MAX_PROPERTIES} are allowed")

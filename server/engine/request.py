@@ -35,6 +35,10 @@ class ContextTooLong(EngineError):
         )
 
 
+class GrammarStuck(EngineError):
+    """An answer's grammar leaves nothing that may follow, or takes too much work: what was asked for, not a fault."""
+
+
 class EngineStopped(EngineError):
     """The engine no longer runs; the server must be restarted."""
 
@@ -77,13 +81,14 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     FAILED = "failed"
+    STUCK = "stuck"
 
 
 class TokenFilter(Protocol):
     """Says which tokens may follow an answer so far; ``server.engine.grammar.Grammar`` is one."""
 
     def allowed(self, output_ids: Sequence[int]) -> Any:
-        """[vocabulary] booleans, as a numpy array. Errors: EngineError."""
+        """[vocabulary] booleans, as a numpy array. Errors: GrammarStuck."""
         ...
 
     def forced(self, output_ids: Sequence[int]) -> Sequence[int]:
@@ -216,7 +221,7 @@ class TokensEvent:
 
 @dataclass(frozen=True)
 class FinishedEvent:
-    """The end of a request; nothing follows. ``error`` is set when the reason is FAILED."""
+    """The end of a request; nothing follows. ``error`` is set when the reason is FAILED or STUCK."""
 
     request_id: str
     reason: FinishReason

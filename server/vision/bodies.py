@@ -24,10 +24,12 @@ class ImageBody(RequestBody):
     kind: ClassVar[Kind]
     lists: ClassVar[frozenset[str]] = frozenset()
 
-    model: Text | None = None
-    image: Text | None = None
-    images: list[Text] | None = Field(None, min_length=1, max_length=MAX_IMAGES)
-    draw: bool | None = None
+    model: Text | None = Field(None, description="Left out: the first model of this kind.")
+    image: Text | None = Field(None, description="base64, a data URI or a URL; in a form, a file.")
+    images: list[Text] | None = Field(
+        None, min_length=1, max_length=MAX_IMAGES, description="Several images, answered in their order."
+    )
+    draw: bool | None = Field(None, description="The answer holds the picture with what was found drawn into it.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> ImageBody:
@@ -98,7 +100,8 @@ def body_of(kind: Kind) -> type[ImageBody]:
             None,
         )
     if kind.shapes:
-        fields["format"] = (Literal[(OWN_SHAPE, *kind.shapes)] | None, None)
+        shapes = Literal[(OWN_SHAPE, *kind.shapes)] | None
+        fields["format"] = (Annotated[shapes, Field(None, description="Whose shape the answer has.")], None)
     name = "".join(part.capitalize() for part in kind.name.split("-")) + "Body"
     body: type[ImageBody] = create_model(name, __base__=ImageBody, __doc__=f"POST /v1/vision/{kind.route}.", **fields)
     body.kind = kind

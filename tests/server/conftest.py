@@ -87,7 +87,8 @@ def ranks(token_ids: Sequence[int], num_top: int) -> tuple[Ranked, ...]:
 class ScriptedEngine:
     """Plays ``script(request)``, a burst of tokens a round; every token of a burst but the last counts as drafted.
 
-    A burst None makes the request fail. ``turn`` paces it: the engine waits for the event before every round.
+    A burst None makes the request fail, a text gets its grammar stuck. ``turn`` paces it: the engine waits for the
+    event before every round.
     """
 
     def __init__(self, script: Callable[[Request], Iterable[tuple[int, ...] | None]], **options: Any) -> None:
@@ -188,6 +189,8 @@ class ScriptedEngine:
         burst = next(entry.bursts, ())
         if burst is None:
             return [self._end(entry, FinishReason.FAILED, error="secret detail")]
+        if isinstance(burst, str):
+            return [self._end(entry, FinishReason.STUCK, error=burst)]
         request, taken = entry.request, []
         for token_id in burst:
             taken.append(token_id)

@@ -23,10 +23,10 @@ from server.api.language.chat import answer_chat, chat_prompt
 from server.api.language.generation import Generation
 from server.api.language.messages import ChatBody
 from server.api.language.pieces import Answer, CallPiece, Piece, TextPiece
-from server.api.language.schemas import CacheSalt, Deadline, Priority
+from server.api.language.schemas import MAX_STOP_CHARS, MAX_STOPS, CacheSalt, Deadline, Priority
 from server.api.language.tools import chosen_tools
 from server.api.language.translated import Part, as_chat, objects, unsupported
-from server.api.openapi import ASKING
+from server.api.openapi import ASKING, success
 from server.api.reading import JsonRoute
 from server.api.serving import CurrentServing
 from server.api.sse import named_event
@@ -43,11 +43,13 @@ class CountBody(RequestBody):
     without_effect: ClassVar[frozenset[str]] = frozenset({"metadata", "service_tier", "cache_control", "betas"})
     neutral: ClassVar[NeutralValues] = {"mcp_servers": ([],), "container": ()}
 
-    model: Text | None = None
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    system: Text | list[dict[str, Any]] = ""
-    tools: list[dict[str, Any]] = Field([])
-    tool_choice: dict[str, Any] = Field({})
+    model: Text | None = Field(None, description="Left out: the language model this server has.")
+    messages: list[dict[str, Any]] = Field(
+        min_length=1, description="The turns: a text, or blocks of text, tool_use and tool_result."
+    )
+    system: Text | list[dict[str, Any]] = Field("", description="The system's turn, a text or blocks of text.")
+    tools: list[dict[str, Any]] = Field([], description="Functions: name, description and input_schema.")
+    tool_choice: dict[str, Any] = Field({}, description="type auto, any, none, or tool with a name.")
     thinking: dict[str, Any] = Field({}, description="type enabled, disabled or adaptive: given to the chat template")
 
     def chat_fields(self) -> dict[str, Any]:
@@ -69,12 +71,18 @@ class CountBody(RequestBody):
 class MessagesBody(CountBody):
     """POST /v1/messages."""
 
-    max_tokens: WholeNumber = Field(ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: WholeNumber | None = None
-    stop_sequences: list[Text] = Field([])
-    stream: bool = False
+    max_tokens: WholeNumber = Field(ge=1, description="Tokens of the answer; cut to what the context leaves.")
+    temperature: float | None = Field(
+        None, ge=0, le=2, description="0: always the likeliest token; left out: the model's own."
+    )
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="The likeliest tokens of so much probability in all; left out: the model's own."
+    )
+    top_k: WholeNumber | None = Field(None, ge=-1, description="So many of the likeliest tokens; 0 or -1: all.")
+    stop_sequences: list[Text] = Field(
+        [], max_length=MAX_STOPS, description=f"Texts that end the answer, of {MAX_STOP_CHARS} characters at most."
+    )
+    stream: bool = Field(False, description="true: Anthropic's named server-sent events.")
     cache_salt: CacheSalt = ""
     priority: Priority = 0
     deadline_ms: Deadline | None = None
@@ -247,7 +255,21 @@ def tool_use(call: CallPiece, given: Any) -> dict[str, Any]:
     return {"type": "tool_use", "id": call.call_id, "name": call.name, "input": given}
 
 
-@router.post("/v1/messages")
+ANSWER = success(
+    "The next turn.",
+    streams=True,
+    id=("string", "Of this message."),
+    type=("string", "message"),
+    role=("string", "assistant"),
+    model=("string", "The model that answered."),
+    content=("array", "Blocks: text, thinking, tool_use."),
+    stop_reason=("string", "end_turn, max_tokens or tool_use."),
+    usage=("object", "Tokens in and out."),
+)
+COUNT = success("The count.", input_tokens=("integer", "Tokens of the prompt."))
+
+
+@router.post("/v1/messages", responses=ANSWER)
 async def create_message(body: MessagesBody, request: HttpRequest, serving: CurrentServing) -> Response:
     """Answer a conversation."""
     check_fields(body, request, serving)
@@ -256,7 +278,7 @@ async def create_message(body: MessagesBody, request: HttpRequest, serving: Curr
     return await answer_chat(as_chat(body.chat_fields()), model, wire, request, serving)
 
 
-@router.post("/v1/messages/count_tokens")
+@router.post("/v1/messages/count_tokens", responses=COUNT)
 async def count_tokens(body: CountBody, request: HttpRequest, serving: CurrentServing) -> JSONResponse:
     """How many tokens a conversation has as a prompt."""
     check_fields(body, request, serving)

@@ -21,11 +21,11 @@ from server.api.language.messages import ChatBody
 from server.api.language.pieces import Answer, CallPiece, Piece, ReasoningPiece
 from server.api.language.prompts import plan_requests, text_output, truncated, view_of
 from server.api.language.schemas import AS_MUCH_AS_FITS
-from server.api.language.structured import grammar_for
+from server.api.language.structured import Calls, grammar_for, wanted
 from server.api.language.tokens import ShownToken, TokenView
 from server.api.language.tool_calls import GENERIC, HERMES, THINK, AnswerParser, CallFormat, call_format
 from server.api.language.tools import Tool, chosen_tools, told_in_text
-from server.api.openapi import ASKING
+from server.api.openapi import ASKING, success
 from server.api.reading import JsonRoute
 from server.api.serving import CurrentServing, ServedModel, Serving
 from server.engine.completion import Completion
@@ -88,7 +88,20 @@ def call_json(call: CallPiece, arguments: str | None = None) -> dict[str, Any]:
     return {"id": call.call_id, "type": "function", "function": function}
 
 
-@router.post("/v1/chat/completions")
+ANSWER = success(
+    "The next turns.",
+    streams=True,
+    id=("string", "Of this answer."),
+    object=("string", "chat.completion"),
+    created=("integer", "Unix time, seconds."),
+    model=("string", "The model that answered."),
+    choices=("array", "The answers, by index."),
+    usage=("object", "Tokens of prompt and answers."),
+    timings=("object", "Milliseconds, tokens a second, and what drafting did."),
+)
+
+
+@router.post("/v1/chat/completions", responses=ANSWER)
 async def create_chat_completion(body: ChatBody, request: HttpRequest, serving: CurrentServing) -> Response:
     """Answer a conversation. Without a limit the answer may fill the context."""
     check_fields(body, request, serving)
@@ -103,7 +116,9 @@ async def answer_chat(
     """What every route of conversations does: encode, generate, and write the answer the route's way."""
     body.check_token_ids(model.codec.vocab_size)
     tools, is_forced = chosen_tools(body.tools, body.tool_choice)
-    grammar = await grammar_for(body, tools if is_forced else (), serving, model)
+    format = GENERIC if is_forced else family_format(model.codec)
+    calls = Calls(tools, format, is_forced, not body.parallel_tool_calls) if tools else None
+    grammar = await grammar_for(body, calls, serving, model)
     prompt = await asyncio.to_thread(chat_prompt, model.codec, body, tools)
     prompt = truncated(prompt, body, model.context_length)
     requests = plan_requests(
@@ -116,16 +131,15 @@ async def answer_chat(
         max_requests=serving.settings.max_waiting,
         grammar=grammar,
     )
-    format = GENERIC if is_forced else family_format(model.codec)
     shown = shown_markers(format.begin, tools)
     outputs = [text_output(model.codec, body, each, (), shown) for each in requests]
     generation = Generation(serving, model, requests, outputs, tells_tokens=body.tells_tokens)
     names = [tool.function.name for tool in tools]
+    has_text = grammar is None or not (is_forced or wanted(body))  # other grammars leave no room for reasoning
     thinking = not body.continue_final_message and opens_reasoning(model.codec, prompt)
 
     def parser() -> AnswerParser:
-        # A grammar leaves no room for reasoning.
-        return AnswerParser(format, names, thinking=thinking and grammar is None, one_call=not body.parallel_tool_calls)
+        return AnswerParser(format, names, thinking=thinking and has_text, one_call=not body.parallel_tool_calls)
 
     reply = Reply(wire, generation, serving.settings.keepalive_s, parser)
     return await reply.send(request, stream=body.stream)

@@ -22,7 +22,7 @@ from server.api.language.prompts import plan_requests, text_output, truncated, v
 from server.api.language.schemas import CompletionBody
 from server.api.language.structured import grammar_for
 from server.api.language.tokens import ShownToken, TokenView
-from server.api.openapi import ASKING
+from server.api.openapi import ASKING, success
 from server.api.reading import JsonRoute
 from server.api.serving import CurrentServing, ServedModel
 from server.engine.completion import Completion
@@ -68,7 +68,20 @@ class CompletionChoices:
         return entry | self.view.of_answer(tokens)
 
 
-@router.post("/v1/completions")
+ANSWER = success(
+    "The continuations.",
+    streams=True,
+    id=("string", "Of this answer."),
+    object=("string", "text_completion"),
+    created=("integer", "Unix time, seconds."),
+    model=("string", "The model that answered."),
+    choices=("array", "The answers, by index."),
+    usage=("object", "Tokens of prompt and answers."),
+    timings=("object", "Milliseconds, tokens a second, and what drafting did."),
+)
+
+
+@router.post("/v1/completions", responses=ANSWER)
 async def create_completion(body: CompletionBody, request: HttpRequest, serving: CurrentServing) -> Response:
     """Continue one or several prompts."""
     check_fields(body, request, serving)
@@ -85,7 +98,7 @@ async def create_completion(body: CompletionBody, request: HttpRequest, serving:
         max_tokens=body.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         max_requests=serving.settings.max_waiting,
-        grammar=await grammar_for(body, (), serving, model),
+        grammar=await grammar_for(body, None, serving, model),
     )
     outputs = [text_output(model.codec, body, each, each.prompt_ids) for each in requests]
     echoes = await asyncio.to_thread(echoes_of, model.codec, body, prompts)

@@ -22,7 +22,7 @@ from server.api.language.generation import Generation
 from server.api.language.prompts import answer_limit
 from server.api.language.schemas import TokenIds, check_ids, parse_prompts
 from server.api.leaving import unless_left
-from server.api.openapi import ASKING
+from server.api.openapi import ASKING, success
 from server.api.reading import JsonRoute
 from server.api.serving import CurrentServing, ServedModel, Serving
 from server.engine.request import Request
@@ -49,7 +49,16 @@ class EmbeddingsBody(RequestBody):
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian 32-bit floats")
 
 
-@router.post("/v1/embeddings")
+ANSWER = success(
+    "One vector for each text.",
+    object=("string", "list"),
+    data=("array", "Objects with index and embedding: numbers, or base64 of them."),
+    model=("string", "The model that answered."),
+    usage=("object", "Tokens of the texts."),
+)
+
+
+@router.post("/v1/embeddings", responses=ANSWER)
 async def create_embeddings(body: EmbeddingsBody, request: HttpRequest, serving: CurrentServing) -> Response:
     """The mean of each text's last features, scaled to length 1."""
     check_fields(body, request, serving)

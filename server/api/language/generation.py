@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.api.errors import internal_error
+from server.api.errors import ApiError, internal_error
 from server.api.language.tokens import ShownToken, TokenTrack
 from server.api.serving import EngineHandle, ServedModel, Serving
 from server.engine.completion import Completion, Completions, Delta
@@ -211,10 +211,13 @@ class Generation:
         self.serving.check_not_stuck()
 
     def check(self, completion: Completion, event: FinishedEvent) -> None:
-        """Errors: ApiError 500 where the engine failed on the request, NotServing where it was cancelled by no client.
+        """Errors: ApiError 500 where the engine failed on the request, 400 where its grammar could not be followed to
+        an end, NotServing where it was cancelled by no client.
 
         What failed is logged here and not told to the client.
         """
+        if event.reason is FinishReason.STUCK:
+            raise ApiError(400, f"{event.error}; nothing of the answer counts.", code="invalid_json_schema")
         if event.reason is FinishReason.FAILED:
             logger.error("request %s failed: %s", event.request_id, event.error)
             raise internal_error(event.request_id)

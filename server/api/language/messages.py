@@ -20,15 +20,15 @@ class TextPart(Body):
 
     without_effect: ClassVar[frozenset[str]] = frozenset({"cache_control", "annotations"})
 
-    type: Literal["text", "input_text", "output_text"]
-    text: Text
+    type: Literal["text", "input_text", "output_text"] = Field(description="All three are text.")
+    text: Text = Field(description="The piece.")
 
 
 class RefusalPart(Body):
     """What an assistant said when it refused."""
 
-    type: Literal["refusal"]
-    refusal: Text
+    type: Literal["refusal"] = Field(description="An earlier refusal.")
+    refusal: Text = Field(description="Its text.")
 
     @property
     def text(self) -> str:
@@ -87,12 +87,12 @@ class Message(Body):
         "audio": (),
     }
 
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Content = ""
-    name: Text | None = None
-    reasoning_content: Text | None = None
-    tool_calls: list[ToolCall] = Field([])
-    tool_call_id: Text | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"] = Field(description="Who speaks.")
+    content: Content = Field("", description="A text, or parts of text, which are joined by newlines.")
+    name: Text | None = Field(None, description="Given to the chat template.")
+    reasoning_content: Text | None = Field(None, description="An earlier turn's reasoning, given to the template.")
+    tool_calls: list[ToolCall] = Field([], description="Calls that the assistant made.")
+    tool_call_id: Text | None = Field(None, description="The call that a tool's turn answers.")
 
     @property
     def text(self) -> str:
@@ -124,20 +124,28 @@ class ChatBody(GenerationBody):
         "chat_template": (),
     }
 
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: WholeNumber | None = Field(None, ge=AS_MUCH_AS_FITS)
-    max_completion_tokens: WholeNumber | None = Field(None, ge=AS_MUCH_AS_FITS)
-    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
-    tool_choice: Text | dict[str, Any] | None = Field(None, description="none, auto, or allowed_tools with mode auto")
+    messages: list[Message] = Field(min_length=1, description="The turns so far, oldest first.")
+    max_tokens: WholeNumber | None = Field(
+        None,
+        ge=AS_MUCH_AS_FITS,
+        description="Tokens of the answer, 1 or more; -1 or left out: what the context leaves.",
+    )
+    max_completion_tokens: WholeNumber | None = Field(
+        None, ge=AS_MUCH_AS_FITS, description="The newer name of max_tokens."
+    )
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS, description="Functions that the model may call.")
+    tool_choice: Text | dict[str, Any] | None = Field(
+        None, description="none, auto, required, a function, or allowed_tools."
+    )
     parallel_tool_calls: bool = Field(True, description="false: at most one call in an answer")
     chat_template_kwargs: dict[str, Any] = Field({}, description="Variables the model's chat template is given.")
     reasoning_effort: Text | None = Field(None, description="Given to the template, which may not ask for it.")
     verbosity: Text | None = Field(None, description="Given to the template, which may not ask for it.")
-    logprobs: bool = False
+    logprobs: bool = Field(False, description="Log-probabilities of the answer's tokens, natural.")
     top_logprobs: WholeNumber | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Alternatives to each token; needs logprobs."
     )
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool = Field(True, description="The prompt ends with the opening of the assistant's turn.")
     continue_final_message: bool = Field(False, description="Go on with the last message; add_generation_prompt false.")
 
     @property
@@ -164,4 +172,6 @@ class ChatBody(GenerationBody):
         for index, message in enumerate(self.messages):
             if message.role != "assistant" and "content" not in message.model_fields_set:
                 raise InvalidValue(f"messages.{index}.content", f"messages.{index}.content is missing.")
+        if [message.role for message in self.messages[-2:]] == ["assistant"] * 2:
+            raise InvalidValue("messages", "messages end with two turns of the assistant; send them as one.")
         return self

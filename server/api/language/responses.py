@@ -23,7 +23,7 @@ from server.api.language.generation import Generation
 from server.api.language.pieces import Answer, CallPiece, Piece, TextPiece
 from server.api.language.schemas import CacheSalt, Deadline, Priority
 from server.api.language.translated import Part, as_chat, objects, unsupported
-from server.api.openapi import ASKING
+from server.api.openapi import ASKING, success
 from server.api.reading import JsonRoute
 from server.api.serving import CurrentServing
 from server.api.sse import DONE, named_event
@@ -45,16 +45,26 @@ class ResponsesBody(RequestBody):
         "include": ([], ["reasoning.encrypted_content"]), "truncation": ("disabled",), "top_logprobs": (0,),
     }  # fmt: skip
 
-    model: Text | None = None
-    input: Text | list[dict[str, Any]]
-    instructions: Text = ""
-    max_output_tokens: WholeNumber | None = Field(None, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
-    stream: bool = False
-    tools: list[dict[str, Any]] = Field([])
-    tool_choice: Text | dict[str, Any] = "auto"
-    parallel_tool_calls: bool = True
+    model: Text | None = Field(None, description="Left out: the language model this server has.")
+    input: Text | list[dict[str, Any]] = Field(
+        description="The user's text, or items: message, function_call, function_call_output, reasoning."
+    )
+    instructions: Text = Field("", description="The system's turn, before all others.")
+    max_output_tokens: WholeNumber | None = Field(
+        None, ge=1, description="Tokens of the answer; left out: what the context leaves."
+    )
+    temperature: float | None = Field(
+        None, ge=0, le=2, description="0: always the likeliest token; left out: the model's own."
+    )
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="The likeliest tokens of so much probability in all; left out: the model's own."
+    )
+    stream: bool = Field(False, description="true: named server-sent events with rising sequence_number.")
+    tools: list[dict[str, Any]] = Field([], description="Functions; tools that run at a provider are refused.")
+    tool_choice: Text | dict[str, Any] = Field(
+        "auto", description="none, auto, required, a function, or allowed_tools."
+    )
+    parallel_tool_calls: bool = Field(True, description="false: at most one call in an answer")
     text: dict[str, Any] = Field({}, description="format: text, json_object or json_schema")
     reasoning: dict[str, Any] = Field({}, description="effort: given to the chat template")
     cache_salt: CacheSalt = ""
@@ -229,7 +239,20 @@ def status_of(answer: Answer) -> str:
     return "incomplete" if answer.finish_reason == "length" else "completed"
 
 
-@router.post("/v1/responses")
+ANSWER = success(
+    "The response.",
+    streams=True,
+    id=("string", "Of this response."),
+    object=("string", "response"),
+    created_at=("integer", "Unix time, seconds."),
+    status=("string", "completed, or incomplete where max_output_tokens cut it."),
+    model=("string", "The model that answered."),
+    output=("array", "Items: message, function_call."),
+    usage=("object", "Tokens in and out."),
+)
+
+
+@router.post("/v1/responses", responses=ANSWER)
 async def create_response(body: ResponsesBody, request: HttpRequest, serving: CurrentServing) -> Response:
     """Answer a conversation."""
     check_fields(body, request, serving)

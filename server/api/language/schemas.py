@@ -94,8 +94,8 @@ class StreamOptions(Body):
 
     without_effect: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})  # pads events, changes no text
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool = Field(False, description="A closing chunk without choices holds the usage.")
+    continuous_usage_stats: bool = Field(False, description="With include_usage: every chunk holds the counts so far.")
 
 
 class Speculative(Body):
@@ -125,25 +125,48 @@ class GenerationBody(RequestBody):
     max_tokens: WholeNumber | None = Field(
         None, ge=AS_MUCH_AS_FITS, description="Tokens of the answer; cut to what the context leaves; -1: all of that."
     )
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    n: WholeNumber | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: Annotated[list[str], BeforeValidator(parse_stops, json_schema_input_type=str | list[str])] = Field([])
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    seed: WholeNumber | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    temperature: float | None = Field(
+        None, ge=0, le=2, description="0: always the likeliest token; left out: the model's own."
+    )
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="The likeliest tokens of so much probability in all; left out: the model's own."
+    )
+    n: WholeNumber | None = Field(None, ge=1, le=MAX_CHOICES, description="Answers to each prompt; left out: 1.")
+    stop: Annotated[list[str], BeforeValidator(parse_stops, json_schema_input_type=str | list[str])] = Field(
+        [], description=f"Texts that end the answer, which holds none: {MAX_STOPS} of {MAX_STOP_CHARS} characters."
+    )
+    stream: bool = Field(False, description="true: server-sent events, the last of them [DONE].")
+    stream_options: StreamOptions = Field(StreamOptions(), description="What a stream tells beside its text.")
+    seed: WholeNumber | None = Field(
+        None, ge=-(2**63), le=2**63 - 1, description="The same seed gives the same text; left out: drawn anew."
+    )
     logit_bias: Annotated[
         dict[int, float],
         BeforeValidator(parse_logit_bias, json_schema_input_type=dict[str, float] | list[list[float]]),
-    ] = Field({})
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    top_k: WholeNumber | None = Field(None, ge=-1, description="0 or -1: all tokens")
-    min_p: float | None = Field(None, ge=0, le=1)
+    ] = Field({}, description=f"Token ids with what is added to their logits, -100 to 100; at most {MAX_LOGIT_BIASES}.")
+    presence_penalty: float | None = Field(
+        None,
+        ge=-2,
+        le=2,
+        description="Subtracted from the logit of every token the answer holds; left out: the model's own.",
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="The same for every time it holds the token; left out: the model's own."
+    )
+    top_k: WholeNumber | None = Field(
+        None, ge=-1, description="So many of the likeliest tokens; 0 or -1: all; left out: the model's own."
+    )
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Tokens of at least this share of the likeliest one's probability."
+    )
     typical_p: float | None = Field(None, gt=0, le=1, description="Locally typical sampling; 1: all tokens.")
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
-    stop_token_ids: list[WholeNumber] = Field([], max_length=MAX_STOP_TOKEN_IDS)
-    ignore_eos: bool = False
+    repetition_penalty: float | None = Field(
+        None, gt=0, le=10, description="Logits of tokens in prompt and answer are divided by it; 1: none."
+    )
+    stop_token_ids: list[WholeNumber] = Field(
+        [], max_length=MAX_STOP_TOKEN_IDS, description="Token ids that end the answer, beside the model's own."
+    )
+    ignore_eos: bool = Field(False, description="The model's own end of text does not end the answer.")
     min_tokens: WholeNumber = Field(0, ge=0, description="Tokens before the model may end the text.")
     priority: Priority = 0
     deadline_ms: Deadline | None = None
@@ -151,7 +174,7 @@ class GenerationBody(RequestBody):
     prompt_logprobs: WholeNumber | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Log-probabilities of the prompt's tokens, with so many alternatives."
     )
-    return_token_ids: bool = False
+    return_token_ids: bool = Field(False, description="Choices hold the token ids of the prompt and of the answer.")
     return_drafted: bool = Field(
         False, description="Each choice has tokens: the text of each, and whether it was an accepted draft."
     )
@@ -161,13 +184,13 @@ class GenerationBody(RequestBody):
     )
     response_format: dict[str, Any] | None = Field(None, description="type text, json_object or json_schema")
     structured_outputs: dict[str, Any] | None = Field(None, description="json, regex, choice, grammar or json_object")
-    guided_json: dict[str, Any] | str | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
-    json_schema: dict[str, Any] | None = None
-    grammar: str | None = Field(None, description="GBNF or Lark")
-    speculative: Speculative = Speculative()
+    guided_json: dict[str, Any] | str | None = Field(None, description="A JSON schema that the answer follows.")
+    guided_regex: str | None = Field(None, description="A regular expression that the whole answer matches.")
+    guided_choice: list[str] | None = Field(None, description="Texts of which the answer is one.")
+    guided_grammar: str | None = Field(None, description="A grammar that the answer follows, GBNF or Lark.")
+    json_schema: dict[str, Any] | None = Field(None, description="The same as guided_json, under llama.cpp's name.")
+    grammar: str | None = Field(None, description="The same as guided_grammar, under llama.cpp's name.")
+    speculative: Speculative = Field(Speculative(), description="How the request is drafted for; never changes text.")
     return_metrics: bool = Field(False, description="metrics, and completion_tokens_details in the usage")
     cache_salt: CacheSalt = ""
 
@@ -234,8 +257,8 @@ class CompletionBody(GenerationBody):
     prompt: Annotated[
         list[str] | list[TokenIds],
         BeforeValidator(parse_prompts, json_schema_input_type=str | list[str] | TokenIds | list[TokenIds]),
-    ]
-    echo: bool = False
+    ] = Field(description="A text, several, token ids, or several lists of them; ids are taken as they are.")
+    echo: bool = Field(False, description="The prompt stands before each answer.")
     logprobs: WholeNumber | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Log-probabilities, each with so many alternatives."
     )

@@ -20,7 +20,7 @@ from server.api.language.messages import ChatBody
 from server.api.language.schemas import check_ids
 from server.api.language.tools import chosen_tools
 from server.api.language.translated import as_chat
-from server.api.openapi import ASKING, LOOKING, failures
+from server.api.openapi import ASKING, LOOKING, failures, success
 from server.api.reading import JsonRoute
 from server.api.serving import CurrentServing
 from server.text import TextCodec
@@ -34,12 +34,12 @@ facts = APIRouter(responses=LOOKING | failures(503))
 class ConversationBody(RequestBody):
     """A conversation and what its template is given."""
 
-    model: Text | None = None
+    model: Text | None = Field(None, description="Left out: the language model this server has.")
     messages: list[dict[str, Any]] = Field([], description="As those of a chat.")
-    tools: list[dict[str, Any]] = Field([])
-    chat_template_kwargs: dict[str, Any] = Field({})
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    tools: list[dict[str, Any]] = Field([], description="As those of a chat.")
+    chat_template_kwargs: dict[str, Any] = Field({}, description="Variables the model's chat template is given.")
+    add_generation_prompt: bool = Field(True, description="The prompt ends with the opening of the assistant's turn.")
+    continue_final_message: bool = Field(False, description="The prompt ends with the last message's text.")
 
     def chat(self) -> ChatBody:
         """The chat it stands for. Errors: RequestValidationError."""
@@ -52,14 +52,14 @@ class TokenizeBody(ConversationBody):
 
     neutral: ClassVar[NeutralValues] = {"parse_special": (True,)}
 
-    prompt: Text | None = None
-    content: Text | None = None
+    prompt: Text | None = Field(None, description="A text, under vLLM's name.")
+    content: Text | None = Field(None, description="A text, under llama.cpp's name.")
     add_special_tokens: bool = Field(True, description="Whether a prompt gets what the tokenizer puts around a text.")
     add_special: bool = Field(False, description="The same of content.")
     with_pieces: bool = Field(
         False, description="tokens are objects of id and piece: text, or bytes within a character"
     )
-    return_token_strs: bool = False
+    return_token_strs: bool = Field(False, description="token_strs: the tokens as the vocabulary writes them.")
 
     @model_validator(mode="after")
     def _one_of_them(self) -> TokenizeBody:
@@ -81,11 +81,22 @@ class TokenizeBody(ConversationBody):
 class DetokenizeBody(RequestBody):
     """POST /detokenize."""
 
-    model: Text | None = None
-    tokens: list[WholeNumber] = Field(max_length=MAX_TOKENS_IN_BODY)
+    model: Text | None = Field(None, description="Left out: the language model this server has.")
+    tokens: list[WholeNumber] = Field(max_length=MAX_TOKENS_IN_BODY, description="Token ids, special ones too.")
 
 
-@router.post("/tokenize")
+TOKENS = success(
+    "The tokens.",
+    tokens=("array", "Token ids, or objects of id and piece."),
+    count=("integer", "How many."),
+    max_model_len=("integer", "Tokens of the context."),
+)
+TEXT = success("The text.", prompt=("string", "vLLM's name."), content=("string", "The same, llama.cpp's name."))
+PROMPT = success("The prompt.", prompt=("string", "The conversation as the template writes it."))
+FACTS = success("The tokenizer.", vocab_size=("integer", "Tokens."), stop_tokens=("array", "Those that end a text."))
+
+
+@router.post("/tokenize", responses=TOKENS)
 async def tokenize(body: TokenizeBody, request: HttpRequest, serving: CurrentServing) -> JSONResponse:
     """The tokens of a text or of a conversation."""
     check_fields(body, request, serving)
@@ -98,7 +109,7 @@ async def tokenize(body: TokenizeBody, request: HttpRequest, serving: CurrentSer
     return JSONResponse(answer)
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", responses=TEXT)
 async def detokenize(body: DetokenizeBody, request: HttpRequest, serving: CurrentServing) -> JSONResponse:
     """The text of tokens, special ones included, under vLLM's name and llama.cpp's."""
     check_fields(body, request, serving)
@@ -108,7 +119,7 @@ async def detokenize(body: DetokenizeBody, request: HttpRequest, serving: Curren
     return JSONResponse({"prompt": text, "content": text})
 
 
-@router.post("/apply-template")
+@router.post("/apply-template", responses=PROMPT)
 async def apply_template(body: ConversationBody, request: HttpRequest, serving: CurrentServing) -> JSONResponse:
     """A conversation as the model's chat template writes it."""
     check_fields(body, request, serving)
@@ -117,7 +128,7 @@ async def apply_template(body: ConversationBody, request: HttpRequest, serving: 
     return JSONResponse({"prompt": await asyncio.to_thread(chat_text, codec, chat, tools)})
 
 
-@facts.get("/tokenizer_info")
+@facts.get("/tokenizer_info", responses=FACTS)
 async def tokenizer_info(serving: CurrentServing) -> JSONResponse:
     """The special tokens and the chat template."""
     codec = serving.model().codec

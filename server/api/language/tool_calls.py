@@ -22,20 +22,22 @@ ARGUMENT_KEYS = ("arguments", "parameters")
 class CallFormat:
     """How one family writes calls: JSON between ``begin`` and ``end`` (empty: the JSON's own end).
 
-    ``bare``: an answer that begins with a JSON object is a call as well, if it names one of the tools.
+    ``bare``: an answer that begins with a JSON object is a call as well, if it names one of the tools; ``is_list``: the
+    JSON is a list of calls.
     """
 
     name: str
     begin: str
     end: str = ""
     bare: bool = False
+    is_list: bool = False
 
 
 HERMES = CallFormat("hermes", "<tool_call>", "</tool_call>")
 FORMATS = (
     HERMES,
-    CallFormat("mistral", "[TOOL_CALLS]"),
-    CallFormat("granite", "<|tool_call|>"),
+    CallFormat("mistral", "[TOOL_CALLS]", is_list=True),
+    CallFormat("granite", "<|tool_call|>", is_list=True),
     CallFormat("llama3", "<|python_tag|>", bare=True),
 )
 GENERIC = CallFormat("generic", "", bare=True)

@@ -7,8 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from server.api.body import Body, Text
-from server.api.errors import InvalidValue, UnsupportedParameter, shown
+from server.api.errors import InvalidValue, shown
 from server.api.language.tool_calls import HERMES
 
 Turn = dict[str, Any]
@@ -17,10 +19,12 @@ Turn = dict[str, Any]
 class Function(Body):
     """A function: its name, what it is for, and the JSON schema of its arguments."""
 
-    name: Text
-    description: Text = ""
-    parameters: dict[str, Any] = {"type": "object", "properties": {}}  # noqa: RUF012
-    strict: bool = False
+    name: Text = Field(description="What a call names.")
+    description: Text = Field("", description="What it is for; the model is told.")
+    parameters: dict[str, Any] = Field(
+        {"type": "object", "properties": {}}, description="JSON schema of the arguments, an object."
+    )
+    strict: bool = Field(False, description="Arguments are held to the schema.")
 
 
 class Tool(Body):
@@ -28,8 +32,8 @@ class Tool(Body):
 
     without_effect: ClassVar[frozenset[str]] = frozenset({"cache_control"})
 
-    type: Literal["function"] = "function"
-    function: Function
+    type: Literal["function"] = Field("function", description="The only kind.")
+    function: Function = Field(description="The function.")
 
     def for_template(self) -> dict[str, Any]:
         """The tool as templates know it."""
@@ -39,8 +43,8 @@ class Tool(Body):
 class CalledFunction(Body):
     """A function's name and its arguments: a JSON object as text."""
 
-    name: Text
-    arguments: Text = "{}"
+    name: Text = Field(description="The function that was called.")
+    arguments: Text = Field("{}", description="A JSON object as text.")
 
 
 class ToolCall(Body):
@@ -48,9 +52,9 @@ class ToolCall(Body):
 
     without_effect: ClassVar[frozenset[str]] = frozenset({"index"})
 
-    id: Text = ""
-    type: Literal["function"] = "function"
-    function: CalledFunction
+    id: Text = Field("", description="What the tool's turn refers to.")
+    type: Literal["function"] = Field("function", description="The only kind.")
+    function: CalledFunction = Field(description="What was called.")
 
     def for_template(self) -> dict[str, Any]:
         """The call as templates know it, with its arguments as an object where they are one."""
@@ -66,7 +70,7 @@ def chosen_tools(tools: Sequence[Tool], choice: Any) -> tuple[list[Tool], bool]:
     if choice == "none":
         return [], False
     if choice in (None, "auto"):
-        return checked_strict(tools), False
+        return list(tools), False
     if not tools:
         raise InvalidValue("tool_choice", "tool_choice asks for a call, and no tools were sent.")
     if choice == "required":
@@ -78,20 +82,7 @@ def chosen_tools(tools: Sequence[Tool], choice: Any) -> tuple[list[Tool], bool]:
     allowed = choice.get("allowed_tools", choice)
     if not isinstance(allowed, Mapping) or not isinstance(allowed.get("tools"), list):
         raise InvalidValue("tool_choice", "allowed_tools must hold mode and tools, a list of objects that name tools.")
-    is_forced = allowed.get("mode", "auto") == "required"
-    left = tools_named(tools, allowed["tools"])
-    return (left if is_forced else checked_strict(left)), is_forced
-
-
-def checked_strict(tools: Sequence[Tool]) -> list[Tool]:
-    """Tools that may be called. Errors: UnsupportedParameter where arguments must follow a schema all the same."""
-    for index, tool in enumerate(tools):
-        if tool.function.strict:
-            message = (
-                "strict arguments need a forced call: send tool_choice required or a named tool, or strict: false."
-            )
-            raise UnsupportedParameter(f"tools.{index}.function.strict", message)
-    return list(tools)
+    return tools_named(tools, allowed["tools"]), allowed.get("mode", "auto") == "required"
 
 
 def tools_named(tools: Sequence[Tool], entries: Sequence[Any]) -> list[Tool]:

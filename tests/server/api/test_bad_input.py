@@ -91,7 +91,6 @@ CHATS = [
     bad("messages", "unsupported_parameter", messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
     bad("messages.0.audio", "unsupported_parameter", messages=[{"role": "user", "content": "x", "audio": {}}]),
     bad("tools.0.function", "missing_required_parameter", tools=[{"type": "function"}]),
-    bad("tools.0.function.strict", "unsupported_parameter", tools=[TOOL | {"function": {"name": "f", "strict": True}}]),
     bad("tool_choice", "invalid_value", tools=[TOOL], tool_choice={"function": {"name": "g"}}),
     bad("tool_choice", "invalid_value", tools=[TOOL], tool_choice="required", response_format={"type": "json_object"}),
     bad("tool_choice", "invalid_value", tools=[TOOL], tool_choice="perhaps"),
