@@ -11,14 +11,18 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     model_validator,
 )
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from server.api.errors import ApiError, InvalidValue
 from server.text import InvalidText, check_text
 
 MAX_DEPTH = 128
+BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
 def whole_number(value: Any) -> Any:
@@ -47,6 +51,23 @@ class Body(BaseModel):
     @classmethod
     def _null_is_absence(cls, value: Any) -> Any:
         return {name: v for name, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Ranges of numbers under JSON schema's names; behind a validator pydantic writes its own, or none."""
+        reference = handler(core_schema)
+        properties = handler.resolve_ref_schema(reference).get("properties", {})
+        for name, field in cls.model_fields.items():
+            bounds = {
+                BOUNDS[key]: getattr(entry, key) for entry in field.metadata for key in BOUNDS if hasattr(entry, key)
+            }
+            place = properties[name]
+            for part in place.get("anyOf", [place]):
+                if "description" in part:
+                    place.setdefault("description", part["description"])
+                if part.get("type") in ("integer", "number"):
+                    part |= {BOUNDS[key]: part.pop(key) for key in BOUNDS if key in part} | bounds
+        return reference
 
 
 class RequestBody(Body):

@@ -114,7 +114,12 @@ def kind_html(schema: Schema) -> str:
 
 def bounds(schema: Schema) -> Iterator[str]:
     """The limits of a schema in words."""
-    return (form.format(schema[name]) for name, form in BOUNDS if name in schema)
+    return (form.format(plain_number(schema[name])) for name, form in BOUNDS if name in schema)
+
+
+def plain_number(value: float) -> float:
+    """A whole number without a point."""
+    return int(value) if float(value).is_integer() else value
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -28,8 +28,9 @@ BODY_DEADLINE_S = 30.0
 DRAIN_S = 10.0
 ROOM_RETRY_S = 1.0
 MAX_DRAINED_BYTES = 256 * 2**20
-FIELD_CHARS = ".*[]$ "
+FIELD_CHARS = ".*[]$"  # a blank at its end is no header value
 MAX_NAME_CHARS = 100
+EMPTY_NAME = '""'
 # Nothing that the server sends is a document of its own, unless its route says otherwise.
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
@@ -194,7 +195,8 @@ def set_headers(scope: Scope, headers: MutableHeaders) -> None:
     for name, value in (SECURITY_HEADERS | scope["state"].get("limits", {})).items():
         headers.setdefault(name, value)
     if ignored := scope["state"].get("ignored_fields"):
-        headers["x-dovetail-ignored"] = ", ".join(quote(name, safe=FIELD_CHARS)[:MAX_NAME_CHARS] for name in ignored)
+        names = [quote(name, safe=FIELD_CHARS)[:MAX_NAME_CHARS] or EMPTY_NAME for name in ignored]
+        headers["x-dovetail-ignored"] = ", ".join(names)
 
 
 async def require_json(request: Request) -> None:

@@ -95,10 +95,12 @@ class SchemaWriter:
         return {"anyOf": [*kinds, self.object_of(max(depth, 1) + 1)]}
 
     def reference(self, depth: int) -> Schema:
-        """A reference to a definition, at the deepest level to one that may hold itself."""
+        """A reference to a definition, at the deepest level to one whose list of parts may hold it again."""
         name = self.rng.choice(GROUPS)
+        if self.definitions.get(name) == {}:  # being drawn: an object that must hold itself has no end
+            return self.leaf()[1]
         if name not in self.definitions:
-            self.definitions[name] = {}  # its own parts may refer to it
+            self.definitions[name] = {}
             definition = self.object_of(max(depth, 1) + 1)
             if self.level == DEEPEST and self.rng.random() < 0.3:
                 own = {"type": "array", "items": {"$ref": f"#/$defs/{name}"}, "maxItems": 1}

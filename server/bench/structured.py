@@ -1,7 +1,8 @@
 """Answers held to JSON schemas: whether every finished one validates, whether drafting changes any, and what it gives.
 
 Every schema is answered three times by one engine: greedily by plain decoding, greedily as it is served, and with a
-seed as it is served. A study may be ended at any time and taken up again from its report.
+seed as it is served. Its prompt is read before, so every answer begins with a known one. A study may be ended at any
+time and taken up again from its report.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +24,11 @@ from server.engine.completion import Completion, generate
 from server.engine.engine import Engine
 from server.engine.grammar import GrammarCompiler
 from server.engine.measure import replaced
-from server.engine.report import rate
 from server.engine.request import FinishReason, Request, SamplingParams
 from server.text import TextCodec
 
-GROUP = 24  # schemas between two savings of the report
-PLAIN, DRAFTED, SAMPLED = "greedy, plain", "greedy, drafted", "sampled, drafted"
+GROUP = 8  # schemas between two savings of the report
+READ, PLAIN, DRAFTED, SAMPLED = "read", "greedy, plain", "greedy, drafted", "sampled, drafted"
 SHOWN = 60  # characters of an answer that was cut
 COUNTS = ("texts", "finished", "valid", "tokens", "rounds", "drafted", "accepted")
 
@@ -39,7 +40,7 @@ class StudyOptions:
 
     schemas: int = 300
     seed: int = 0
-    max_tokens: int = 512
+    max_tokens: int = 384
     streams: int = 1
     temperature: float = 0.8
     top_p: float = 0.95
@@ -62,6 +63,7 @@ class StudyReport:
             self.content = read_report(file)
             if {name: self.content.get(name) for name in head} != head:
                 raise BenchError(f"{file} holds another study; give its options, or name another file")
+        self.saved = json.dumps(self.content)
 
     def add(self, mode: str, case: SchemaCase, completion: Completion, text: str) -> None:
         """Count an answer, check one that is finished."""
@@ -77,27 +79,35 @@ class StudyReport:
         for counts in places:
             for name, figure in zip(COUNTS, figures, strict=True):
                 counts[name] = counts.get(name, 0) + figure
-            counts["decode_s"] = round(counts.get("decode_s", 0.0) + finished.timings.decode_s, 6)
         if not is_whole:
             self.content["unfinished"].append([case.name, mode, finished.reason.value, text[-SHOWN:]])
         elif fault:
             self.content["invalid"].append([case.name, mode, f"{fault}: {text}"])
 
+    def spent(self, mode: str, seconds: float) -> None:
+        """Add to the time that the answers of a mode took."""
+        counts = self.content["answers"].setdefault(mode, {})
+        counts["seconds"] = round(counts.get("seconds", 0.0) + seconds, 3)
+
     def finish(self, hardware: dict[str, Any]) -> dict[str, Any]:
-        """The content, with the share of finished answers and, for one stream, tokens a second while decoding."""
+        """The content, with the share of finished answers and tokens a second of all streams."""
         self.content["hardware"] = hardware
         for counts in self.content["answers"].values():
             counts["finished_share"] = round(counts["finished"] / counts["texts"], 4)
             counts["acceptance_length"] = round(counts["tokens"] / max(counts["rounds"], 1), 3)
-            if self.content["conditions"]["streams"] == 1:
-                counts["tokens_per_s"] = round(rate(counts["tokens"] - counts["texts"], counts["decode_s"]), 1)
+            counts["tokens_per_s"] = round(counts["tokens"] / counts["seconds"], 1)
         self.save()
         return self.content
 
     def save(self) -> None:
         """Write the file, whole or not at all."""
+        self.saved = json.dumps(self.content)
         with replaced(self.file) as partial:
             partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+
+    def forget_unsaved(self) -> None:
+        """Drop what was counted of a group that was not finished."""
+        self.content = json.loads(self.saved)
 
 
 class Study:
@@ -118,6 +128,7 @@ class Study:
         while content["schemas"] < len(cases):
             start = content["schemas"]
             group = cases[start : start + GROUP]
+            generate(self.engine, [self.request(case, number, READ) for number, case in enumerate(group, start)])
             plain, drafted, _ = (self.answers(group, start, mode) for mode in (PLAIN, DRAFTED, SAMPLED))
             for case, one, other in zip(group, plain, drafted, strict=True):
                 if one.token_ids != other.token_ids:
@@ -129,7 +140,9 @@ class Study:
     def answers(self, cases: Sequence[SchemaCase], start: int, mode: str) -> list[Completion]:
         """One answer to each schema, as many at once as the engine has slots; counted and checked."""
         requests = [self.request(case, number, mode) for number, case in enumerate(cases, start)]
+        began = time.perf_counter()
         results = generate(self.engine, requests)
+        self.report.spent(mode, time.perf_counter() - began)
         completions = [results[request.request_id] for request in requests]
         for case, completion in zip(cases, completions, strict=True):
             self.report.add(mode, case, completion, self.codec.decode(completion.token_ids))
@@ -141,7 +154,7 @@ class Study:
         return Request(
             f"{case.name}, {mode}",
             self.codec.chat([{"role": "user", "content": case.request}]),
-            self.options.max_tokens,
+            0 if mode == READ else self.options.max_tokens,
             sampled if mode == SAMPLED else GREEDY,
             self.codec.stop_ids,
             draft=mode != PLAIN,

@@ -31,8 +31,8 @@ def evaluate_structured(
     weights: Weights = None,
     limit: Annotated[int, typer.Option(min=1, help="Schemas, of growing difficulty.")] = 300,
     seed: Annotated[int, typer.Option(help="What the schemas are drawn from.")] = 0,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 512,
-    streams: Annotated[int, typer.Option(min=1, help="Requests at once; speeds are told of one.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 384,
+    streams: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
     drafter: Drafter = None,
     drafter_device: DrafterDevice = None,
     trees: Trees = None,
@@ -63,6 +63,7 @@ def evaluate_structured(
         with progress_bar() as advance:
             study.run(schema_cases(limit, seed), advance)
     except KeyboardInterrupt:
+        report.forget_unsaved()
         typer.echo(f"ended; the same command goes on from {json_file}", err=True)
     content = report.finish(measure_machine().json())
     typer.echo(json.dumps(content))

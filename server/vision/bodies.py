@@ -100,8 +100,8 @@ def body_of(kind: Kind) -> type[ImageBody]:
             None,
         )
     if kind.shapes:
-        shapes = Literal[(OWN_SHAPE, *kind.shapes)] | None
-        fields["format"] = (Annotated[shapes, Field(None, description="Whose shape the answer has.")], None)
+        meaning = Field(None, description="Whose shape the answer has.")
+        fields["format"] = (Annotated[Literal[(OWN_SHAPE, *kind.shapes)] | None, meaning], None)
     name = "".join(part.capitalize() for part in kind.name.split("-")) + "Body"
     body: type[ImageBody] = create_model(name, __base__=ImageBody, __doc__=f"POST /v1/vision/{kind.route}.", **fields)
     body.kind = kind

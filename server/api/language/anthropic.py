@@ -51,6 +51,10 @@ class CountBody(RequestBody):
     tools: list[dict[str, Any]] = Field([], description="Functions: name, description and input_schema.")
     tool_choice: dict[str, Any] = Field({}, description="type auto, any, none, or tool with a name.")
     thinking: dict[str, Any] = Field({}, description="type enabled, disabled or adaptive: given to the chat template")
+    output_config: dict[str, Any] = Field(
+        {},
+        description="format: type json_schema with a schema, which the answer follows; effort: given to the template.",
+    )
 
     def chat_fields(self) -> dict[str, Any]:
         """The fields of the chat it stands for. Errors: InvalidValue, UnsupportedParameter."""
@@ -61,6 +65,8 @@ class CountBody(RequestBody):
         fields: dict[str, Any] = {"model": self.model, "messages": turns}
         if self.thinking:
             fields["chat_template_kwargs"] = thinking_of(self.thinking)
+        fields["response_format"] = self.output_config.get("format")
+        fields["reasoning_effort"] = self.output_config.get("effort")
         if self.tools:
             fields["tools"] = [tool_of(tool) for tool in self.tools]
             fields["tool_choice"] = choice_of(self.tool_choice)
@@ -156,6 +162,7 @@ def tool_of(tool: Part) -> dict[str, Any]:
         "name": tool.get("name"),
         "description": tool.get("description"),
         "parameters": tool.get("input_schema"),
+        "strict": tool.get("strict"),
     }
     return {"type": "function", "function": function}
 

@@ -94,8 +94,10 @@ class StreamOptions(Body):
 
     without_effect: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})  # pads events, changes no text
 
-    include_usage: bool = Field(False, description="A closing chunk without choices holds the usage.")
-    continuous_usage_stats: bool = Field(False, description="With include_usage: every chunk holds the counts so far.")
+    include_usage: bool = Field(default=False, description="A closing chunk without choices holds the usage.")
+    continuous_usage_stats: bool = Field(
+        default=False, description="With include_usage: every chunk holds the counts so far."
+    )
 
 
 class Speculative(Body):

@@ -174,6 +174,13 @@ async def test_it_does_no_harm(connect, make_model, path, body):
     assert model.engine.status().free_slots == 4
 
 
+async def test_names_of_ignored_fields_make_a_whole_header(connect, make_model):
+    """An empty name, or a blank at its end, once made a header that no connection sends."""
+    async with connect(make_model()) as client:
+        answer = await ask(client, TEXTS, {"a b ": 1, "\r\nx: y": 2, " ": 3, "": 4})
+    assert answer.headers["x-dovetail-ignored"] == 'a%20b%20, %0D%0Ax%3A%20y, %20, ""'
+
+
 async def test_all_of_it_again_and_again_is_kept_nowhere(connect, make_model, caplog):
     model = make_model(text="aaaa")
 
