@@ -15,8 +15,14 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-ABI = 6  # what `dovetail_abi` of a library built from the same sources answers
+ABI = 7  # what `dovetail_abi` of a library built from the same sources answers
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
+
+
+PARTS = (  # `Part` of csrc/profile.h
+    "norms", "quantising", "products", "rope", "attention", "activation", "head", "waiting", "outside",
+)  # fmt: skip
+_MOST_THREADS = 256
 
 
 class PackedDescriptor(ctypes.Structure):
@@ -45,6 +51,8 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "dovetail_draft_trees": ([_POINTER, _POINTER, _INT64, *[_POINTER] * 5], None),
     "dovetail_stream": ([_POINTER, _INT64], ctypes.c_uint64),
     "dovetail_dots": ([_INT64], _INT64),
+    "dovetail_profile": ([ctypes.c_int], None),
+    "dovetail_profile_times": ([_POINTER, ctypes.c_int], ctypes.c_int),
     "dovetail_linear": ([ctypes.POINTER(PackedDescriptor), _POINTER, _INT64, _POINTER], None),
 }
 
@@ -102,6 +110,29 @@ def use_instruction_set(name: str) -> Iterator[None]:
         yield
     finally:
         native.dovetail_choose_instruction_set(before.encode())
+
+
+@contextmanager
+def profiled() -> Iterator[list[dict[str, float]]]:
+    """Counts where threads spend their time; gives, once done, each thread's milliseconds by part of `PARTS`.
+
+    "waiting": at barriers and for work; "outside": between two calls, which other threads than the caller's count as
+    waiting. Empty without native kernels. Not to be nested.
+    """
+    native = library()
+    threads: list[dict[str, float]] = []
+    if native is not None:
+        native.dovetail_profile(1)
+    try:
+        yield threads
+    finally:
+        if native is not None:
+            native.dovetail_profile(0)
+            times = (_INT64 * (_MOST_THREADS * len(PARTS)))()
+            count = native.dovetail_profile_times(ctypes.addressof(times), _MOST_THREADS)
+            rows = (times[i * len(PARTS) : (i + 1) * len(PARTS)] for i in range(count))
+            spent = ({part: ns / 1e6 for part, ns in zip(PARTS, row, strict=True)} for row in rows)
+            threads += [parts for parts in spent if any(parts.values())]
 
 
 def num_threads() -> int:

@@ -10,13 +10,16 @@ from typing import Any
 from rich.table import Table
 
 from kernels.linear_lowbit.bench import OURS, SHAPES, BenchOptions, Entry, Limits, Say, bench_products, describe_machine
+from server.bench.beside import bench_beside
 from server.bench.whole_model import bench_models
 
 HONEST = 1.05  # T(1) may be so much above T(2) and T(4): a slow T(1) would flatter every ratio
 CURVE = ("shape", "scope", "weights", "group", "context", "engine", "layers")
 
 
-def bench_kernels(options: BenchOptions, scopes: Sequence[str], contexts: Sequence[int], say: Say) -> dict[str, Any]:
+def bench_kernels(
+    options: BenchOptions, scopes: Sequence[str], contexts: Sequence[int], beside: Sequence[int], say: Say
+) -> dict[str, Any]:
     """The JSON of ``bench kernels``. Errors: ValueError for a scope that is not known."""
     if unknown := set(scopes) - {"products", "model"}:
         raise ValueError(f"unknown: {', '.join(sorted(unknown))}; known are products, model")
@@ -24,13 +27,19 @@ def bench_kernels(options: BenchOptions, scopes: Sequence[str], contexts: Sequen
     results: list[Entry] = []
     skipped: dict[str, str] = {}
     outside: list[Entry] = []
+    parts: list[Entry] = []
     if "products" in scopes:
         found, missing = bench_products(options, limits, say)
         results, skipped = results + found, skipped | missing
     if "model" in scopes:
         models = bench_models(options, contexts, limits, say)
-        results, skipped, outside = results + models.results, skipped | models.skipped, models.outside
+        results, skipped = results + models.results, skipped | models.skipped
+        outside, parts = models.outside, models.parts
     report = describe_machine(limits) | {"results": results, "skipped": skipped, "outside_products": outside}
+    report |= {"parts": parts}
+    if beside:
+        loaded, missing = bench_beside(options, beside, min(contexts), say)
+        report |= {"beside": loaded, "skipped": skipped | missing}
     return report | {"checks": honest_checks(results), "flatness": flatness(results)}
 
 
@@ -92,6 +101,35 @@ def tables(report: dict[str, Any]) -> Iterator[Table]:
             name = setting[CURVE.index("engine")] + ("" if group is None else f"/{group}")
             share = shares.get(setting)
             view.add_row(name, *cells, "" if share is None else f"{share:.0%}")
+        yield view
+
+
+def parts_tables(report: dict[str, Any]) -> Iterator[Table]:
+    """Where a pass of ours goes: milliseconds by part, the mean over threads; a table for each model and context."""
+    for title, found in itertools.groupby(report["parts"], key=lambda entry: describe_setting(entry | {"group": None})):
+        entries = list(found)
+        heading = f"{title}: where a thread's time goes"
+        view = Table(title=heading, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        view.add_column("ms")
+        for entry in entries:
+            view.add_column(f"{entry['rows']} rows", justify="right", no_wrap=True)
+        for part in entries[0]["parts_ms"]:
+            view.add_row(part, *(f"{entry['parts_ms'][part]:.3f}" for entry in entries))
+        view.add_row("the pass", *(f"{entry['ms']:.3f}" for entry in entries))
+        yield view
+
+
+def beside_tables(report: dict[str, Any]) -> Iterator[Table]:
+    """Passes per second beside busy processes, by what of the cores is left, a table for each model."""
+    loaded = report.get("beside", [])
+    for (shape, weights), found in itertools.groupby(loaded, key=lambda entry: (entry["shape"], entry["weights"])):
+        title = f"{shape} {weights}: one-row passes per second beside busy processes"
+        view = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        for heading in ("engine", "beside", "passes/s", "of idle", "fair share", "of fair share"):
+            view.add_column(heading, justify="left" if heading == "engine" else "right", no_wrap=True)
+        for entry in found:
+            shares = (f"{entry[key]:.2f}" for key in ("of_idle", "fair_share", "of_fair_share"))
+            view.add_row(entry["engine"], str(entry["beside"]), f"{entry['passes_per_s']:.4g}", *shares)
         yield view
 
 

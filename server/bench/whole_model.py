@@ -38,7 +38,7 @@ from kernels.linear_lowbit.bench import (
     torch_threads,
 )
 from kernels.linear_lowbit.bench_peers import EngineMissing
-from kernels.native import library, num_threads
+from kernels.native import PARTS, library, num_threads, profiled
 from kernels.tree_attention.transformers_plugin import ATTENTION_NAME
 from server.targets.llama_cpp.library import ContextOptions, LlamaCppError, try_out
 from server.targets.native_target import NativeTarget
@@ -48,15 +48,18 @@ from server.targets.target import VerifyRows
 LLAMA_CPP = "llama.cpp"
 PREFILL = 512  # tokens of context llama.cpp takes at a time
 PRODUCTS = "products of ours"
+PROFILED_PASSES = 8
 
 
 @dataclass
 class ModelResults:
-    """results and skipped as in the report; outside: milliseconds per layer that are no product."""
+    """results and skipped as in the report; outside: milliseconds per layer that are no product; parts: where the
+    threads' time goes."""
 
     results: list[Entry] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     outside: list[Entry] = field(default_factory=list)
+    parts: list[Entry] = field(default_factory=list)
 
 
 def bench_models(options: BenchOptions, contexts: Sequence[int], limits: Limits, say: Say) -> ModelResults:
@@ -95,9 +98,7 @@ def measure_model(
     limits: Limits, say: Say, found: ModelResults,
 ) -> None:  # fmt: skip
     """One shape in one format, at each context."""
-    target = NativeTarget(packed, "random", 1, max(contexts) + max(options.rows))
-    target.slots.keys.normal_()
-    target.slots.values.normal_()
+    target = filled_target(packed, max(contexts), max(options.rows))
     num_layers = len(target.stack)
     for context in sorted(contexts):
         say(f"{name} {packed.weights}: whole model, context {context}")
@@ -118,6 +119,7 @@ def measure_model(
             pairs = zip(samples[OURS, rows], samples[PRODUCTS, rows], strict=True)  # of the same round
             between = statistics.median(whole - products for whole, products in pairs)
             found.outside.append(fields | {"rows": rows, "ms_per_layer": round(between / num_layers, 4)})
+            found.parts.append(fields | {"rows": rows} | profile_verify(target, rows))
 
 
 def random_model(shape: ModelShape, weights: str, capacity: int) -> PackedModel:
@@ -151,12 +153,30 @@ def random_model(shape: ModelShape, weights: str, capacity: int) -> PackedModel:
     return PackedModel(model, [own(layer) for layer in base.layers], head, weights, tied=False)
 
 
+def filled_target(packed: PackedModel, context: int, rows: int) -> NativeTarget:
+    """A target whose only slot holds ``context`` random positions and has room for ``rows`` more."""
+    target = NativeTarget(packed, "random", 1, context + rows)
+    target.slots.keys.normal_()
+    target.slots.values.normal_()
+    target.slots.lengths[0] = context
+    return target
+
+
 def time_verify(target: NativeTarget, rows: int) -> float:
     """Milliseconds of a verify pass of ``rows`` rows with its arg-max, as the engine calls it."""
     proposal = chain(list(range(1, rows))) if rows > 1 else Proposal()
     start = time.perf_counter()
     target.verify([VerifyRows(0, rows, proposal)])[0].argmax()
     return (time.perf_counter() - start) * 1e3
+
+
+def profile_verify(target: NativeTarget, rows: int) -> Entry:
+    """Milliseconds of a verify pass by part, each the mean over the threads, and the whole pass."""
+    with profiled() as threads:
+        times = [time_verify(target, rows) for _ in range(PROFILED_PASSES)]
+    passes = PROFILED_PASSES * len(threads)
+    parts = {part: round(sum(spent[part] for spent in threads) / passes, 4) for part in PARTS}
+    return {"ms": round(statistics.mean(times), 3), "threads": len(threads), "parts_ms": parts}
 
 
 def time_products(packed: PackedModel, rows: int) -> float:

@@ -27,6 +27,9 @@ def kernels(
         int | None, typer.Option(min=1, help="At most so many layers of a shape, where memory is short.")
     ] = None,
     groups: Annotated[str, typer.Option(help="Group sizes beside 32 for our products: 64, 128.")] = "64,128",
+    beside: Annotated[
+        str, typer.Option(help="Also passes per second beside so many busy processes, by commas, such as 2,4.")
+    ] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 7,
     peers: Annotated[bool, typer.Option(help="Measure other engines beside ours.")] = True,
     json_file: JsonFile = None,
@@ -52,8 +55,13 @@ def kernels(
     )
     console = Console(stderr=True, markup=False, soft_wrap=True)
     lengths = [int(length) for length in contexts.split(",")]
-    report = kernel_report.bench_kernels(options, scopes.split(","), lengths, console.print)
-    for table in kernel_report.tables(report):
+    busy = [int(count) for count in beside.split(",") if count]
+    report = kernel_report.bench_kernels(
+        options, [scope for scope in scopes.split(",") if scope], lengths, busy, console.print
+    )
+    for table in (
+        *kernel_report.tables(report), *kernel_report.parts_tables(report), *kernel_report.beside_tables(report),
+    ):  # fmt: skip
         console.print(table)
     for line in kernel_report.remarks(report):
         console.print(line)

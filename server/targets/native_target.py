@@ -8,7 +8,6 @@ so drafted greedy text equals plain text exactly. transformers' own layers are t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,13 +110,12 @@ class NativeTarget(TorchTarget):
             raise TargetError("the native layers are not built; `load_target` finds another way")
         return cls(pack_model(folder, weights), folder.name, num_slots, capacity, kv_cache)
 
-    @functools.cached_property
-    def _untied_head(self) -> Tensor:
-        return dequantise(self.packed_head).to(self.embedding().dtype)
-
     def lm_head(self) -> Tensor:
-        """[vocabulary, hidden]; where it is not the embedding, what the packed head stands for, made when asked."""
-        return self.embedding() if self.tied else self._untied_head
+        """[vocabulary, hidden]; where it is not the embedding, what the packed head stands for.
+
+        That is made anew at every call and kept by the caller alone: a drafter packs its own and needs it no longer.
+        """
+        return self.embedding() if self.tied else dequantise(self.packed_head).to(self.embedding().dtype)
 
     @torch.inference_mode()
     def _forward(self, segments: Sequence[Segment], token_ids: list[int], positions: list[int]) -> Tensor:

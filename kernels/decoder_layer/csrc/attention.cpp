@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "layer_math.h"
+#include "profile.h"
 
 namespace dovetail {
 
@@ -50,6 +51,7 @@ void attend_chunks(Pool& pool, AlignedFloats& partials, std::vector<AttendTask>&
       const AttendTask& task = *pieces[i].task;
       float* partial = const_cast<float*>(task.partials) + pieces[i].chunk * partial_floats(task);
       math.attend_chunk(task, pieces[i].chunk, partial, scratch_for(task));
+      lap(Part::kAttention);
     }
   };
   pool.run(static_cast<int64_t>(pieces.size()), 1, body);
@@ -74,7 +76,10 @@ void attend(Pool& pool, AlignedFloats& partials, std::vector<AttendTask>& tasks)
     attend_chunks(pool, partials, tasks);
   }
   auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) math.attend_task(tasks[i], scratch_for(tasks[i]));
+    for (int64_t i = begin; i < end; ++i) {
+      math.attend_task(tasks[i], scratch_for(tasks[i]));
+      lap(Part::kAttention);
+    }
   };
   pool.run(count, 1, body);
 }

@@ -76,6 +76,7 @@ void Head::argmax(Pool& pool, const Packed& head, const float* x, int64_t rows, 
           }
         }
       }
+      lap(Part::kHead);
       const std::lock_guard<std::mutex> lock(merging);
       for (int row = 0; row < block; ++row) {
         if (!better(best[row], best_ids[row], logits[first + row], ids[first + row])) continue;
@@ -92,6 +93,7 @@ void Head::top_k(Pool& pool, const Packed& head, const float* x, int64_t rows, i
   linear(pool, workspace_, head, x, head.in, rows, logits_.data());
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) best_of_row(logits_.data() + row * head.out, head.out, k, ids + row * k, log_probs + row * k);
+    lap(Part::kHead);
   };
   pool.run(rows, 1, body);
 }

@@ -69,6 +69,7 @@ void Runner::place_rows(Pool& pool, const Layer& layer, const Pass& pass, const 
       math.store_row(key, width, format, row_at(slots.keys, at, width, format), scale_at(slots.key_scales, at));
       math.store_row(value, width, format, row_at(slots.values, at, width, format), scale_at(slots.value_scales, at));
     }
+    lap(Part::kRope);
   });
 }
 
@@ -100,6 +101,7 @@ void Runner::run_layer(Pool& pool, const Layer& layer, const Pass& pass, const S
   auto normal = [&](int64_t r, const float* norm) {
     float* out = normal_.data() + r * width;
     math.normalise(hidden + r * width, norm, layer.epsilon, static_cast<int>(width), out);
+    lap(Part::kNorms);
     return out;
   };
   auto attention_input = [&](int64_t r) { return layer.input_norm == nullptr ? hidden + r * width : normal(r, layer.input_norm); };
@@ -120,10 +122,14 @@ void Runner::run_layer(Pool& pool, const Layer& layer, const Pass& pass, const S
     float* out = middle_.data() + r * intermediate;
     if (layer.gate_up_bias != nullptr) add(layer.gate_up_bias, 2 * intermediate, gate);
     math.swiglu(gate, gate + intermediate, static_cast<int>(intermediate), out);
+    lap(Part::kActivation);
     return out;
   };
   linear_of(pool, workspace_, layer.down, rows, row_grain(kExponentials * intermediate), activated, projected_.data(), width);
-  for_rows(pool, rows, width, [&](int64_t r) { add_with_bias(projected_.data() + r * width, layer.down_bias, width, hidden + r * width); });
+  for_rows(pool, rows, width, [&](int64_t r) {
+    add_with_bias(projected_.data() + r * width, layer.down_bias, width, hidden + r * width);
+    lap(Part::kNorms);
+  });
 }
 
 void Runner::run(Pool& pool, const Layer* layers, int64_t num_layers, const Pass& pass, const Slots& slots, float* hidden) {

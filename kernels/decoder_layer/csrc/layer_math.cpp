@@ -105,7 +105,7 @@ const LayerMath& layer_math() {
 #if defined(__x86_64__) || defined(_M_X64)
   if (&instruction_set() == avx512_bf16()) return kAvx512Bf16;
   if (&instruction_set() == avx512()) return kAvx512;
-  if (&instruction_set() == avx2()) return kAvx2;
+  if (&instruction_set() == avx_vnni() || &instruction_set() == avx2()) return kAvx2;
 #endif
   return kPortable;
 }

@@ -144,6 +144,7 @@ struct InstructionSet {
 
 const InstructionSet* avx512();       // null where the build has no such code
 const InstructionSet* avx512_bf16();
+const InstructionSet* avx_vnni();
 const InstructionSet* avx2();
 const InstructionSet* arm_dotprod();
 const InstructionSet* portable();

@@ -5,6 +5,7 @@
 
 #include "layout.h"
 #include "pool.h"
+#include "profile.h"
 
 namespace dovetail {
 
@@ -45,11 +46,15 @@ void linear_of(Pool& pool, Workspace& workspace, const Packed& w, int64_t rows, 
     const int block = static_cast<int>(rows - first < kBlock ? rows - first : kBlock);
     const Activations activations = workspace.activations(w, block);
     auto encode = [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) encode_block_row(w, x(first + row), static_cast<int>(row), block, activations);
+      for (int64_t row = begin; row < end; ++row) {
+        encode_block_row(w, x(first + row), static_cast<int>(row), block, activations);
+        lap(Part::kQuantising);
+      }
     };
     pool.run(block, grain, encode);
     auto multiply = [&](int64_t begin, int64_t end) {
       multiply_panels(w, activations, block, begin, end, y + first * stride + begin * kPanel, stride);
+      lap(Part::kProducts);
     };
     pool.run(w.panels(), panel_grain(w, block, pool.threads()), multiply);
   }

@@ -46,6 +46,21 @@ __attribute__((target("avx512f,avx512bw,avx512vnni"))) int64_t dots_avx512(int64
   return rounds * kChains * 64;
 }
 
+__attribute__((target("avx2,avxvnni"))) int64_t dots_avx_vnni(int64_t rounds) {
+  __m256i sum[kChains];
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) sum[i] = _mm256_setzero_si256();
+  const __m256i a = _mm256_set1_epi8(3);
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) {
+      sum[i] = _mm256_dpbusd_avx_epi32(sum[i], a, a);
+      asm volatile("" : "+x"(sum[i]));
+    }
+  }
+  return rounds * kChains * 32;
+}
+
 __attribute__((target("avx2"))) int64_t dots_avx2(int64_t rounds) {
   __m256i sum[kChains];
 #pragma GCC unroll 12
@@ -85,6 +100,7 @@ __attribute__((target("arch=armv8.2-a+dotprod"))) int64_t dots_arm(int64_t round
 int64_t dots(int64_t rounds) {
 #if defined(__x86_64__) || defined(_M_X64)
   if (std::strncmp(instruction_set().name, "avx512", 6) == 0) return dots_avx512(rounds);
+  if (std::strcmp(instruction_set().name, "avx2-vnni") == 0) return dots_avx_vnni(rounds);
   if (std::strcmp(instruction_set().name, "avx2") == 0) return dots_avx2(rounds);
 #endif
 #if defined(__aarch64__)

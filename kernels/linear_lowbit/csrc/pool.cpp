@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include "profile.h"
+
 #include <pthread.h>
 
 #include <algorithm>
@@ -135,6 +137,7 @@ Pool::Turn::Turn(Pool& pool, uint64_t kind) : pool_(pool), lock_(pool.turn_), ki
   if (pool.started_ < pool.size_) pool.start_workers();
   const int usable = pool.size_ == 1 ? 1 : usable_processors(pool.size_);
   if (usable != pool.usable_) pool.settle(usable);
+  lap(Part::kOutside);
 }
 
 Pool::Turn::~Turn() {
@@ -181,6 +184,7 @@ void Pool::start(int64_t items, int64_t grain, Call call, void* context) {
   if (parked_.load() > 0) wake(gate_, kWorkers);
   work();
   if ((gate_.fetch_and(~kOpen, std::memory_order_acq_rel) & kInside) != 0) wait_for_workers();
+  lap(Part::kWaiting);
 }
 
 void Pool::wait_for_workers() {
@@ -195,6 +199,7 @@ void Pool::wait_for_workers() {
 }
 
 void Pool::work() {
+  lap(Part::kWaiting);
   for (;;) {
     const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
     if (begin >= items_) return;

@@ -28,6 +28,18 @@ def test_what_is_saved_comes_back(tmp_path: Path, bits: int, zero_point: bool) -
     assert torch.equal(linear(x, loaded["down"]), linear(x, packed))
 
 
+@pytest.mark.parametrize("names", [("a", "b"), ("a", "bb"), ("a" * 40, "b")])
+def test_weights_read_from_a_file_start_on_cache_lines(tmp_path: Path, names: tuple[str, str]) -> None:
+    weights = {name: pack(torch.randn(40, 64), 4) for name in names} | {"norm": torch.ones(64)}
+    save_packed(tmp_path / "model.safetensors", weights)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    loaded = load_packed(tmp_path / "model.safetensors")
+    for name in names:
+        packed = loaded[name]
+        assert isinstance(packed, PackedWeight) and packed.data.data_ptr() % 64 == 0
+        assert torch.equal(packed.data, weights[name].data)
+
+
 def test_a_file_of_another_version_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "packed.safetensors"
     monkeypatch.setattr(checkpoint, "FORMAT_VERSION", FORMAT_VERSION + 1)

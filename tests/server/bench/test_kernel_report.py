@@ -2,11 +2,13 @@ import io
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from kernels import native
 from kernels.linear_lowbit import bench
-from server.bench import kernel_report
+from server.bench import beside, kernel_report
+from server.bench.whole_model import filled_target, profile_verify, random_model
 
 TINY = bench.ModelShape(64, 96, 2, 4, 2, 128)
 
@@ -46,12 +48,13 @@ def test_flatness_compares_each_context_with_the_shortest() -> None:
 def test_products_and_models_in_one_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
     options = bench.BenchOptions(["tiny"], ["int4", "bf16"], rows=(1, 2, 4), rounds=1, groups=(32,))
-    report = kernel_report.bench_kernels(options, ["products", "model"], [8, 4], lambda _: None)
+    report = kernel_report.bench_kernels(options, ["products", "model"], [8, 4], [], lambda _: None)
     seen = {(e["scope"], e["context"], e["engine"], e["weights"]) for e in report["results"]}
     assert {("model", context, "ours", w) for context in (4, 8) for w in ("int4", "bf16")} <= seen
     assert ("llama.cpp" in report["skipped"]) == (("model", 4, "llama.cpp", "int4") not in seen)
     assert len(report["checks"]) == 6 and len(report["outside_products"]) == 12
     assert all(entry["ms"] > 0 for entry in report["results"])
+    assert len(report["parts"]) == 12 and "beside" not in report
     report["skipped"] = {"OpenVINO": "NOT INSTALLED: pip install openvino"}
     said = kernel_report.remarks(report)
     assert len(said) == 20 and "OpenVINO: NOT INSTALLED: pip install openvino" in said
@@ -74,6 +77,38 @@ def test_the_tables_fit_80_columns_with_every_figure() -> None:
         assert figure in text
 
 
+@pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
+def test_a_profiled_pass_is_accounted_for() -> None:
+    packed = random_model(TINY, "int8", 16)
+    with torch.inference_mode():
+        target = filled_target(packed, 4, rows=8)
+        entry = profile_verify(target, 8)
+        with native.profiled() as nothing:
+            pass
+    parts = entry["parts_ms"]
+    assert set(parts) == set(native.PARTS) and nothing == []
+    for part in ("norms", "quantising", "products", "rope", "attention", "activation", "head"):
+        assert parts[part] > 0, part
+    # Every thread's laps fill the time between its first and its last: no part can be longer than all passes.
+    assert sum(parts.values()) <= 1.01 * entry["ms"] and parts["products"] < entry["ms"]
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
+def test_passes_beside_busy_processes_are_set_against_the_fair_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = iter([100.0, 40.0, 40.0, 8.0])
+    monkeypatch.setattr(beside, "passes_per_s", lambda *_: next(speeds))
+    monkeypatch.setattr(beside, "num_threads", lambda: 2)
+    found = beside.in_turns({"ours": int, "llama.cpp": int}, [2], rounds=1, seconds=0.0)
+    assert [(e["engine"], e["beside"], e["of_idle"], e["fair_share"], e["of_fair_share"]) for e in found] == [
+        ("ours", 0, 1.0, 1.0, 1.0), ("llama.cpp", 0, 1.0, 1.0, 1.0),
+        ("ours", 2, 0.4, 0.5, 0.8), ("llama.cpp", 2, 0.2, 0.5, 0.4),
+    ]  # fmt: skip
+    report = {"beside": [{"shape": "1B", "weights": "int4"} | entry for entry in found]}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(*kernel_report.beside_tables(report))
+    assert "llama.cpp" in (text := console.export_text()) and "0.80" in text
+
+
 def test_unknown_scopes_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="unknown: head; known are products, model"):
-        kernel_report.bench_kernels(bench.BenchOptions(), ["head"], [64], lambda _: None)
+        kernel_report.bench_kernels(bench.BenchOptions(), ["head"], [64], [], lambda _: None)
