@@ -20,7 +20,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -247,9 +247,10 @@ async def drive(
     watching.cancel()
     took = time.monotonic() - started
     idle = await until_idle(client)
-    tally, first = asdict(client.tally), sorted(client.tally.first_byte_s)
-    del tally["first_byte_s"]
-    return tally | {
+    tally, first = client.tally, sorted(client.tally.first_byte_s)
+    return {
+        "kinds": dict(tally.kinds), "statuses": dict(tally.statuses), "compared": tally.compared,
+        "mismatches": tally.mismatches, "odd": tally.odd,
         "at_once": at_once, "seconds": round(took, 1), "left_running": idle,
         "first_byte_s": {p: round(first[int(len(first) * int(p) / 100)], 3) for p in ("50", "95") if first},
         "resident_bytes": {"before": before, "after": resident_bytes(pid)}, "memory": curve,
