@@ -194,8 +194,7 @@ class Engine:
         sequence.read(len(chunk))
         if self.prefixes is not None:
             self.prefixes.extend(sequence, result.features)
-            if sequence.status is Status.DECODING:
-                self.prefixes.keep(sequence)
+            self.prefixes.keep(sequence)  # at once: a whole prompt's pages would hold up those that decode
         events: list[Event] = [*rank_prompt(sequence, start, result), *pool_prompt(sequence, start, result.last)]
         if sequence.status is Status.DECODING and sequence.num_output == 0:
             events += self._begin_answer(sequence, result)

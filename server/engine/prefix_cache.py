@@ -9,7 +9,7 @@ are kept.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,10 +67,10 @@ class PrefixCache:
         num_rows = sequence.num_rows if self.exact else min(sequence.num_rows, sequence.num_prompt)
         if num_rows < size:
             return
-        features = torch.cat(self.features[slot])
 
         def read(start: int) -> tuple[CachedRows, int]:
-            page = CachedRows(self.target.read_rows(slot, start, start + size), features[start : start + size].clone())
+            features = rows_of(self.features[slot], sequence.num_rows, start, start + size)
+            page = CachedRows(self.target.read_rows(slot, start, start + size), features)
             return page, page.num_bytes
 
         self.pages.add(sequence.token_ids[:num_rows], read, sequence.request.cache_salt)
@@ -84,3 +84,18 @@ class PrefixCache:
         self.pages.check_integrity()
         if stray := set(self.features) - set(held):
             raise ValueError(f"features are kept for the slots {sorted(stray)}, which nobody holds")
+
+
+def rows_of(pieces: Sequence[Tensor], num_rows: int, start: int, stop: int) -> Tensor:
+    """A copy of rows start .. stop-1 of tensors that hold ``num_rows`` behind one another; those wanted lie near the
+    end, so that is where the search begins."""
+    found: list[Tensor] = []
+    end = num_rows
+    for piece in reversed(pieces):
+        begin = end - len(piece)
+        if begin < stop:
+            found.append(piece[max(start - begin, 0) : stop - begin])
+        if begin <= start:
+            break
+        end = begin
+    return torch.cat(found[::-1])

@@ -13,6 +13,7 @@ from kernels import native
 from server.engine.completion import generate
 from server.engine.engine import Engine, EngineOptions
 from server.engine.pages import PageTree
+from server.engine.prefix_cache import rows_of
 from server.engine.request import Request, SamplingParams
 from server.targets.native_target import NativeTarget
 from server.targets.target import PrefillChunk, Prefilled
@@ -53,6 +54,19 @@ def test_pages_hold_their_limit_whatever_comes(seed: int) -> None:
         assert [page.content for page in found] == [tuple(text[: 3 * i + 3]) for i in range(len(found))]
         tree.add(text, lambda start, text=text: (tuple(text[: start + 3]), chooser.randrange(1, 50)), salt)  # type: ignore[misc]
         tree.check_integrity()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_pages_features_are_found_in_pieces_of_any_size(seed: int) -> None:
+    chooser = random.Random(seed)
+    pieces = [torch.rand(chooser.choice([1, 1, 2, 3, 16, 40]), 3) for _ in range(30)]
+    whole = torch.cat(pieces)
+    for _ in range(50):
+        start = chooser.randrange(len(whole))
+        stop = chooser.randrange(start, len(whole)) + 1
+        found = rows_of(pieces, len(whole), start, stop)
+        assert torch.equal(found, whole[start:stop])
+        assert found.data_ptr() not in [piece.data_ptr() for piece in pieces], "a copy"
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
