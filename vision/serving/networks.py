@@ -31,31 +31,44 @@ class OnnxNetwork:
         return outputs
 
 
-class FreeSizeNetwork:
-    """Another's export with an input of one size, freed: raw values 0 to 255, RGB, one image at a time."""
+class SingleNetwork:
+    """Another's export, asked for one image at a time: (value - ``mean``) / ``std`` of 0 to 255, RGB or ``bgr``.
+
+    Answers are the named ``outputs``, an image's own axis before the others where the file leaves it out.
+    """
 
     runtime = "onnxruntime"
 
-    def __init__(self, file: Path, num_threads: int, outputs: Sequence[str]) -> None:
-        if find_spec("onnx") is None:
-            raise ModelError(
-                f"{file} needs onnx, which frees the size of its input: pip install 'dovetail-server[vision]'"
-            )
-        import onnx
-
-        model = onnx.load(file)
-        weights = {entry.name for entry in model.graph.initializer}  # old files list them among the inputs
-        for value in (*model.graph.input, *model.graph.output):
-            for axis in (0, 2, 3) if value.name not in weights else ():
-                value.type.tensor_type.shape.dim[axis].dim_param = f"{value.name}_{axis}"
-        del model.graph.value_info[:]
-        self.session = open_session(model.SerializeToString(), num_threads)
-        self.input, self.outputs = self.session.get_inputs()[0].name, list(outputs)
+    def __init__(
+        self, session: Any, outputs: Sequence[str], bgr: bool = False, mean: float = 0.0, std: float = 1.0
+    ) -> None:
+        self.session, self.outputs = session, list(outputs)
+        self.input = session.get_inputs()[0].name
+        self.bgr, self.mean, self.std = bgr, mean, std
 
     def run(self, rows: Pixels) -> Outputs:
         """See ``Network``."""
-        found = [self.session.run(self.outputs, {self.input: row[None].astype(np.float32)}) for row in rows]
-        return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+        values = ((rows[:, ::-1] if self.bgr else rows).astype(np.float32) - self.mean) / self.std
+        found = [self.session.run(self.outputs, {self.input: row[None]}) for row in values]
+        return [
+            np.stack([part.reshape(part.shape[-2:]) if part.ndim < 4 else part[0] for part in parts])
+            for parts in zip(*found, strict=True)
+        ]
+
+
+def with_free_size(file: Path, num_threads: int) -> Any:
+    """A session of a file whose input has one size, which it frees. Errors: ModelError."""
+    if find_spec("onnx") is None:
+        raise ModelError(f"{file} needs onnx, which frees the size of its input: pip install 'dovetail-server[vision]'")
+    import onnx
+
+    model = onnx.load(file)
+    weights = {entry.name for entry in model.graph.initializer}  # old files list them among the inputs
+    for value in (*model.graph.input, *model.graph.output):
+        for axis in (0, 2, 3) if value.name not in weights else ():
+            value.type.tensor_type.shape.dim[axis].dim_param = f"{value.name}_{axis}"
+    del model.graph.value_info[:]
+    return open_session(model.SerializeToString(), num_threads)
 
 
 class TorchNetwork:

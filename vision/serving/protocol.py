@@ -107,10 +107,7 @@ class Card:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model says of itself. ``kind``: what it answers ("detector"); ``runtime``: onnxruntime or torch.
-
-    ``full_size``: it looks at parts of the image, so that a large one must not be decoded smaller.
-    """
+    """What a model says of itself. ``kind``: what it answers ("detector"); ``runtime``: onnxruntime or torch."""
 
     name: str
     kind: str
@@ -119,7 +116,6 @@ class ModelInfo:
     image_size: int
     runtime: str
     description: str = ""
-    full_size: bool = False
 
     def json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -176,6 +172,7 @@ class Kind(ABC):
     ``format`` and ``version`` are those of saved folders; ``route`` ends the path of its HTTP route, ``noun`` is its
     ``object`` there and ``id_prefix`` begins its ids. ``shapes`` maps formats of answers, the first ours; those of
     ``object_shapes`` are objects, beside whose keys a picture may stand. ``asks`` names kinds of models it turns to.
+    ``boxes``: the answer's list of boxes with scores, which can be followed through a video.
     """
 
     name: ClassVar[str]
@@ -186,10 +183,10 @@ class Kind(ABC):
     id_prefix: ClassVar[str]
     summary: ClassVar[str]
     options: ClassVar[type[Options]] = Options
-    full_size: ClassVar[bool] = False
     shapes: ClassVar[Mapping[str, Shape]] = {}
     object_shapes: ClassVar[frozenset[str]] = frozenset()
     asks: ClassVar[tuple[str, ...]] = ()
+    boxes: ClassVar[str] = ""
 
     @abstractmethod
     def read_card(self, config: Mapping[str, Any], digest: str) -> Card:
@@ -205,7 +202,14 @@ class Kind(ABC):
 
     @abstractmethod
     def answer(self, model: Model, picture: Picture, options: Any) -> Answering:
-        """Ask for rows, return the answer, JSON; lets go of ``picture`` as soon as it can."""
+        """Ask for rows, return the answer, JSON; lets go of ``picture`` as soon as it can.
+
+        Errors: ImageError for a picture of which the options ask too much.
+        """
+
+    def full_size(self, options: Mapping[str, Any]) -> bool:  # noqa: ARG002
+        """Whether it looks at parts of the image, so that a large one must not be decoded smaller."""
+        return False
 
     @abstractmethod
     def draw(self, image: Image.Image, answer: Answer) -> Image.Image:

@@ -7,17 +7,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_detector import encoded, halves, write_tiny_detector
 
+from vision.data.view import View
 from vision.detection.boxes import nms, soft_nms
 from vision.detection.checkpoint import load_detector, save_detector
 from vision.detection.detector import DetectorConfig, build_detector, detect_images
 from vision.detection.rpn import ProposalBudget
 from vision.detection.thundernet import ThunderNetConfig
-from vision.images import ImageError, ImageLimits, decode_image
+from vision.images import ImageError, ImageLimits, Picture, decode_image
 from vision.serving.batch import answer_pictures
 from vision.serving.folder import ModelError, name_of
-from vision.serving.kinds.detector import KIND, DetectionOptions, DetectorCard, greedy_nms, suppress
+from vision.serving.kinds.detector import (
+    KIND,
+    Candidates,
+    DetectionOptions,
+    DetectorCard,
+    greedy_nms,
+    joined_parts,
+    suppress,
+)
 from vision.serving.load import load_model
 from vision.serving.protocol import Model, ModelInfo
 
@@ -104,13 +114,76 @@ def test_boxes_are_scaled_and_clipped_to_the_original_however_it_was_resized() -
 
 def test_more_than_a_hundred_detections_are_given_where_they_are_asked_for() -> None:
     corners = np.stack([np.arange(300) * 10.0, np.zeros(300)], axis=1).astype(np.float32)
-    boxes, scores = (
-        np.concatenate([corners, corners + 5], axis=1),
-        np.linspace(0.9, 0.6, 300, dtype=np.float32)[:, None],
-    )
+    boxes = np.concatenate([corners, corners + 5], axis=1)
+    found = Candidates(boxes, np.linspace(0.9, 0.6, 300, dtype=np.float32), np.zeros(300, dtype=np.int64))
     for wanted, given in ((100, 100), (250, 250), (1000, 300)):
-        kept, _, _ = suppress(boxes, scores, card(), DetectionOptions(max_detections=wanted))
+        kept, _, _ = suppress(found, card(), DetectionOptions(max_detections=wanted))
         assert len(kept) == given
+
+
+def test_a_box_falls_to_one_of_another_class_only_where_that_is_asked_for() -> None:
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10]], dtype=np.float32)
+    found = Candidates(boxes, np.array([0.9, 0.8, 0.7], dtype=np.float32), np.array([0, 1, 1]))
+    for agnostic, given in ((False, [0, 1, 1]), (True, [0, 1])):
+        _, _, class_ids = suppress(found, card(soft=False), DetectionOptions(class_agnostic=agnostic))
+        assert class_ids.tolist() == given
+
+
+class Blobs:
+    """A network that finds what is white on black, as one box of the first class, where it is not too small for it."""
+
+    runtime = "blobs"
+
+    def run(self, rows):
+        boxes, scores = np.zeros((len(rows), 1, 4), np.float32), np.zeros((len(rows), 1, 2), np.float32)
+        for index, row in enumerate(rows):
+            y, x = np.nonzero(row[0] > 128)
+            if len(x) > 20:
+                boxes[index, 0], scores[index, 0, 0] = [x.min(), y.min(), x.max() + 1, y.max() + 1], 0.9
+        return [boxes, scores]
+
+
+@pytest.mark.parametrize("resize", ["stretch", "letterbox"])
+def test_tiles_find_what_is_small_and_count_nothing_twice(resize: str) -> None:
+    pixels = np.zeros((400, 640, 3), np.uint8)
+    small = [[10, 10, 22, 22], [150, 200, 162, 212], [600, 380, 612, 392]]  # 12 pixels: under one of 32 by 32 input
+    for x1, y1, x2, y2 in small:
+        pixels[y1:y2, x1:x2] = 255
+    model = Model(KIND, ModelInfo("blobs", "detector", ("a", "b"), "MIT", 32, "blobs"), card(resize=resize), Blobs())
+    picture = decode_image(encoded(Image.fromarray(pixels)))
+
+    def boxes(**options):
+        (answer,) = answer_pictures(model, [picture], options)
+        return sorted([round(value) for value in entry["box"]] for entry in answer["detections"])
+
+    assert boxes() == []
+    found = np.array(boxes(tile=80))
+    assert found.shape == (3, 4)
+    assert np.abs(found - np.array(sorted(small))).max() <= 4, "a pixel of a tile's view is 2.5 of the image"
+    assert boxes(tile=640) == boxes(), "a tile as large as the image is the image"
+
+
+def test_what_a_tile_cuts_falls_to_what_is_whole() -> None:
+    whole, tile = View(0, 0, 100, 100), View(0, 0, 64, 64)
+    boxes = np.array([[30, 10, 64, 40]], np.float32)  # to the tile's right border
+    size = 32
+    one = lambda box, score: Candidates(box, np.array([score], np.float32), np.array([0]))  # noqa: E731
+    seen = [
+        one(whole.boxes_in(np.array([[30, 10, 90, 40]], np.float32), size), 0.6),
+        one(tile.boxes_in(boxes, size), 0.9),
+    ]
+    joined = joined_parts(seen, [whole, tile], (100, 100), whole, card())
+    assert joined.scores.tolist() == pytest.approx([0.6]), "the better part of a thing is still a part"
+    nothing = Candidates(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+    alone = joined_parts([nothing, seen[1]], [whole, tile], (100, 100), whole, card())
+    assert alone.scores.tolist() == pytest.approx([0.9]), "nobody saw the whole of it"
+
+
+def test_too_many_tiles_are_refused_by_the_picture() -> None:
+    model = Model(KIND, ModelInfo("blobs", "detector", ("a", "b"), "MIT", 32, "blobs"), card(), Blobs())
+    picture = Picture(Image.new("RGB", (4000, 3000)), 4000, 3000)
+    with pytest.raises(ImageError, match="take larger tiles"):
+        answer_pictures(model, [picture], {"tile": 64})
 
 
 @needs_onnx

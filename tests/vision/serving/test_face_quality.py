@@ -37,7 +37,7 @@ class Constant:
 
 def make_model(score=0.5):
     network = Constant(score)
-    info = ModelInfo("constant", "face-quality", (), "MIT", 112, "constant", full_size=True)
+    info = ModelInfo("constant", "face-quality", (), "MIT", 112, "constant")
     return Model(KIND, info, KIND.read_card(CONFIG, "d1"), network), network
 
 
@@ -166,7 +166,7 @@ def test_boxes_are_drawn():
 @NEEDS_ONNX
 def test_a_folder_is_recognised_as_a_scorer(tmp_path):
     model = load_model(write_tiny_scorer(tmp_path / "redness"))
-    assert (model.info.kind, model.info.licence, model.info.full_size) == ("face-quality", "MIT", True)
+    assert (model.info.kind, model.info.licence, model.kind.full_size({})) == ("face-quality", "MIT", True)
     crop = drawn_face().resize((112, 112))
     (answer,) = answer_pictures(model, [Picture(crop, 112, 112)], {"aligned": True})
     assert answer["faces"][0]["raw"] == pytest.approx(np.asarray(crop)[..., 0].mean() / 255, abs=1e-4)

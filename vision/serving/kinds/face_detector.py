@@ -11,19 +11,18 @@ import numpy as np
 from PIL import Image
 
 from vision.images import LabelledBox, Picture, draw_boxes
+from vision.serving.faces import FAMILIES, Family
 from vision.serving.folder import ModelError
-from vision.serving.kinds.detector import greedy_nms
-from vision.serving.networks import FreeSizeNetwork
+from vision.serving.kinds.detector import greedy_nms, numbered
+from vision.serving.networks import SingleNetwork, with_free_size
 from vision.serving.protocol import (
     Answer,
     Answering,
     Ask,
     Card,
-    Floats,
     Kind,
     Model,
     Options,
-    Outputs,
     Traced,
     option,
 )
@@ -31,12 +30,10 @@ from vision.serving.protocol import (
 if TYPE_CHECKING:
     from torch import nn
 
-GRID = 32  # sides of an input are multiples of the networks' coarsest stride
+GRID = 32  # sides of a free input are multiples of the networks' coarsest stride
 LONG_SIDE = 960
 NMS_THRESHOLD = 0.3
 MAX_FACES = 64
-CENTERFACE = "centerface"
-OUTPUTS = {"537": 1, "538": 2, "539": 2, "540": 10}  # of its published file, with their channels
 
 
 @dataclass(frozen=True)
@@ -48,27 +45,11 @@ class FaceOptions(Options):
 
 
 @dataclass(frozen=True)
-class Faces:
-    """Candidates: boxes [K, 4] as x1 y1 x2 y2, scores [K] and landmarks [K, 5, 2], in pixels of the input."""
+class FaceCard(Card):
+    """``family``: whose answers these are; ``size``: width and height of an input that has one size, else None."""
 
-    boxes: Floats
-    scores: Floats
-    landmarks: Floats
-
-
-def decode_centerface(outputs: Outputs, threshold: float) -> Faces:
-    """CenterFace (Xu et al., arXiv 1911.03599): a map of stride 4 with a face's middle, size, offset and landmarks.
-
-    Landmarks are shares of the box from its upper left corner, y before x.
-    """
-    heat, sizes, offsets, marks = (output[0] for output in outputs)
-    rows, columns = np.nonzero(heat[0] >= threshold)
-    height, width = np.exp(sizes[:, rows, columns]) * 4
-    y = (rows + offsets[0, rows, columns] + 0.5) * 4 - height / 2
-    x = (columns + offsets[1, rows, columns] + 0.5) * 4 - width / 2
-    shares = marks[:, rows, columns].reshape(5, 2, -1)
-    landmarks = np.stack([shares[:, 1] * width + x, shares[:, 0] * height + y], axis=-1).transpose(1, 0, 2)
-    return Faces(np.stack([x, y, x + width, y + height], axis=1), heat[0, rows, columns], landmarks)
+    family: Family
+    size: tuple[int, int] | None
 
 
 class FaceDetectorKind(Kind):
@@ -84,18 +65,26 @@ class FaceDetectorKind(Kind):
     id_prefix: ClassVar = "face"
     summary: ClassVar = "Find faces: score, box and five landmarks."
     options: ClassVar = FaceOptions
+    boxes: ClassVar = "faces"
 
-    def adopt(self, file: Path, session: Any, num_threads: int) -> tuple[Mapping[str, Any], FreeSizeNetwork] | None:
-        """CenterFace's published file, by its outputs; its fixed input is freed."""
-        found = {output.name: output.shape[1] for output in session.get_outputs() if len(output.shape) == 4}
-        if found != OUTPUTS:
-            return None
-        config = {"licence": "MIT (Star-Clouds/CenterFace)", "description": CENTERFACE}
-        return config, FreeSizeNetwork(file, num_threads, list(OUTPUTS))
+    def adopt(self, file: Path, session: Any, num_threads: int) -> tuple[Mapping[str, Any], SingleNetwork] | None:
+        """A file of one of the families, by its outputs."""
+        found = [(output.name, output.shape[-1] if output.shape else None) for output in session.get_outputs()]
+        for name, family in FAMILIES.items():
+            if (outputs := family.outputs(found)) is not None:
+                session = with_free_size(file, num_threads) if family.free else session
+                sides = session.get_inputs()[0].shape[:1:-1]
+                size = sides if all(isinstance(side, int) for side in sides) else None
+                network = SingleNetwork(session, outputs, family.bgr, family.mean, family.std)
+                return {"family": name, "size": size}, network
+        return None
 
-    def read_card(self, config: Mapping[str, Any], digest: str) -> Card:
+    def read_card(self, config: Mapping[str, Any], digest: str) -> FaceCard:
         """See ``Kind``."""
-        return Card(("face",), config["licence"], LONG_SIDE, config["description"], digest)
+        family, size = FAMILIES[config["family"]], config["size"]
+        long_side = LONG_SIDE if size is None else max(size)
+        fixed = None if size is None else (size[0], size[1])
+        return FaceCard(("face",), family.licence, long_side, config["family"], digest, family, fixed)
 
     def module(self, folder: Path) -> nn.Module:
         """Nothing is trained here. Errors: ModelError."""
@@ -107,13 +96,13 @@ class FaceDetectorKind(Kind):
 
     def answer(self, model: Model, picture: Picture, options: FaceOptions) -> Answering:
         """See ``Kind``."""
+        card: FaceCard = model.card
         image, size = picture.image, np.array([picture.width, picture.height], dtype=np.float32)
-        scale = min(1.0, LONG_SIDE / max(image.size))
-        sides = [max(GRID, GRID * round(side * scale / GRID)) for side in image.size]
-        pixels = np.asarray(image.resize(sides, Image.Resampling.BILINEAR)).transpose(2, 0, 1)[None]
+        laid, shown = laid_out(image, card.size)
         del picture, image
-        faces = decode_centerface((yield Ask(model.network, pixels)), options.score_threshold)
-        back = size / np.array(sides, dtype=np.float32)
+        outputs = [output[0] for output in (yield Ask(model.network, np.asarray(laid).transpose(2, 0, 1)[None]))]
+        faces = card.family.decode(outputs, laid.size, options.score_threshold)
+        back = size / np.array(shown, dtype=np.float32)
         kept, scores = greedy_nms(
             faces.boxes, faces.scores, np.zeros(len(faces.scores), dtype=np.int64), NMS_THRESHOLD, options.max_faces,
             soft=False,
@@ -134,15 +123,34 @@ class FaceDetectorKind(Kind):
     def draw(self, image: Image.Image, answer: Answer) -> Image.Image:
         """Boxes with their scores."""
         return draw_boxes(
-            image, [LabelledBox(tuple(face["box"]), f"{face['score']:.2f}", 0) for face in answer["faces"]]
+            image,
+            [LabelledBox(tuple(face["box"]), f"{face['score']:.2f}{numbered(face)}", 0) for face in answer["faces"]],
         )
 
     def rows(self, answer: Answer) -> list[Answer]:
         """Score and corners."""
         return [
-            {"score": face["score"]} | dict(zip(("x1", "y1", "x2", "y2"), face["box"], strict=True))
+            ({"track": face["track_id"]} if "track_id" in face else {})
+            | {"score": face["score"]}
+            | dict(zip(("x1", "y1", "x2", "y2"), face["box"], strict=True))
             for face in answer["faces"]
         ]
+
+
+def laid_out(image: Image.Image, fixed: tuple[int, int] | None) -> tuple[Image.Image, tuple[int, int]]:
+    """The image as an input: as large as a free one may be, or in the upper left of one of ``fixed`` size.
+
+    With it width and height of the part that it fills.
+    """
+    if fixed is None:
+        scale = min(1.0, LONG_SIDE / max(image.size))
+        width, height = (max(GRID, GRID * round(side * scale / GRID)) for side in image.size)
+        return image.resize((width, height), Image.Resampling.BILINEAR), (width, height)
+    scale = min(fixed[0] / image.width, fixed[1] / image.height)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    canvas = Image.new("RGB", fixed)
+    canvas.paste(image.resize((width, height), Image.Resampling.BILINEAR), (0, 0))
+    return canvas, (width, height)
 
 
 KIND = FaceDetectorKind()

@@ -5,6 +5,7 @@ A face that cannot be scored gets the quality -1 and a status that says why, nev
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from vision.face_quality.alignment import FACE_SIZE, LandmarkError, align_face, fit_similarity, inter_eye_distance
+from vision.face_quality.components import measure_face
 from vision.face_quality.scale import FAILURE_TO_ASSESS, QualityScale
 from vision.images import LabelledBox, Picture, draw_boxes
 from vision.serving.protocol import (
@@ -77,6 +79,9 @@ class FaceQualityOptions(Options):
         parse=read_landmarks,
     )
     aligned: bool = option(False, "The image is one face of 112 x 112 pixels at the template's place.")
+    components: bool = option(
+        False, "Measure sharpness, light, size and pose of each face as well, each from 0 to 100."
+    )
 
     def __post_init__(self) -> None:
         if self.aligned and self.landmarks is not None:
@@ -138,7 +143,6 @@ class FaceQualityKind(Kind):
     summary: ClassVar = "Score faces from 0 to 100; -1 with a status where a face cannot be scored."
     options: ClassVar = FaceQualityOptions
     asks: ClassVar = (FACE_DETECTOR,)
-    full_size: ClassVar = True
 
     def read_card(self, config: Mapping[str, Any], digest: str) -> ScorerCard:
         """See ``Kind``."""
@@ -158,6 +162,10 @@ class FaceQualityKind(Kind):
 
         return trace_scorer(folder)
 
+    def full_size(self, options: Mapping[str, Any]) -> bool:  # noqa: ARG002
+        """Faces are cut out of it."""
+        return True
+
     def answer(self, model: Model, picture: Picture, options: FaceQualityOptions) -> Answering:
         """See ``Kind``."""
         status, faces = OK, list[PreparedFace]()
@@ -176,6 +184,8 @@ class FaceQualityKind(Kind):
         del picture
         crops = [face.crop for face in faces if face.crop is not None]
         raw = iter((yield Ask(model.network, np.stack(crops)))[0].astype(np.float64).tolist() if crops else [])
+        if options.components:
+            faces = [with_components(face) for face in faces]
         records = [
             face.record | {"index": index} if face.crop is None else scored(face.record, next(raw), model.card, index)
             for index, face in enumerate(faces)
@@ -221,7 +231,10 @@ class FaceQualityKind(Kind):
         """Quality, and why there is none."""
         shown = ("index", "quality", "raw", "status", "inter_eye_px")
         return [
-            {key: face[key] for key in shown} | {"warnings": "; ".join(face["warnings"])} for face in answer["faces"]
+            {key: face[key] for key in shown}
+            | {name: found["scalar"] for name, found in (face.get("components") or {}).items()}
+            | {"warnings": "; ".join(face["warnings"])}
+            for face in answer["faces"]
         ]
 
 
@@ -231,6 +244,12 @@ def scored(record: dict[str, Any], raw: float, card: ScorerCard, index: int) -> 
     if quality == FAILURE_TO_ASSESS:
         return failed(record, "failure_to_assess", "the network's answer is not a number") | {"index": index}
     return record | {"index": index, "quality": quality, "raw": round(raw, 6)}
+
+
+def with_components(face: PreparedFace) -> PreparedFace:
+    """The face with its single measures; None where nothing can be seen of it."""
+    found = None if face.crop is None else measure_face(face.crop, face.record["landmarks"])
+    return dataclasses.replace(face, record=face.record | {"components": found})
 
 
 def prepare_crop(image: Image.Image) -> PreparedFace:
