@@ -32,7 +32,10 @@ class TrainingOptions:
     normalisation) unless ``decay_vectors``. ``clip_norm`` bounds the gradient's norm, 0 leaves it alone. ``step``
     multiplies the learning rate by ``schedule_options.factor`` every ``schedule_options.every`` steps, or at the steps
     listed as ``schedule_options.at``. ``drop_last``
-    leaves out an epoch's last, smaller batch. ``threads`` None leaves torch's own choice.
+    leaves out an epoch's last, smaller batch. ``threads`` None leaves torch's own choice. ``freeze`` names parts of the
+    network, by the beginnings of their parameters' names such as "backbone.stages.0", that stay as they are, their
+    batch normalisation's statistics with them; ``rates`` multiplies the learning rate of parts, the longest name
+    that fits deciding: { backbone = 0.1 }.
     """
 
     output: str
@@ -60,6 +63,8 @@ class TrainingOptions:
     loader_workers: int = 0
     drop_last: bool = False
     threads: int | None = None
+    freeze: tuple[str, ...] = ()
+    rates: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, allowed in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("schedule", SCHEDULES)):
@@ -70,6 +75,8 @@ class TrainingOptions:
                 raise RecipeError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
         if self.evaluate_every is not None and self.evaluate_every < 1:
             raise RecipeError(f"training.evaluate_every is {self.evaluate_every}; it must be at least 1, or left out")
+        if not all(isinstance(rate, int | float) and rate > 0 for rate in self.rates.values()):
+            raise RecipeError("training.rates must hold numbers above 0; freeze what is not to move")
         if self.schedule == "step" and set(self.schedule_options) not in ({"every", "factor"}, {"at", "factor"}):
             raise RecipeError(
                 'training.schedule = "step" needs schedule_options = { every = STEPS, factor = NUMBER }, or at'

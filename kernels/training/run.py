@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from kernels.training.callbacks import CleanStop, EpochAnnouncer, History, ProgressBar, figures_of
-from kernels.training.optimizer import create_optimizer, create_schedule
+from kernels.training.optimizer import create_optimizer, create_schedule, freeze
 from kernels.training.options import RecipeError, TrainingOptions
 
 FINGERPRINT_FILE = "recipe.json"
@@ -108,7 +108,17 @@ class TaskTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        """Evaluation needs the loss alone; predictions are the evaluators' business."""
+        """Evaluation needs the loss alone; predictions are the evaluators' business.
+
+        With several processes the last batches are filled up with samples of the first ones: those are cut off, so that
+        nothing is counted twice. A process whose batch is all filling answers a loss that the trainer drops.
+        """
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0:
+            own = real_rows(state.remainder, self.accelerator.process_index, self.args.per_device_eval_batch_size)
+            inputs = first_rows(inputs, own)
+            if own == 0:
+                return torch.zeros((), device=self.args.device), None, None
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
@@ -127,6 +137,20 @@ class TaskTrainer(Trainer):
             )
         kept = {k: v for k, v in logs.items() if not k.endswith(("_runtime", "_per_second"))}
         super().log(kept, start_time)
+
+
+def real_rows(remainder: int, process: int, batch_size: int) -> int:
+    """How many rows of a process's last batch are the data's, where all the processes' batches hold ``remainder``."""
+    return min(batch_size, max(0, remainder - process * batch_size))
+
+
+def first_rows(inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The first ``count`` samples of a batch; what is not one value a sample stays."""
+    size = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), 0)
+    return {
+        name: value[:count] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+        for name, value in inputs.items()
+    }
 
 
 def run(
@@ -193,6 +217,7 @@ def create_trainer(
     """The trainer of a run, with nothing on the terminal but what ``callbacks`` show."""
     listeners: list[Any] = [part for part in (train_data, batch_sampler) if hasattr(part, "set_epoch")]
     announcers = [EpochAnnouncer(part) for part in listeners]
+    freeze(task, options)
     optimizer = create_optimizer(task, options)
     trainer = TaskTrainer(
         batch_sampler=batch_sampler,

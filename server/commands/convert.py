@@ -50,8 +50,24 @@ def convert(
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens of it to run.")] = 2048,
     report: Annotated[bool, typer.Option(help="Measure the error of every packed matrix.")] = False,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="The source is a state dict (.pth, .safetensors) that the authors of this image network published; "
+            "a recipe's start_from takes the folder.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:  # fmt: skip
-    """Pack a target (--weights), write it as GGUF (--to gguf), turn a GGUF file into a folder, or take over EAGLE."""
+    """Pack a target (--weights), write it as GGUF (--to gguf), turn a GGUF file into a folder, or take over EAGLE.
+
+    With --backbone take over the published weights of an image network.
+    """
+    if backbone is not None:
+        if weights is not None or to is not None:
+            raise typer.BadParameter("--backbone is about an image network; --weights and --to are about targets")
+        typer.echo(json.dumps(convert_backbone(Path(source), output, backbone)))
+        return
     if (calibration is not None or report) and (weights is None or to is not None):
         raise typer.BadParameter("--calibration and --report need --weights: they are about packing a target")
     if to is not None:
@@ -73,6 +89,16 @@ def convert(
 
         found = dataclasses.asdict(convert_eagle(Path(source), output))
     typer.echo(json.dumps(found))
+
+
+def convert_backbone(source: Path, output: Path, name: str) -> dict[str, Any]:
+    """An image network's published weights as a folder; what was written."""
+    from vision.backbones.checkpoint import convert_author_weights
+
+    if not source.is_file() or output.exists():
+        raise typer.BadParameter(f"{str(source)!r} must be a file, and {str(output)!r} a new folder")
+    model = convert_author_weights(source, name, output)
+    return {"output": str(output), "backbone": model.name, "num_classes": model.num_classes}
 
 
 def write_file(source: str, output: Path, weights: str) -> dict[str, Any]:

@@ -127,11 +127,15 @@ def evaluate_detector(
         Path | None, typer.Option(help="Folder for report, curves and pictures.", show_default=False)
     ] = None,
     batch_size: BatchSize = 8,
+    classes: Annotated[
+        str | None, typer.Option(help="Count these alone, parted by commas; nothing: all.", show_default=False)
+    ] = None,
 ) -> None:
-    """Average precision of a detector, overall and by class."""
+    """Average precision of a detector, overall, by class and by size, and what it takes for what."""
     from vision.detection.report import evaluate_detector, markdown
 
-    report = evaluate_detector(checkpoint, kind, data, split, output=output, batch_size=batch_size)
+    wanted = [name.strip() for name in classes.split(",")] if classes else []
+    report = evaluate_detector(checkpoint, kind, data, split, output=output, batch_size=batch_size, classes=wanted)
     typer.echo(markdown(report), err=True)
     typer.echo(json.dumps(dataclasses.asdict(report)))
 

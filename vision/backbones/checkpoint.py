@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision.backbones import BACKBONES, backbone_class
+from vision.backbones import BACKBONES, backbone_class, create_backbone
 from vision.backbones.backbone import Backbone
 from vision.backbones.preprocessing import Preprocessing
 from vision.serving.folder import (
@@ -68,6 +69,30 @@ def load_state(model: Backbone, state: Mapping[str, Tensor], source: str) -> Non
     """Load ``state`` into ``model``; every key and shape must fit, and the error names those that do not."""
     check_state(model.state_dict(), state, source, model.name)
     model.load_state_dict(dict(state))
+
+
+def convert_author_weights(file: Path, name: str, output: Path) -> Backbone:
+    """A state dict that a network's authors published, .safetensors or torch's, as a saved backbone in ``output``.
+
+    Nothing is unpickled but tensors. Classes go by their numbers; edit ``class_names`` in its config.json to name them.
+    Errors: UnknownBackboneError; CheckpointError where the file cannot be read or is another network's.
+    """
+    if file.suffix == ".safetensors":
+        state: Any = read_weights(file)
+    else:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+            raise CheckpointError(f"{file} is no file of tensors alone: {error}") from error
+        state = next((state[key] for key in ("state_dict", "model") if key in state), state)
+    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    model = create_backbone(name)
+    heads = [v for key, v in state.items() if model.rename_author_key(key.removeprefix("module.")) == "head.weight"]
+    if heads and len(heads[0]) != model.num_classes:
+        model = create_backbone(name, len(heads[0]))
+    load_author_weights(model, state)
+    save_backbone(model, output)
+    return model
 
 
 def load_author_weights(model: Backbone, state: Mapping[str, Tensor]) -> None:

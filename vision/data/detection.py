@@ -26,7 +26,7 @@ from vision.data.detection_augmentation import (
 )
 from vision.data.detection_sources import DETECTION_SOURCES, open_detection
 from vision.data.epoch import shared_epoch
-from vision.data.labelled_boxes import MIN_SIDE, DetectionSource, LabelledImage
+from vision.data.labelled_boxes import MIN_SIDE, DetectionSource, LabelledImage, of_classes
 from vision.data.sources import DataError, UnreadableImageError, read_image
 from vision.data.view import RESIZES, Resize, render, whole_image
 
@@ -42,6 +42,7 @@ class DetectionDataOptions:
     ``kind`` is "voc", "coco" or "yolo"; splits are named as in ``vision.data.detection_sources``. ``class_names`` None
     takes those of the training split. ``image_size`` is that of test time; with ``train_sizes`` each training batch is
     brought to one of them by chance. ``cache_mib`` bounds the memory in which decoded images are kept.
+    ``only_classes`` trains on these alone: boxes of others are left out, in both splits.
     ``train_difficult`` also trains on VOC's difficult boxes; crowds never train.
     """
 
@@ -50,6 +51,7 @@ class DetectionDataOptions:
     train_split: str = "train"
     eval_split: str = "val"
     class_names: tuple[str, ...] | None = None
+    only_classes: tuple[str, ...] = ()
     image_size: int = 320
     train_sizes: tuple[int, ...] = ()
     resize: Resize = "stretch"
@@ -77,12 +79,18 @@ class DetectionDataOptions:
 
     def open_train(self) -> DetectionSource:
         """The training split, its first ``limit`` images."""
-        source = open_detection(self.kind, Path(self.root), self.train_split, self.class_names)
+        source = self._open(self.train_split, self.class_names)
         return self._with_boxes(DetectionSource(source.class_names, source.images[: self.limit], source.degenerate))
 
     def open_eval(self, class_names: tuple[str, ...]) -> DetectionSource:
         """The split for evaluation, with the classes of the training split."""
-        return self._with_boxes(open_detection(self.kind, Path(self.root), self.eval_split, class_names))
+        return self._with_boxes(self._open(self.eval_split, class_names))
+
+    def _open(self, split: str, class_names: tuple[str, ...] | None) -> DetectionSource:
+        if not self.only_classes:
+            return open_detection(self.kind, Path(self.root), split, class_names)
+        everything = open_detection(self.kind, Path(self.root), split, self.class_names)
+        return of_classes(everything, self.only_classes, self.only_classes)
 
     def _with_boxes(self, source: DetectionSource) -> DetectionSource:
         if source.count_boxes(difficult=self.train_difficult) == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -108,6 +109,32 @@ def label(raw: Iterable[RawImage], class_names: tuple[str, ...], root: Path) -> 
     if contradicting:
         logger.warning("%d pictures of %s were left out for another size than annotated", contradicting, root)
     return DetectionSource(class_names, tuple(images), degenerate)
+
+
+def of_classes(source: DetectionSource, wanted: Sequence[str], class_names: tuple[str, ...]) -> DetectionSource:
+    """``source`` with the boxes of the classes ``wanted`` alone, their ids those of ``class_names``.
+
+    Images that show none of them stay, as images without boxes. Errors: DataError for a class that the data lack.
+    """
+    unknown = [name for name in wanted if name not in source.class_names or name not in class_names]
+    if unknown:
+        known = ", ".join(name for name in source.class_names if name in class_names)
+        raise DataError(f"the classes {', '.join(map(repr, unknown))} are not among the data's; known are {known}")
+    ids = np.array([class_names.index(name) if name in wanted else -1 for name in source.class_names], dtype=np.int64)
+    images = []
+    for image in source.images:
+        labels = ids[image.labels]
+        kept = labels >= 0
+        images.append(
+            dataclasses.replace(
+                image,
+                boxes=image.boxes[kept],
+                labels=labels[kept],
+                ignored=image.ignored[kept],
+                areas=image.areas[kept],
+            )
+        )
+    return DetectionSource(class_names, tuple(images), source.degenerate)
 
 
 def _checked(entry: RawImage, ids: dict[str, int], size: Size | None) -> tuple[LabelledImage, int]:

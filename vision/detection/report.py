@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from vision.data.detection_sources import open_detection
-from vision.data.labelled_boxes import DetectionSource, LabelledImage
+from vision.data.labelled_boxes import DetectionSource, LabelledImage, of_classes
 from vision.data.sources import DataError, UnreadableImageError, read_image
+from vision.detection.boxes import box_iou
 from vision.detection.checkpoint import load_detector
 from vision.detection.coco import CocoFigures, evaluate_coco
 from vision.detection.detections import Detections
@@ -26,6 +30,7 @@ logger = logging.getLogger(__name__)
 REPORT_FILE = "report.json"
 CURVES_FILE = "precision_recall.png"
 PICTURES = 8
+NOBODY = "(nothing)"
 RECALL_IMAGES = 32
 
 
@@ -45,7 +50,8 @@ class DetectorReport:
 
     ``map50``, ``map60``, ``map70`` are means over the classes of VOC's area measure at overlaps of 0.5, 0.6 and 0.7,
     ``voc07_map50`` is the 11-point measure of VOC 2007. ``map`` and ``coco`` are COCO's, None without pycocotools.
-    ``skipped`` names images that could not be read; ``degenerate`` counts true boxes that were dropped.
+    ``skipped`` names images that could not be read; ``degenerate`` counts true boxes that were dropped. ``confusion``
+    counts for each true class as what its boxes were found at the default threshold (see ``confusion_of``).
     """
 
     map: float | None
@@ -58,6 +64,7 @@ class DetectorReport:
     images: int
     degenerate: int
     skipped: tuple[str, ...]
+    confusion: dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -73,27 +80,62 @@ class Findings:
         """What should have been found."""
         return [Truth(image.boxes, image.labels, image.ignored) for image in self.images]
 
+    def of_classes(self, class_ids: Sequence[int]) -> Findings:
+        """Without what was found of other classes."""
+        wanted = torch.tensor(class_ids)
+        kept = [torch.isin(found.class_ids, wanted) for found in self.detections]
+        detections = tuple(
+            Detections(found.boxes[rows], found.scores[rows], found.class_ids[rows])
+            for found, rows in zip(self.detections, kept, strict=True)
+        )
+        return dataclasses.replace(self, detections=detections)
+
 
 def evaluate_detector(
-    checkpoint: Path, kind: str, root: Path, split: str, *, output: Path | None = None, batch_size: int = 8
+    checkpoint: Path,
+    kind: str,
+    root: Path,
+    split: str,
+    *,
+    output: Path | None = None,
+    batch_size: int = 8,
+    classes: Sequence[str] = (),
 ) -> DetectorReport:
     """Measure the detector saved in ``checkpoint`` over ``split`` of the data of ``kind`` in ``root``.
 
-    With ``output`` the folder receives the report, the curves and a few pictures. Errors: CheckpointError; DataError
-    where the data hold a class that the detector does not know.
+    With ``classes`` these alone are looked for and counted, and the data may hold others. With ``output`` the folder
+    receives the report, the curves and a few pictures. Errors: CheckpointError; DataError where the data hold a class
+    that the detector does not know.
     """
     loaded = load_detector(checkpoint)
-    source = open_detection(kind, root, split, loaded.config.class_names)
-    return evaluate_source(loaded, source, output=output, batch_size=batch_size)
+    names = loaded.config.class_names
+    source = open_detection(kind, root, split, None if classes else names)
+    if classes:
+        source = of_classes(source, classes, names)
+    return evaluate_source(loaded, source, output=output, batch_size=batch_size, classes=classes)
 
 
 def evaluate_source(
-    loaded: LoadedDetector, source: DetectionSource, *, output: Path | None = None, batch_size: int = 8
+    loaded: LoadedDetector,
+    source: DetectionSource,
+    *,
+    output: Path | None = None,
+    batch_size: int = 8,
+    classes: Sequence[str] = (),
 ) -> DetectorReport:
-    """Measure ``loaded``, where it is, over all images of ``source``. Errors: DataError where none can be read."""
+    """Measure ``loaded``, where it is, over all images of ``source``; ``classes`` names those to count, all by default.
+
+    Errors: DataError where no image can be read.
+    """
     findings = find_all(loaded, source, batch_size)
+    if classes:
+        findings = findings.of_classes([source.class_names.index(name) for name in classes])
     truths, names = findings.truths, source.class_names
-    matches = {name: match_class(findings.detections, truths, class_id) for class_id, name in enumerate(names)}
+    matches = {
+        name: match_class(findings.detections, truths, class_id)
+        for class_id, name in enumerate(names)
+        if not classes or name in classes
+    }
     coco = None
     if find_spec("pycocotools") is not None:
         coco, _ = evaluate_coco(findings.detections, truths, names, [image.areas for image in findings.images])
@@ -111,6 +153,7 @@ def evaluate_source(
         images=len(findings.images),
         degenerate=source.degenerate,
         skipped=findings.skipped,
+        confusion=confusion_of(findings.detections, truths, names),
     )
     if output is not None:
         write_report(report, findings, matches, names, output)
@@ -148,6 +191,37 @@ def find_all(loaded: LoadedDetector, source: DetectionSource, batch_size: int) -
     if not images:
         raise DataError(f"none of the {len(source.images)} images can be read; the first: {skipped[0]}")
     return Findings(tuple(images), tuple(detections), tuple(skipped))
+
+
+def confusion_of(
+    detections: Sequence[Detections], truths: Sequence[Truth], class_names: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """True class -> found class -> count, over the boxes that count and detections of at least the default threshold.
+
+    Pairs overlap by more than half, whatever their classes, the largest overlaps first and each box once. A true box
+    without partner was found as ``NOBODY``; a detection without one is a box of ``NOBODY`` that was found.
+    """
+    names = [*class_names, NOBODY]
+    counts = np.zeros((len(names), len(names)), dtype=np.int64)
+    for found, truth in zip(detections, truths, strict=True):
+        sure = found.above(DEFAULT_SCORE_THRESHOLD)
+        overlaps = box_iou(torch.from_numpy(truth.boxes), sure.boxes.float()).numpy()
+        true_left, found_left = ~truth.ignored, np.ones(len(sure.scores), dtype=np.bool_)
+        for true_id, found_id in zip(*np.unravel_index(np.argsort(-overlaps, axis=None), overlaps.shape), strict=True):
+            if overlaps[true_id, found_id] <= OVERLAPS[0]:
+                break
+            if truth.ignored[true_id]:
+                found_left[found_id] = False
+            elif true_left[true_id] and found_left[found_id]:
+                counts[truth.class_ids[true_id], int(sure.class_ids[found_id])] += 1
+                true_left[true_id] = found_left[found_id] = False
+        np.add.at(counts, (truth.class_ids[true_left], -1), 1)
+        np.add.at(counts, (-1, sure.class_ids.numpy()[found_left]), 1)
+    return {
+        name: {other: int(count) for other, count in zip(names, row, strict=True) if count}
+        for name, row in zip(names, counts, strict=True)
+        if row.any()
+    }
 
 
 def class_figures(match: ClassDetections) -> ClassFigures:

@@ -24,7 +24,8 @@ Batch = tuple[Tensor, Tensor, list[str]]
 class ClassifierReport:
     """``top1`` and ``top5`` are shares of ``images``, ``loss`` is in nats; ``skipped`` names what could not be read.
 
-    With fewer than five classes ``top5`` is 1.
+    With fewer than five classes ``top5`` is 1. ``confusion`` counts for each class as what its images were taken, by
+    names where the network has them.
     """
 
     top1: float
@@ -32,6 +33,7 @@ class ClassifierReport:
     loss: float
     images: int
     skipped: tuple[str, ...]
+    confusion: dict[str, dict[str, int]]
 
 
 def default_device() -> torch.device:
@@ -63,6 +65,7 @@ def evaluate_model(
     skipped: list[str] = []
     top1 = top5 = images = 0
     loss = 0.0
+    counts = torch.zeros(model.num_classes, model.num_classes, dtype=torch.long)
     with torch.no_grad():
         for batch, labels, reasons in DataLoader(data, batch_size, collate_fn=keep_skipped, num_workers=loader_workers):
             skipped += reasons
@@ -74,10 +77,16 @@ def evaluate_model(
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
             top1 += int(hits(logits, labels, 1).sum())
             top5 += int(hits(logits, labels, 5).sum())
+            counts.index_put_((labels.cpu(), logits.argmax(dim=1).cpu()), torch.tensor(1), accumulate=True)
     model.train(was_training)
     if images == 0:
         raise DataError(f"none of the {len(data)} images can be read; the first: {skipped[0]}")
-    return ClassifierReport(top1 / images, top5 / images, loss / images, images, tuple(skipped))
+    names = model.class_names or tuple(str(index) for index in range(model.num_classes))
+    confusion = {
+        names[true]: {names[taken]: int(counts[true, taken]) for taken in counts[true].nonzero()[:, 0].tolist()}
+        for true in counts.sum(dim=1).nonzero()[:, 0].tolist()
+    }
+    return ClassifierReport(top1 / images, top5 / images, loss / images, images, tuple(skipped), confusion)
 
 
 def evaluate_classifier(

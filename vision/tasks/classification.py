@@ -23,12 +23,12 @@ from kernels.diagonalwise import refactorize, tune
 from kernels.training import Metric, RecipeError, TrainingOptions, TrainingReport, check_tables, run, take_table
 from vision.backbones import create_backbone
 from vision.backbones.backbone import Backbone
-from vision.backbones.checkpoint import load_backbone, save_backbone
+from vision.backbones.checkpoint import save_backbone
 from vision.data.augmentation import AugmentationOptions
 from vision.data.classification import ClassificationData, DataOptions, collate
 from vision.measure.classification import default_device, evaluate_model, hits
 from vision.tasks.averaging import STATISTICS_BATCHES, KeepAverage, MovingAverage, reestimate, training_batches
-from vision.tasks.starting import check_normalization
+from vision.tasks.starting import trained_backbone
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,9 @@ DEPTHWISE = ("native", "diagonalwise", "tuned")
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which network. ``start_from`` is a saved backbone to fine-tune; its head is replaced where the classes differ.
+    """Which network. ``start_from`` is a saved backbone to fine-tune, or a detector or segmenter whose backbone is.
+
+    The head is replaced where the classes differ.
 
     ``depthwise`` says how depthwise layers are computed while training: "native", "diagonalwise" (always refactored),
     or "tuned" (whatever is measured to be fastest). The trained weights are those of plain layers in any case.
@@ -166,8 +168,7 @@ def build_model(options: ModelOptions, data: DataOptions, class_names: tuple[str
         model = create_backbone(options.backbone, len(class_names))
     else:
         folder = Path(str(options.start_from)).expanduser()
-        model = load_backbone(folder)
-        check_normalization(model, data.normalization, folder)
+        model = trained_backbone(folder, len(class_names), data.normalization)
         if model.class_names != class_names:
             model.replace_head(len(class_names))
     model.class_names = class_names

@@ -6,17 +6,15 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from kernels.training import RecipeError, TrainingOptions, check_tables, take_table
 from vision.backbones.backbone import BackboneError
-from vision.backbones.checkpoint import load_backbone
 from vision.data.detection import DetectionDataOptions
 from vision.data.detection_augmentation import DetectionAugmentation
 from vision.data.labelled_boxes import DetectionSource
 from vision.detection.anchors import cluster_shapes, shapes_in_cells
-from vision.detection.detector import DARKNET, DetectorConfig, Head, Network, build_detector
+from vision.detection.detector import DetectorConfig, Head, Network, build_detector
 from vision.detection.psroi_align import Reduction
 from vision.detection.rpn import TRAINING_BUDGET, AnchorGrid, ProposalBudget
 from vision.detection.thundernet import ThunderNetConfig
@@ -27,7 +25,7 @@ from vision.distillation.detector import DetectorTeacherOptions
 from vision.distillation.terms import Term, parse_terms
 from vision.mining import OHEM, AllRegions, LossRankMiner, RandomSample, StratifiedOHEM, focal_loss, loss_rank_mining
 from vision.mining.loss_rank_mining import Element
-from vision.tasks.starting import check_normalization
+from vision.tasks.starting import start_from
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +38,12 @@ HEADS = ("light", "published")
 class ModelOptions:
     """Which detector: ``architecture`` "thundernet" or "yolo_v2" on ``backbone``.
 
-    ``start_from`` is a folder with a trained backbone of that name, for instance from ImageNet; without it training
-    starts from nothing. ``anchor_scales`` and ``anchor_ratios`` are ThunderNet's anchors, in pixels of the input and
-    height over width. The paper's are meant for 320 pixels and photographs; take smaller ones where the smallest
-    objects are much smaller than 32 pixels (ours). ``anchors`` are YOLOv2's, width and height in cells of 32 pixels;
-    without them five are clustered from the training boxes. ``head`` is YOLOv2's: "light" (ours) or "published".
+    ``start_from`` is a folder with a trained backbone of that name, for instance from ImageNet, or with a detector or
+    segmenter on it, of these classes or of others; without it training starts from nothing. ``anchor_scales`` and
+    ``anchor_ratios`` are ThunderNet's anchors, in pixels of the input and height over width. The paper's are meant for
+    320 pixels and photographs; take smaller ones where the smallest objects are much smaller than 32 pixels (ours).
+    ``anchors`` are YOLOv2's, width and height in cells of 32 pixels; without them five are clustered from the training
+    boxes. ``head`` is YOLOv2's: "light" (ours) or "published".
     ``licence`` and ``description`` are written into the saved detector.
     """
 
@@ -224,7 +223,8 @@ class DetectorRecipe:
 def build_model(recipe: DetectorRecipe, source: DetectionSource) -> tuple[Network, DetectorConfig]:
     """The network of a recipe for the classes of ``source``, and its description.
 
-    YOLOv2's anchors come from the boxes of ``source`` where the recipe has none. Errors: RecipeError, BackboneError.
+    YOLOv2's anchors come from the boxes of ``source`` where the recipe has none. Errors: RecipeError, BackboneError,
+    CheckpointError.
     """
     options, data = recipe.model, recipe.data
     try:
@@ -248,19 +248,5 @@ def build_model(recipe: DetectorRecipe, source: DetectionSource) -> tuple[Networ
     except ValueError as error:
         raise RecipeError(str(error)) from error
     if options.start_from is not None:
-        load_features(model, options, data.normalization)
+        start_from(model, options.start_from, options.backbone, source.class_names, data.normalization)
     return model, config
-
-
-def load_features(model: Network, options: ModelOptions, normalization: str) -> None:
-    """Copy the trained backbone of ``options.start_from`` into the detector. Errors: RecipeError, CheckpointError."""
-    folder = Path(str(options.start_from)).expanduser()
-    if options.backbone == DARKNET:
-        raise RecipeError(f"model.start_from cannot be used with {DARKNET}: no classifier is trained on it here")
-    trained = load_backbone(folder)
-    if trained.name != options.backbone:
-        raise RecipeError(f"{folder} holds {trained.name}; model.backbone is {options.backbone!r}")
-    check_normalization(trained, normalization, folder)
-    state = {key: value for key, value in trained.state_dict().items() if not key.startswith("head.")}
-    assert hasattr(model.backbone, "load_state_dict")
-    model.backbone.load_state_dict(state)

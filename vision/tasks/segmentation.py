@@ -39,17 +39,22 @@ from vision.distillation.terms import Answers, DecoupledTerm, MimicTerm, Term, p
 from vision.measure.classification import default_device
 from vision.segmentation.measure import IGNORED, ConfusionMatrix, SegmentationReport
 from vision.segmentation.pspnet import Segmenter, SegmenterConfig, load_segmenter, save_segmenter
+from vision.tasks.starting import start_from
 
 TABLES = ("model", "data", "teacher", "terms", "loss", "training")
 
 
 @dataclass(frozen=True)
 class SegmenterOptions:
-    """A recipe's ``[model]`` table."""
+    """A recipe's ``[model]`` table.
+
+    ``start_from`` is a folder with a trained backbone of that name, or with a segmenter or a detector on it.
+    """
 
     backbone: str
     width: int = 128
     normalization: str = "imagenet"
+    start_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,8 @@ def train_segmenter(recipe: dict[str, Any], *, resume: bool = False, console: Co
     model = Segmenter(
         SegmenterConfig(shape.backbone, train_source.class_names, shape.width, shape.normalization, data.image_size)
     )
+    if shape.start_from is not None:
+        start_from(model, shape.start_from, shape.backbone, train_source.class_names, shape.normalization)
     task = SegmentationTask(model, take_table(recipe, "loss", SegmentationLoss), teacher, terms)
     eval_data = SegmentationData(eval_source, data.image_size)
     report = run(

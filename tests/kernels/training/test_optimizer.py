@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from kernels.training import TrainingOptions
-from kernels.training.optimizer import MuonWithAdamW, create_optimizer, create_schedule
+from kernels.training import RecipeError, TrainingOptions
+from kernels.training.optimizer import MuonWithAdamW, create_optimizer, create_schedule, freeze
 
 
 def options(**changes: Any) -> TrainingOptions:
@@ -109,3 +109,57 @@ def test_the_learning_rate_drops_at_the_listed_steps() -> None:
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([0.5, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
+
+
+class Task(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({
+            "body": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "bodyguard": nn.Linear(4, 4),
+            "head": nn.Linear(4, 2),
+        })  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model["head"](self.model["bodyguard"](self.model["body"](x)))
+
+
+def test_what_is_frozen_keeps_its_weights_and_its_statistics() -> None:
+    torch.manual_seed(0)
+    task, wish = Task(), options(optimizer="sgd", freeze=("body",))
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    freeze(task, wish)
+    optimizer = create_optimizer(task, wish)
+    task.train()
+    task(torch.randn(8, 4) + 3).square().sum().backward()
+    optimizer.step()
+    moved = {name for name, value in task.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {f"model.{part}.{kind}" for part in ("bodyguard", "head") for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_parts_have_rates_of_their_own(name: str) -> None:
+    task = Task()
+    rates = {"body": 0.1, "body.1": 0.5}
+    optimizer = create_optimizer(task, options(optimizer=name, rates=rates, muon_learning_rate=0.1))
+    found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    names = {parameter: found[id(value)] for parameter, value in task.named_parameters()}
+    assert {key: round(rate, 6) for key, rate in names.items() if key.startswith("model.body.")} == {
+        "model.body.0.weight": 0.01, "model.body.0.bias": 0.01, "model.body.1.weight": 0.05, "model.body.1.bias": 0.05,
+    }  # fmt: skip
+    assert {rate for key, rate in names.items() if not key.startswith("model.body.")} == {0.1}
+
+
+def test_names_of_nothing_and_freezing_everything_are_refused() -> None:
+    for wish, words in (
+        ({"freeze": ("bode",)}, "parts are body, bodyguard, head"),
+        ({"rates": {"x": 0.1}}, "begins so"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            freeze(Task(), options(**wish))
+            create_optimizer(Task(), options(**wish))
+    task, wish = Task(), options(freeze=("body", "bodyguard", "head"))
+    freeze(task, wish)
+    with pytest.raises(RecipeError, match="leaves nothing"):
+        create_optimizer(task, wish)
+    with pytest.raises(RecipeError, match="above 0"):
+        options(rates={"body": 0})

@@ -3,11 +3,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from server.cli import app
 from vision.backbones import create_backbone, list_backbones
 from vision.backbones.backbone import Backbone
-from vision.backbones.checkpoint import load_author_weights, load_backbone, load_state, save_backbone
+from vision.backbones.checkpoint import (
+    convert_author_weights,
+    load_author_weights,
+    load_backbone,
+    load_state,
+    save_backbone,
+)
 from vision.backbones.menet import MENet, MENetConfig
 from vision.backbones.preprocessing import BGR_255, IMAGENET, Preprocessing
 from vision.serving.folder import CheckpointError
@@ -92,6 +101,30 @@ def test_authors_checkpoints_load(name: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(x), source(x), rtol=0, atol=0)
     assert model.normalization == (BGR_255 if name.startswith(("snet", "shufflenet")) else IMAGENET)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_the_authors_file_becomes_a_folder_to_start_from(tmp_path: Path, suffix: str) -> None:
+    source, state = synthetic_checkpoint("fd_mobilenet_x0_25")
+    file = tmp_path / f"published.{suffix}"
+    if suffix == "pth":
+        torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}, file)
+    else:
+        save_file(state, file)
+    result = CliRunner().invoke(app, ["convert", str(file), str(tmp_path / "own"), "--backbone", "fd_mobilenet_x0_25"])
+    assert json.loads(result.stdout)["num_classes"] == 6, result.output
+    again, x = load_backbone(tmp_path / "own"), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(x), source(x))
+    with pytest.raises(CheckpointError, match="not a checkpoint of snet49"):
+        convert_author_weights(file, "snet49", tmp_path / "other")
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": Path("/")}, tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError, match="no file of tensors alone"):
+        convert_author_weights(tmp_path / "bad.pth", "snet49", tmp_path / "own")
+    assert not (tmp_path / "own").exists()
 
 
 def test_authors_checkpoint_of_another_network_is_refused() -> None:

@@ -414,3 +414,16 @@ def test_blood_cells(test_data: Path, tmp_path: Path) -> None:
     assert sum(split.degenerate for split in splits) == 2
     assert sum(len(image.boxes) for split in splits for image in split.images) == 4886
     assert splits[0].class_names == ("Platelets", "RBC", "WBC")
+
+
+def test_a_subset_of_the_classes_has_ids_of_its_own_and_leaves_the_rest_out(tmp_path: Path) -> None:
+    boxes = {name: voc_object(name, (5, 5, 20, 20)) for name in ("ape", "bee", "cow")}
+    write_voc(tmp_path, {"one": [boxes["cow"], boxes["bee"]], "two": [boxes["ape"]], "three": [boxes["cow"]]})
+    options = DetectionDataOptions("voc", str(tmp_path), train_split="all", only_classes=("cow", "ape"))
+    source = options.open_train()
+    assert source.class_names == ("cow", "ape")
+    found = {image.path.stem: image.labels.tolist() for image in source.images}
+    assert found == {"one": [0], "two": [1], "three": [0]}
+    for wrong in ("dog", "Cow"):
+        with pytest.raises(DataError, match=f"'{wrong}' are not among the data's; known are"):
+            DetectionDataOptions("voc", str(tmp_path), train_split="all", only_classes=(wrong,)).open_train()

@@ -14,6 +14,7 @@ from vision.detection import Detections
 from vision.detection.boxes import box_iou
 from vision.detection.coco import evaluate_coco
 from vision.detection.evaluate import Curve, Truth, average_precisions, match_class, mean_present
+from vision.detection.report import NOBODY, confusion_of
 
 
 def truth(boxes: list[list[float]], class_ids: list[int], ignored: list[bool] | None = None) -> Truth:
@@ -159,3 +160,17 @@ def test_agrees_with_pycocotools_on_the_coco_sample(test_data: Path, tmp_path: P
     kept = without_rivals(truths)
     assert len(kept) > 12
     assert_agreement(kept, 80)
+
+
+def test_confusion_pairs_boxes_once_and_tells_what_was_missed_and_what_was_nothing() -> None:
+    near = [21.0, 20, 41, 40]
+    truths = [truth([A, B, FAR], [0, 1, 0], [False, False, True]), truth([A], [1])]
+    seen = [
+        found([B, near, FAR, [80.0, 80, 90, 90]], [0.9, 0.8, 0.9, 0.7], [0, 1, 1, 1]),  # B twice, as 0 and as 1
+        found([A], [0.3], [1]),  # below the default threshold
+    ]
+    assert confusion_of(seen, truths, ["a", "b"]) == {
+        "a": {NOBODY: 1},
+        "b": {"a": 1, NOBODY: 1},
+        NOBODY: {"b": 2},
+    }

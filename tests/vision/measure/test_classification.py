@@ -79,3 +79,10 @@ def test_other_classes_are_refused(tmp_path: Path, image_folder: Path) -> None:
 def test_missing_checkpoint_is_named(tmp_path: Path, image_folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nothing/config\.json does not exist"):
         evaluate_classifier(tmp_path / "nothing", "folder", image_folder, "val")
+
+
+def test_confusion_counts_each_image_once_under_its_own_class(tmp_path: Path, image_folder: Path) -> None:
+    report = evaluate_classifier(saved(tmp_path), "folder", image_folder, "val")
+    assert {name: sum(row.values()) for name, row in report.confusion.items()} == {"blue": 4, "green": 4, "red": 4}
+    right = sum(row.get(name, 0) for name, row in report.confusion.items())
+    assert right / 12 == pytest.approx(report.top1)

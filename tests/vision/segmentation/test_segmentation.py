@@ -95,6 +95,18 @@ def test_a_segmenter_trains_alone_then_teaches(tmp_path: Path) -> None:
     assert {"kd", "bdd", "cckd", "cross_entropy", "mean_iou"} <= taught.final.keys()
 
 
+def test_a_segmenter_starts_from_one_of_other_classes(tmp_path: Path) -> None:
+    start = Segmenter(SegmenterConfig("fd_mobilenet_x0_25", ("a", "b"), 16))
+    save_segmenter(start, tmp_path / "start")
+    table = recipe(tmp_path / "run")
+    table["model"] |= {"start_from": str(tmp_path / "start")}
+    table["training"] |= {"steps": 1, "freeze": ["backbone", "pyramid"]}
+    model = load_segmenter(Path(train(table).checkpoint))
+    before, after = start.state_dict(), model.state_dict()
+    same = {key.partition(".")[0] for key, value in after.items() if value.ndim > 1 and torch.equal(value, before[key])}
+    assert same == {"backbone", "pyramid"} and model.config.class_names == SHAPES
+
+
 def test_a_learnable_scene_is_learnt(tmp_path: Path) -> None:
     table = recipe(tmp_path / "run", data={"image_size": 64, "train_images": 2, "eval_images": 2})
     before = train(table | {"training": table["training"] | {"steps": 2, "output": str(tmp_path / "short")}})

@@ -18,6 +18,7 @@ from vision.backbones import create_backbone
 from vision.backbones.checkpoint import load_backbone, save_backbone
 from vision.data.sources import DataError
 from vision.measure.classification import ClassifierReport, evaluate_classifier
+from vision.segmentation.pspnet import Segmenter, SegmenterConfig, save_segmenter
 from vision.tasks import classification
 from vision.tasks.classification import ClassificationTask, TaskOptions, train_classifier
 
@@ -101,7 +102,7 @@ def test_unreadable_images_are_counted(tiny_recipe: Recipe, image_folder: Path) 
 
 def test_the_average_is_what_is_saved_where_it_is_as_good(tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """An average that forgets at once follows the weights closely, but is not them."""
-    monkeypatch.setattr(classification, "evaluate_model", lambda *_: ClassifierReport(0.5, 0.5, 1.0, 1, ()))
+    monkeypatch.setattr(classification, "evaluate_model", lambda *_: ClassifierReport(0.5, 0.5, 1.0, 1, (), {}))
     plain = train(tiny_recipe())
     recipe = tiny_recipe(task={"ema_decay": 0.01}, training={"output": str(Path(plain.checkpoint).parent / "ema")})
     a, b = weights(plain.checkpoint), weights(train(recipe).checkpoint)
@@ -112,7 +113,9 @@ def test_the_average_is_what_is_saved_where_it_is_as_good(tiny_recipe: Recipe, m
 def test_raw_weights_are_saved_where_they_are_better(tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """A decay that keeps the first step's weights for good, and figures that favour whatever is not it."""
     figures = iter([0.2, 0.9])
-    monkeypatch.setattr(classification, "evaluate_model", lambda *_: ClassifierReport(next(figures), 1.0, 1.0, 1, ()))
+    monkeypatch.setattr(
+        classification, "evaluate_model", lambda *_: ClassifierReport(next(figures), 1.0, 1.0, 1, (), {})
+    )
     report = train(tiny_recipe(task={"ema_decay": 0.999}))
     (file,) = Path(report.checkpoint).parent.glob("checkpoint-*/model.safetensors")
     kept = load_file(file)
@@ -240,6 +243,16 @@ def test_fine_tuning_keeps_the_features_and_replaces_the_head(tiny_recipe: Recip
     model = load_backbone(Path(train(recipe).checkpoint))
     assert (model.name, model.num_classes) == ("snet49", 3)
     assert torch.equal(model.stem[0].weight, start.stem[0].weight)
+
+
+def test_a_classifier_starts_from_a_segmenters_backbone(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    segmenter = Segmenter(SegmenterConfig("snet49", ("a", "b"), 16))
+    save_segmenter(segmenter, tmp_path / "start")
+    recipe = tiny_recipe(training={"steps": 1, "learning_rate": 0.0})
+    recipe["model"] = {"start_from": str(tmp_path / "start")}
+    model = load_backbone(Path(train(recipe).checkpoint))
+    assert (model.name, model.class_names) == ("snet49", ("blue", "green", "red"))
+    assert torch.equal(model.stem[0].weight, segmenter.backbone.stem[0].weight)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

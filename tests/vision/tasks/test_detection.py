@@ -19,8 +19,8 @@ from vision.backbones.checkpoint import save_backbone
 from vision.backbones.preprocessing import NORMALIZATIONS
 from vision.data.labelled_boxes import DetectionSource
 from vision.data.sources import DataError
-from vision.detection.checkpoint import load_detector
-from vision.detection.report import DetectorReport, evaluate_detector, markdown
+from vision.detection.checkpoint import load_detector, save_detector
+from vision.detection.report import NOBODY, DetectorReport, evaluate_detector, markdown
 from vision.detection.thundernet import ThunderNet
 from vision.serving import export
 from vision.tasks import detection
@@ -76,6 +76,9 @@ def test_the_saved_detector_is_measured_again_alike(
     assert (tmp_path / "out" / "precision_recall.png").stat().st_size > 1000
     assert len(list((tmp_path / "out").glob("val*.jpg"))) == 5
     assert "| disc |" in markdown(again)
+    discs = evaluate_detector(Path(report.checkpoint), "voc", shapes_folder, "val", classes=["disc"])
+    assert discs.per_class == {"disc": again.per_class["disc"]} and set(discs.confusion) <= {"disc", NOBODY}
+    assert discs.map50 == pytest.approx(discs.per_class["disc"].ap50)
 
 
 def no_images(*class_names: str) -> DetectionSource:
@@ -160,6 +163,27 @@ def test_a_trained_backbone_is_taken_over(detector_recipe: Recipe, tmp_path: Pat
     assert all(torch.equal(model.state_dict()[key], value) for key, value in own.items())
     with pytest.raises(RecipeError, match=r"holds fd_mobilenet_x0_25; model\.backbone is 'snet49'"):
         build_model(DetectorRecipe.parse(recipe | {"model": recipe["model"] | {"backbone": "snet49"}}), no_images("a"))
+
+
+def test_a_detector_starts_from_one_of_other_classes(detector_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = DetectorRecipe.parse(detector_recipe())
+    first, config = build_model(recipe, no_images("cat", "dog"))
+    save_detector(first, config, tmp_path / "first")
+    again = detector_recipe(model={"start_from": str(tmp_path / "first")})
+
+    def taken(*names: str, **model: Any) -> set[str]:
+        table = again | {"model": again["model"] | model}
+        second, _ = build_model(DetectorRecipe.parse(table), no_images(*names))
+        own = second.state_dict()
+        return {key for key, v in first.state_dict().items() if key in own and torch.equal(own[key], v) and v.ndim > 1}
+
+    everything = {key for key, value in first.state_dict().items() if value.ndim > 1}
+    assert taken("cat", "dog") == everything
+    assert taken("owl", "eel") == taken("owl") == everything - {"class_logits.weight"}, "rows of other classes"
+    features = {key for key in everything if key.startswith("backbone.")}
+    assert taken("owl", architecture="yolo_v2", anchors=[[1.0, 1.0]]) >= features
+    with pytest.raises(RecipeError, match="holds fd_mobilenet_x0_25"):
+        taken("owl", backbone="snet49")
 
 
 @pytest.mark.parametrize(("changes", "message"), [
