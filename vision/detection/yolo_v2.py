@@ -21,7 +21,6 @@ STRIDE = 32
 
 # Published anchors: width and height in cells of 32 pixels.
 VOC_ANCHORS = ((1.3221, 1.73145), (3.19275, 4.00944), (5.05587, 8.09892), (9.47112, 4.84053), (11.2364, 10.0071))
-COCO_ANCHORS = ((0.57273, 0.677385), (1.87446, 2.06253), (3.33843, 5.47434), (7.88282, 3.52778), (9.77052, 9.16828))
 
 # Widths of Darknet-19 between its max pools; 3x3 convolutions, every second one 1x1.
 DARKNET_STAGES = (

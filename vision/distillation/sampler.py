@@ -24,9 +24,9 @@ class ClassUniformSampler(Sampler[list[int]]):
     """Batches of ``batch_size`` indices: batch_size / images_per_class classes, images_per_class images of each.
 
     Classes are drawn without replacement inside a batch; so are the images inside a class, unless the class has fewer
-    than ``images_per_class``. An epoch has floor(len(labels) / (batch_size * num_ranks)) batches and depends on
-    (seed, epoch) alone; call ``set_epoch`` before each. With several processes each rank draws its own, disjoint
-    classes, because a correlation matrix is built per device. A ``batch_sampler`` of ``torch.utils.data.DataLoader``.
+    than ``images_per_class``. An epoch has floor(len(labels) / batch_size) batches and depends on (seed, epoch) alone;
+    call ``set_epoch`` before each. A ``batch_sampler`` of ``torch.utils.data.DataLoader``, whose batches several
+    processes share out among themselves.
 
     Raises ``SamplerError``, also for a class with one image: it can make no pair.
     """
@@ -37,21 +37,15 @@ class ClassUniformSampler(Sampler[list[int]]):
         batch_size: int,
         images_per_class: int,
         seed: int = 0,
-        rank: int = 0,
-        num_ranks: int = 1,
     ) -> None:
         if batch_size < 1 or images_per_class < 1 or batch_size % images_per_class:
             raise SamplerError(
                 f"batch_size {batch_size} and images_per_class {images_per_class}; the batch must be a multiple"
             )
-        if not 0 <= rank < num_ranks:
-            raise SamplerError(f"rank {rank} of {num_ranks}; it must be from 0 to {num_ranks - 1}")
         self.batch_size = batch_size
         self.drop_last = True
         self.images_per_class = images_per_class
         self.seed = seed
-        self.rank = rank
-        self.num_ranks = num_ranks
         self.epoch = 0
         self._num_images = len(labels)
         by_class: dict[int, list[int]] = {}
@@ -65,17 +59,14 @@ class ClassUniformSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self._num_images // (self.batch_size * self.num_ranks)
+        return self._num_images // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         per_batch = self.batch_size // self.images_per_class
         for _ in range(len(self)):
-            # Every rank draws for all ranks, so that they agree without talking to each other.
-            order = torch.randperm(len(self._images), generator=generator)[: per_batch * self.num_ranks].tolist()
-            drawn = [self._draw_images(self._images[c], generator) for c in order]
-            mine = drawn[self.rank * per_batch : (self.rank + 1) * per_batch]
-            yield [index for images in mine for index in images]
+            order = torch.randperm(len(self._images), generator=generator)[:per_batch].tolist()
+            yield [index for c in order for index in self._draw_images(self._images[c], generator)]
 
     def _draw_images(self, images: Tensor, generator: torch.Generator) -> list[int]:
         if len(images) < self.images_per_class:
@@ -86,12 +77,11 @@ class ClassUniformSampler(Sampler[list[int]]):
         return drawn
 
     def _check_classes(self, lonely: list[int]) -> None:
-        wanted = self.batch_size // self.images_per_class * self.num_ranks
+        wanted = self.batch_size // self.images_per_class
         if len(self._images) < wanted:
             raise SamplerError(
-                f"a step wants {wanted} different classes ({self.batch_size} / {self.images_per_class} for each of "
-                f"{self.num_ranks} processes) and the labels have {len(self._images)}; take a smaller batch or more "
-                "images per class"
+                f"a batch wants {wanted} different classes ({self.batch_size} / {self.images_per_class}), and the "
+                f"labels have {len(self._images)}; take a smaller batch or more images per class"
             )
         if lonely and self.images_per_class > 1:
             raise SamplerError(
@@ -99,7 +89,7 @@ class ClassUniformSampler(Sampler[list[int]]):
                 "or use superclasses"
             )
         if len(self) == 0:
-            raise SamplerError(f"{self._num_images} images do not fill one batch of {self.batch_size} per process")
+            raise SamplerError(f"{self._num_images} images do not fill one batch of {self.batch_size}")
 
 
 class SuperclassUniformSampler(ClassUniformSampler):
@@ -115,11 +105,9 @@ class SuperclassUniformSampler(ClassUniformSampler):
         batch_size: int,
         images_per_class: int,
         seed: int = 0,
-        rank: int = 0,
-        num_ranks: int = 1,
     ) -> None:
         self.superclasses = find_superclasses(teacher_features, num_superclasses, seed)
-        super().__init__(self.superclasses, batch_size, images_per_class, seed, rank, num_ranks)
+        super().__init__(self.superclasses, batch_size, images_per_class, seed)
 
 
 def find_superclasses(features: Tensor, num_superclasses: int, seed: int = 0, rounds: int = 50) -> Tensor:

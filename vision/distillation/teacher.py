@@ -109,23 +109,6 @@ def backbone_teacher(folder: Path) -> Teacher:
     return Teacher(network, ask, network.normalization, network.num_classes, network.class_names)
 
 
-def module_teacher(
-    network: nn.Module, num_classes: int, normalize: Callable[[Tensor], Tensor], class_names: tuple[str, ...] = ()
-) -> Teacher:
-    """Any network with ``forward_features`` and ``forward_head(features, pre_logits=...)``, as timm's have.
-
-    The embedding is what ``pre_logits`` gives: the pooled features before the last linear layer.
-    """
-
-    def ask(images: Tensor) -> tuple[Tensor, Tensor]:
-        features = network.forward_features(images)  # type: ignore[operator]
-        logits: Tensor = network.forward_head(features)  # type: ignore[operator]
-        embedding: Tensor = network.forward_head(features, pre_logits=True)  # type: ignore[operator]
-        return logits, embedding
-
-    return Teacher(network, ask, normalize, num_classes, class_names)
-
-
 def transformers_teacher(folder: Path) -> Teacher:
     """An image classifier saved by ``transformers``; safetensors only. The embedding is its pooled last hidden state.
 

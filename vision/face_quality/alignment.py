@@ -93,14 +93,6 @@ def inter_eye_distance(landmarks: ArrayLike) -> float:
     return float(np.linalg.norm(points[1] - points[0]))
 
 
-def five_of_68(landmarks: ArrayLike) -> NDArray[np.float64]:
-    """Five landmarks from the 68 of the iBUG scheme: middle of each eye's corners, nose tip, corners of the mouth."""
-    points = np.asarray(landmarks, dtype=np.float64)
-    if points.shape != (68, 2):
-        raise LandmarkError(f"landmarks have shape {points.shape}; the iBUG scheme has (68, 2)")
-    return np.stack([points[[36, 39]].mean(axis=0), points[[42, 45]].mean(axis=0), points[30], points[48], points[54]])
-
-
 def _as_complex(points: NDArray[np.float64]) -> NDArray[np.complex128]:
     if points.ndim != 2 or points.shape[1] != 2:
         raise LandmarkError(f"landmarks have shape {points.shape}; give [N, 2]")

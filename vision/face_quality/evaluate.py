@@ -121,13 +121,6 @@ def partial_auc(
     return area / (limit * float(y[0]))
 
 
-def ideal_curve(fnmr: float, fractions: Sequence[float]) -> DiscardCurve:
-    """The curve of a score that discards exactly the errors first: (FNMR0 - r) / (1 - r), at least 0."""
-    _check_fractions(fractions)
-    r = np.asarray(fractions, dtype=np.float64)
-    return DiscardCurve(r, np.maximum((fnmr - r) / (1 - r), 0), "fixed threshold")
-
-
 def spearman(first: ArrayLike, second: ArrayLike) -> float:
     """Spearman's rank correlation, equal values sharing their mean rank."""
     x, y = _pairs("first", first, second)

@@ -22,15 +22,13 @@ from vision.mining.ohem import rank_by_loss
 Element = Literal["prediction", "cell"]
 
 
-def loss_rank_mining(
-    loss: Tensor, boxes: Tensor, k: int, nms_threshold: float | None = 0.7, backfill: bool = False
-) -> Tensor:
+def loss_rank_mining(loss: Tensor, boxes: Tensor, k: int, nms_threshold: float | None = 0.7) -> Tensor:
     """Bool mask [N, M] of the ``k`` elements of largest loss in each of N images.
 
     ``loss`` [N, M], unreduced and finite; ``boxes`` [N, M, 4], decoded. Elements that overlap a costlier one by more
-    than ``nms_threshold`` leave the ranking (None: none do); where fewer than ``k`` remain all of them are kept, and
-    ``backfill`` fills up with the costliest suppressed ones. Equal losses go to the lower index. Multiply the loss by
-    the mask, then sum or average: elements outside get exactly zero gradient.
+    than ``nms_threshold`` leave the ranking (None: none do); where fewer than ``k`` remain all of them are kept.
+    Equal losses go to the lower index. Multiply the loss by the mask, then sum or average: elements outside get exactly
+    zero gradient.
     """
     if loss.ndim != 2 or boxes.shape != (*loss.shape, 4):
         raise MiningInputError(
@@ -42,11 +40,7 @@ def loss_rank_mining(
         raise MiningInputError("the loss holds NaN or infinity and cannot be ranked; the training has diverged")
     mask = torch.zeros_like(loss, dtype=torch.bool)
     for image_mask, image_loss, image_boxes in zip(mask, loss.detach(), boxes.detach(), strict=True):
-        kept = rank_by_loss(image_loss, image_boxes, None, nms_threshold, k)
-        image_mask[kept] = True
-        if backfill and len(kept) < k:
-            ranked = rank_by_loss(image_loss.masked_fill(image_mask, -torch.inf), image_boxes, None, None)
-            image_mask[ranked[: k - len(kept)]] = True
+        image_mask[rank_by_loss(image_loss, image_boxes, None, nms_threshold, k)] = True
     return mask
 
 
@@ -63,7 +57,6 @@ class LossRankMiner:
     share: float = 0.15
     nms_threshold: float | None = 0.7
     element: Element = "prediction"
-    backfill: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -86,4 +79,4 @@ class LossRankMiner:
 
     def _mine(self, loss: Tensor, boxes: Tensor) -> Tensor:
         k = max(1, int(self.share * loss.shape[1]))
-        return loss_rank_mining(loss, boxes, k, self.nms_threshold, self.backfill)
+        return loss_rank_mining(loss, boxes, k, self.nms_threshold)

@@ -10,6 +10,7 @@ from vision.backbones import create_backbone
 from vision.backbones.complexity import layer_macs
 from vision.backbones.snet import SNet
 from vision.detection import ThunderNet
+from vision.detection.thundernet import ThunderNetConfig
 
 COCO, VOC = 80, 20
 
@@ -74,8 +75,9 @@ def test_parameters_with_equal_halves(name: str, num_parameters: int) -> None:
 
 def test_it_answers_for_an_image() -> None:
     torch.manual_seed(0)
-    model = ThunderNet(create_backbone("snet49"), 3).eval()
+    model = ThunderNet(create_backbone("snet49"), 3, ThunderNetConfig(score_threshold=0.0)).eval()
     with torch.inference_mode():
         (found,) = model(torch.randn(1, 3, 320, 320))
-    assert found.boxes.shape[1] == 4
-    assert len(found.boxes) == len(found.scores)
+    assert 0 < len(found.scores) == len(found.boxes) == len(found.class_ids) <= 100
+    assert (found.scores.diff() <= 0).all() and set(found.class_ids.tolist()) <= {0, 1, 2}
+    assert (found.boxes >= 0).all() and (found.boxes <= 320).all()

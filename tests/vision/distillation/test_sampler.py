@@ -37,14 +37,6 @@ def test_epochs_differ_and_repeat():
     assert first != list(ClassUniformSampler(LABELS, 40, 4, seed=9))
 
 
-def test_ranks_hold_different_classes():
-    samplers = [ClassUniformSampler(LABELS, 40, 4, seed=3, rank=rank, num_ranks=4) for rank in range(4)]
-    assert len(samplers[0]) == 1000 // 160
-    for batches in zip(*samplers, strict=True):
-        classes = [set(LABELS[batch].tolist()) for batch in batches]
-        assert sum(len(c) for c in classes) == len(set().union(*classes)) == 40
-
-
 def test_small_classes_are_repeated_and_large_ones_are_not():
     labels = [0] * 2 + [1] * 50
     for batch in ClassUniformSampler(labels, 8, 4):
@@ -71,11 +63,6 @@ def test_labels_need_not_be_consecutive():
 def test_impossible_batches_are_refused(labels, batch_size, images_per_class, message):
     with pytest.raises(SamplerError, match=message):
         ClassUniformSampler(labels, batch_size, images_per_class)
-
-
-def test_a_rank_out_of_range_is_refused():
-    with pytest.raises(SamplerError, match="from 0 to 1"):
-        ClassUniformSampler(LABELS, 40, 4, rank=2, num_ranks=2)
 
 
 def blobs(count=12, size=20, seed=0):

@@ -8,7 +8,7 @@ from drawn_faces import LANDMARKS, drawn_face
 from PIL import Image
 
 from vision.face_quality import LandmarkError, align_face, fit_similarity, inter_eye_distance
-from vision.face_quality.alignment import FACE_SIZE, TEMPLATE, five_of_68
+from vision.face_quality.alignment import FACE_SIZE, TEMPLATE
 
 
 def moved_template(angle=20.0, scale=2.5, shift=(40.0, 25.0)):
@@ -111,13 +111,6 @@ def test_landmarks_outside_the_image_are_refused():
 
 def test_inter_eye_distance():
     assert inter_eye_distance(TEMPLATE) == pytest.approx(35.2, abs=0.05)
-
-
-def test_five_of_68():
-    points = np.stack([np.arange(68.0), np.arange(68.0) * 2], axis=1)
-    assert five_of_68(points)[:, 0].tolist() == [37.5, 43.5, 30, 48, 54]
-    with pytest.raises(LandmarkError, match="68"):
-        five_of_68(points[:5])
 
 
 def test_a_photograph_is_not_copied_for_each_of_its_faces(monkeypatch):

@@ -66,13 +66,6 @@ def test_elements_outside_the_mask_get_no_gradient():
     assert boxes.grad is None
 
 
-def test_backfill_adds_the_costliest_suppressed():
-    loss = torch.tensor([[5.0, 4, 3, 2]])
-    boxes = torch.tensor([[[0.0, 0, 10, 10]] * 3 + [[50.0, 50, 60, 60]]])
-    assert loss_rank_mining(loss, boxes, 3).tolist() == [[True, False, False, True]]
-    assert loss_rank_mining(loss, boxes, 3, backfill=True).tolist() == [[True, True, False, True]]
-
-
 def test_a_share_keeps_the_floor_of_its_product():
     loss, boxes = loss_map()
     for share, expected in ((0.15, 27), (0.999, 179), (0.001, 1)):
