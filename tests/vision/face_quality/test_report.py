@@ -109,6 +109,9 @@ def test_an_export_answers_as_torch_does(material, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_an_export_in_8_bits_is_written_where_its_promise_is_kept(material, tmp_path, monkeypatch):
+    import onnx
+    from onnx import numpy_helper
+
     file = tmp_path / "int8.onnx"
     faces = calibration_faces("london_faces", material / "london", "withheld")
     file.write_bytes(b"the one before")
@@ -121,6 +124,10 @@ def test_an_export_in_8_bits_is_written_where_its_promise_is_kept(material, tmp_
     report = export_model(material / "scorer", file, calibration=faces)
     assert (report["file"], report["precision"]) == (str(file), "int8") and report["max_difference"] > 0
     assert load_model(file).info.licence == "MIT"
+    tensors = onnx.load(file).graph.initializer
+    weights = [numpy_helper.to_array(entry) for entry in tensors if entry.data_type == onnx.TensorProto.INT8]
+    most = max(int(np.abs(weight.astype(np.int64)).max()) for weight in weights)
+    assert 32 < most <= 64, "two products of 7 and 8 bits fit into 16, which is what processors without VNNI add in"
 
 
 def test_any_onnx_recogniser_can_judge(material, tmp_path):
