@@ -203,6 +203,22 @@ class AfterEvaluation(TrainerCallback):
             logger.info("step %d of %d: %s %.4g", state.global_step, state.max_steps, self.name, figure)
 
 
+class KeepBest(TrainerCallback):
+    """Calls ``keep`` after each evaluation whose figure ``eval_NAME`` is larger than all before, a resumed run's too.
+
+    It must stand behind the callback that adds the figure. One process keeps.
+    """
+
+    def __init__(self, name: str, keep: Callable[[], None]) -> None:
+        self.name, self.keep = f"eval_{name}", keep
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The figures of the evaluation are in the history."""
+        *before, newest = [row[self.name] for row in state.log_history if self.name in row]
+        if state.is_world_process_zero and all(newest > figure for figure in before):
+            self.keep()
+
+
 class Epochs(Protocol):
     """A data set whose samples depend on the epoch."""
 

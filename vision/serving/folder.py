@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, WEIGHTS_FILE, ONNX_FILE = "config.json", "model.safetensors", "model.onnx"
 # What training calls folders and export files: it tells no model from another.
-USUAL_NAMES = re.compile(r"|model|seed_\d+")
+USUAL_NAMES = re.compile(r"|model|best|seed_\d+")
 # Folders of before there was a format are told by a key or a value of theirs.
 BACKBONE, SEGMENTER = "dovetail-backbone", "dovetail-segmenter"
 SHOWN_KEYS = 5

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -18,10 +19,11 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 
-from kernels.training import AfterStep, BeforeEvaluation
+from kernels.training import AfterStep, BeforeEvaluation, TrainingReport
 
 # Enough for the statistics to settle, a few per cent of the steps between two evaluations.
 STATISTICS_BATCHES = 20
+BEST = "best"  # folder in a training's output: the best evaluation's network, as it would be served
 
 Network = TypeVar("Network", bound=nn.Module)
 Batch = Mapping[str, Tensor]
@@ -89,6 +91,12 @@ class KeepAverage(Generic[Network]):
         """Re-estimate the statistics of the average."""
         if self.average is not None:
             reestimate(self.task, self.average.network, self.show, islice(self.batches(), STATISTICS_BATCHES))
+
+
+def kept_best(report: TrainingReport, output: str, steps: int) -> Path | None:
+    """The folder of the best evaluation's network, which ``KeepBest`` wrote; None where that was the last one."""
+    folder = Path(output) / BEST
+    return folder if report.best and report.best["step"] < steps and folder.is_dir() else None
 
 
 @torch.no_grad()

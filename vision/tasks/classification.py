@@ -18,16 +18,34 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from kernels.diagonalwise import refactorize, tune
-from kernels.training import Metric, RecipeError, TrainingOptions, TrainingReport, check_tables, run, take_table
+from kernels.training import (
+    KeepBest,
+    Metric,
+    RecipeError,
+    TrainingOptions,
+    TrainingReport,
+    check_tables,
+    run,
+    take_table,
+)
 from vision.backbones import create_backbone
 from vision.backbones.backbone import Backbone
-from vision.backbones.checkpoint import save_backbone
+from vision.backbones.checkpoint import load_backbone, save_backbone
 from vision.data.augmentation import AugmentationOptions
 from vision.data.classification import ClassificationData, DataOptions, collate
 from vision.measure.classification import default_device, evaluate_model, hits
-from vision.tasks.averaging import STATISTICS_BATCHES, KeepAverage, MovingAverage, reestimate, training_batches
+from vision.tasks.averaging import (
+    BEST,
+    STATISTICS_BATCHES,
+    KeepAverage,
+    MovingAverage,
+    kept_best,
+    reestimate,
+    training_batches,
+)
 from vision.tasks.starting import trained_backbone
 
 logger = logging.getLogger(__name__)
@@ -224,7 +242,7 @@ def train_classifier(recipe: dict[str, Any], *, resume: bool = False, console: C
         options.training,
         eval_data=ClassificationData(eval_source, model.preprocessing),
         collate=collate,
-        callbacks=keep_average(task, train_data, options.training.batch_size).callbacks,
+        callbacks=watchers(task, train_data, options),
         recipe=recipe,
         resume=resume,
         console=console,
@@ -232,15 +250,22 @@ def train_classifier(recipe: dict[str, Any], *, resume: bool = False, console: C
     )
     if not report.finished:
         return report
-    figures = finish(task, train_data, ClassificationData(eval_source, model.preprocessing), options)
+    figures = finish(task, train_data, ClassificationData(eval_source, model.preprocessing), options, report)
     folder = Path(options.training.output) / "model"
     return dataclasses.replace(report, final={**report.final, **figures}, checkpoint=str(folder))
 
 
 def finish(
-    task: ClassificationTask, train_data: ClassificationData, eval_data: ClassificationData, options: ClassifierRecipe
+    task: ClassificationTask,
+    train_data: ClassificationData,
+    eval_data: ClassificationData,
+    options: ClassifierRecipe,
+    report: TrainingReport,
 ) -> dict[str, float]:
-    """Re-estimate the statistics if need be, measure, save the better network. Only the main process works."""
+    """Re-estimate the statistics if need be, measure, save the best network. Only the main process works.
+
+    It is that of the last weights, of their average, or of the best evaluation, which stays in ``output/best``.
+    """
     state = PartialState()
     figures: dict[str, float] = {"skipped_images": float(task.skipped)}
     if state.is_main_process:
@@ -249,6 +274,11 @@ def finish(
             settle_statistics(task, model, train_data, options)
             result = evaluate_model(model, eval_data, options.training.batch_size, options.training.loader_workers)
             measured.append((result.top1, result.top5, model))
+        best = kept_best(report, options.training.output, options.training.steps)
+        if best is not None:
+            kept = load_backbone(best).to(task.model.head.weight.device)
+            result = evaluate_model(kept, eval_data, options.training.batch_size, options.training.loader_workers)
+            measured.append((result.top1, result.top5, kept))
         top1, top5, chosen = max(measured, key=lambda entry: entry[0])
         save_backbone(chosen, Path(options.training.output) / "model")
         figures |= {"top1": top1, "top5": top5}
@@ -256,9 +286,14 @@ def finish(
     return figures
 
 
-def keep_average(task: ClassificationTask, data: ClassificationData, batch_size: int) -> KeepAverage[Backbone]:
-    """What moves the task's average."""
-    return KeepAverage(task, task.model, task.average, task.show, lambda: training_batches(data, batch_size, collate))
+def watchers(task: ClassificationTask, data: ClassificationData, options: ClassifierRecipe) -> list[TrainerCallback]:
+    """What moves the task's average, and keeps the best evaluation's network."""
+    average = KeepAverage(
+        task, task.model, task.average, task.show,
+        lambda: training_batches(data, options.training.batch_size, collate),
+    )  # fmt: skip
+    folder = Path(options.training.output) / BEST
+    return [*average.callbacks, KeepBest(TOP1.name, lambda: save_backbone(task.trained, folder))]
 
 
 def settle_statistics(

@@ -19,10 +19,10 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor, nn
 
-from kernels.training import AfterEvaluation, Metric, TrainingReport, run
+from kernels.training import AfterEvaluation, KeepBest, Metric, TrainingReport, run
 from vision.data.detection import DetectionData, collate_detection
 from vision.data.labelled_boxes import DetectionSource
-from vision.detection.checkpoint import save_detector
+from vision.detection.checkpoint import load_detector, save_detector
 from vision.detection.detections import Detections
 from vision.detection.detector import DetectorConfig, LoadedDetector, Network
 from vision.detection.evaluate import Truth, average_precisions, mean_present
@@ -31,7 +31,7 @@ from vision.detection.thundernet import ThunderNet
 from vision.detection.thundernet_loss import ThunderNetLoss
 from vision.detection.yolo_loss import YOLOv2Loss
 from vision.distillation.detector import DetectorTeacher, load_detector_teacher
-from vision.tasks.averaging import KeepAverage, MovingAverage, training_batches
+from vision.tasks.averaging import BEST, KeepAverage, MovingAverage, kept_best, training_batches
 from vision.tasks.detection_recipe import DetectorRecipe, build_model
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,8 @@ def _split(boxes: Tensor, labels: Tensor, ignored: Tensor) -> tuple[list[Tensor]
 def train_detector(recipe: dict[str, Any], *, resume: bool = False, console: Console | None = None) -> TrainingReport:
     """Run a recipe; ``output/model`` then holds the trained detector, which ``checkpoint`` names.
 
-    With averaged weights the better of them and the raw ones is saved. ``final`` gains ``map50``, ``map60`` and
+    The best of the last weights, their average and the best evaluation's, which stay in ``output/best``, is saved.
+    ``final`` gains ``map50``, ``map60`` and
     ``map70`` of the saved detector over the evaluation split (see ``DetectorReport``), ``training_recall`` on training
     images, ``skipped_images``, how often an image could not be read, and ``degenerate_boxes``, how many were dropped
     from the training split. An
@@ -177,13 +178,17 @@ def train_detector(recipe: dict[str, Any], *, resume: bool = False, console: Con
         task, model, task.average, task.show,
         lambda: training_batches(train_data, options.training.batch_size, collate_detection),
     )  # fmt: skip
+
+    def keep() -> None:
+        save_detector(task.trained, config, Path(options.training.output) / BEST)
+
     report = run(
         task,
         train_data,
         options.training,
         eval_data=DetectionData(eval_source, data.image_size, data.resize, cache_mib=data.cache_mib),
         collate=collate_detection,
-        callbacks=[*average.callbacks, AfterEvaluation("map50", task.take_map50)],
+        callbacks=[*average.callbacks, AfterEvaluation("map50", task.take_map50), KeepBest("map50", keep)],
         recipe=recipe,
         resume=resume,
         console=console,
@@ -196,7 +201,8 @@ def train_detector(recipe: dict[str, Any], *, resume: bool = False, console: Con
     state = PartialState()
     if state.is_main_process:
         average.settle()
-        chosen, result = better_of(task, config, eval_source)
+        best = kept_best(report, options.training.output, options.training.steps)
+        chosen, result = best_of(task, config, eval_source, best)
         recall = training_recall(LoadedDetector(chosen, config), train_source)
         save_detector(chosen, dataclasses.replace(config, training_recall=recall), folder)
         figures |= {"map50": result.map50, "map60": result.map60, "map70": result.map70, "training_recall": recall}
@@ -204,11 +210,15 @@ def train_detector(recipe: dict[str, Any], *, resume: bool = False, console: Con
     return dataclasses.replace(report, final={**report.final, **figures}, checkpoint=str(folder))
 
 
-def better_of(task: DetectionTask, config: DetectorConfig, source: DetectionSource) -> tuple[Network, DetectorReport]:
-    """The raw weights or their average, whichever finds more in ``source``, in evaluation mode, with its figures."""
-    raw = evaluate_source(LoadedDetector(task.model.eval(), config), source)
-    if task.average is None:
-        return task.model, raw
-    averaged = evaluate_source(LoadedDetector(task.trained.eval(), config), source)
-    logger.info("map50 of the averaged weights %.4g, of the raw ones %.4g", averaged.map50, raw.map50)
-    return (task.trained, averaged) if averaged.map50 >= raw.map50 else (task.model, raw)
+def best_of(
+    task: DetectionTask, config: DetectorConfig, source: DetectionSource, best: Path | None
+) -> tuple[Network, DetectorReport]:
+    """The average, the raw weights or those in ``best``, whichever finds most in ``source``, with its figures."""
+    candidates = {"average": task.trained} if task.average is not None else {}
+    candidates |= {"last": task.model} | ({"best": load_detector(best).model} if best is not None else {})
+    measured = {
+        name: evaluate_source(LoadedDetector(model.eval(), config), source) for name, model in candidates.items()
+    }
+    logger.info("map50: %s", ", ".join(f"{name} {result.map50:.4g}" for name, result in measured.items()))
+    chosen = max(measured, key=lambda name: measured[name].map50)
+    return candidates[chosen], measured[chosen]

@@ -41,7 +41,7 @@ from vision.tasks.classification import (
     build_model,
     choose_depthwise,
     finish,
-    keep_average,
+    watchers,
 )
 
 SAMPLERS = ("random", "class_uniform", "superclass_uniform")
@@ -210,7 +210,7 @@ def train_distilled(recipe: dict[str, Any], *, resume: bool = False, console: Co
     if not report.finished:
         return report
     folder = Path(options.training.output) / "model"
-    figures = finish(lesson.task, lesson.data, eval_data, options)
+    figures = finish(lesson.task, lesson.data, eval_data, options, report)
     if PartialState().is_main_process and lesson.teacher is not None:
         student = load_backbone(folder).to(lesson.task.model.head.weight.device)
         figures |= measure_fidelity(student, lesson.teacher, eval_data, options.training.batch_size)
@@ -271,7 +271,7 @@ def run_lesson(
         batch_sampler=create_sampler(parsed, lesson.data, lesson.teacher),
         callbacks=[
             AfterStep(lesson.task.after_step),
-            *keep_average(lesson.task, lesson.data, parsed.student.training.batch_size).callbacks,
+            *watchers(lesson.task, lesson.data, parsed.student),
             *callbacks,
         ],
         recipe=recipe,

@@ -25,6 +25,7 @@ from kernels.losses import BatchTooSmall
 from kernels.training import (
     AfterEvaluation,
     AfterStep,
+    KeepBest,
     Metric,
     RecipeError,
     TrainingOptions,
@@ -39,6 +40,7 @@ from vision.distillation.terms import Answers, DecoupledTerm, MimicTerm, Term, p
 from vision.measure.classification import default_device
 from vision.segmentation.measure import IGNORED, ConfusionMatrix, SegmentationReport
 from vision.segmentation.pspnet import Segmenter, SegmenterConfig, load_segmenter, save_segmenter
+from vision.tasks.averaging import BEST, kept_best
 from vision.tasks.starting import start_from
 
 TABLES = ("model", "data", "teacher", "terms", "loss", "training")
@@ -169,7 +171,8 @@ def parse_teacher(recipe: dict[str, Any], class_names: tuple[str, ...]) -> tuple
 def train_segmenter(recipe: dict[str, Any], *, resume: bool = False, console: Console | None = None) -> TrainingReport:
     """Run a recipe; ``output/model`` then holds the segmenter, which ``checkpoint`` names.
 
-    ``final`` gains ``mean_iou`` and ``pixel_accuracy`` over the evaluation split. Errors: RecipeError, DataError,
+    It is the better of the last weights and the best evaluation's, which stay in ``output/best``. ``final`` gains
+    ``mean_iou`` and ``pixel_accuracy`` over the evaluation split. Errors: RecipeError, DataError,
     TeacherError, BackboneError, TrainingDivergedError.
     """
     check_tables(recipe, TABLES)
@@ -186,13 +189,14 @@ def train_segmenter(recipe: dict[str, Any], *, resume: bool = False, console: Co
         start_from(model, shape.start_from, shape.backbone, train_source.class_names, shape.normalization)
     task = SegmentationTask(model, take_table(recipe, "loss", SegmentationLoss), teacher, terms)
     eval_data = SegmentationData(eval_source, data.image_size)
+    keep_best = KeepBest("mean_iou", lambda: save_segmenter(model, Path(options.output) / BEST))
     report = run(
         task,
         SegmentationData(train_source, data.image_size, mirrored=True, seed=options.seed),
         options,
         eval_data=eval_data,
         collate=collate_masks,
-        callbacks=[AfterStep(task.after_step), AfterEvaluation("mean_iou", task.take_mean_iou)],
+        callbacks=[AfterStep(task.after_step), AfterEvaluation("mean_iou", task.take_mean_iou), keep_best],
         recipe=recipe,
         resume=resume,
         console=console,
@@ -203,8 +207,13 @@ def train_segmenter(recipe: dict[str, Any], *, resume: bool = False, console: Co
     folder = Path(options.output) / "model"
     figures: dict[str, float] = {}
     if PartialState().is_main_process:
-        save_segmenter(model, folder)
-        measured = evaluate_segmenter(model, eval_data, options.batch_size)
+        measured, chosen = evaluate_segmenter(model, eval_data, options.batch_size), model
+        best = kept_best(report, options.output, options.steps)
+        if best is not None:
+            kept = load_segmenter(best)
+            again = evaluate_segmenter(kept, eval_data, options.batch_size)
+            measured, chosen = (again, kept) if again.mean_iou > measured.mean_iou else (measured, model)
+        save_segmenter(chosen, folder)
         figures = {"mean_iou": measured.mean_iou, "pixel_accuracy": measured.pixel_accuracy}
     PartialState().wait_for_everyone()
     return dataclasses.replace(report, final={**report.final, **figures}, checkpoint=str(folder))

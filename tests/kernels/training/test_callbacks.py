@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from kernels.training import callbacks
-from kernels.training.callbacks import CleanStop, History, ProgressBar, anywhere, figures_of
+from kernels.training.callbacks import CleanStop, History, KeepBest, ProgressBar, anywhere, figures_of
 
 
 @pytest.fixture
@@ -48,6 +48,19 @@ def test_progress_bar_on_a_terminal_starts_where_the_run_stands(arguments: Train
     bar.on_train_end(arguments, state(global_step=5), TrainerControl())
     assert "5/10" in screen.getvalue()
     assert "loss 0.25" in screen.getvalue()
+
+
+def test_the_best_evaluation_is_kept_once_and_by_one_process(arguments: TrainingArguments) -> None:
+    kept: list[float] = []
+    log: list[dict[str, float]] = [{"loss": 3.0}]
+    keeper = KeepBest("top1", lambda: kept.append(log[-1]["eval_top1"]))
+    for figure in (0.2, 0.5, 0.5, 0.4, 0.6):
+        log.append({"eval_top1": figure})
+        keeper.on_evaluate(arguments, state(log_history=log), TrainerControl())
+    keeper.on_evaluate(
+        arguments, state(log_history=[{"eval_top1": 0.9}], is_world_process_zero=False), TrainerControl()
+    )
+    assert kept == [0.2, 0.5, 0.6]
 
 
 @pytest.fixture

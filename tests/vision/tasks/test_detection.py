@@ -220,7 +220,7 @@ def test_unknown_backbones_and_classes_are_named(detector_recipe: Recipe, shapes
 def test_the_better_of_raw_and_averaged_weights_is_saved(
     detector_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    figures = iter([0.4, 0.0])  # of the raw weights, then of their average
+    figures = iter([0.0, 0.4])  # of the average, then of the raw weights
     measure = detection.evaluate_source
 
     def evaluate(*args: Any) -> DetectorReport:
@@ -236,6 +236,22 @@ def test_the_better_of_raw_and_averaged_weights_is_saved(
     assert torch.equal(saved[key], kept[f"model.{key}"])
     assert not torch.equal(saved[key], kept[f"average.averaged.module.{key}"])
     assert "eval_map50" in caplog.text
+
+
+@pytest.mark.parametrize("figures", [(0.2, 0.8), (0.8, 0.2)], ids=["best", "last"])
+def test_the_best_evaluations_detector_is_kept_and_saved_where_it_is_better(
+    detector_recipe: Recipe, monkeypatch: pytest.MonkeyPatch, figures: tuple[float, float]
+) -> None:
+    seen, measured = iter([0.9, 0.1]), iter(figures)  # of both evaluations; of the last weights, then of the best
+    measure = detection.evaluate_source
+    monkeypatch.setattr(DetectionTask, "take_map50", lambda task: task.found.clear() or next(seen))
+    monkeypatch.setattr(
+        detection, "evaluate_source", lambda *args: dataclasses.replace(measure(*args), map50=next(measured))
+    )
+    report = train(detector_recipe(training={"evaluate_every": 2}))
+    assert report.best["step"] == 2 and report.final["map50"] == 0.8
+    best, last = weights(str(Path(report.checkpoint).parent / "best")), weights(report.checkpoint)
+    assert all(torch.equal(last[key], best[key]) for key in best) == (figures[1] == 0.8)
 
 
 def test_a_detector_that_finds_nothing_is_warned_of(
