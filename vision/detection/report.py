@@ -215,8 +215,8 @@ def confusion_of(
             elif true_left[true_id] and found_left[found_id]:
                 counts[truth.class_ids[true_id], int(sure.class_ids[found_id])] += 1
                 true_left[true_id] = found_left[found_id] = False
-        np.add.at(counts, (truth.class_ids[true_left], -1), 1)
-        np.add.at(counts, (-1, sure.class_ids.numpy()[found_left]), 1)
+        counts[:-1, -1] += np.bincount(truth.class_ids[true_left], minlength=len(class_names))
+        counts[-1, :-1] += np.bincount(sure.class_ids.numpy()[found_left], minlength=len(class_names))
     return {
         name: {other: int(count) for other, count in zip(names, row, strict=True) if count}
         for name, row in zip(names, counts, strict=True)

@@ -172,10 +172,10 @@ def test_what_a_tile_cuts_falls_to_what_is_whole() -> None:
         one(whole.boxes_in(np.array([[30, 10, 90, 40]], np.float32), size), 0.6),
         one(tile.boxes_in(boxes, size), 0.9),
     ]
-    joined = joined_parts(seen, [whole, tile], (100, 100), whole, card())
+    joined = joined_parts(seen, [whole, tile], (100, 100), card())
     assert joined.scores.tolist() == pytest.approx([0.6]), "the better part of a thing is still a part"
     nothing = Candidates(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
-    alone = joined_parts([nothing, seen[1]], [whole, tile], (100, 100), whole, card())
+    alone = joined_parts([nothing, seen[1]], [whole, tile], (100, 100), card())
     assert alone.scores.tolist() == pytest.approx([0.9]), "nobody saw the whole of it"
 
 

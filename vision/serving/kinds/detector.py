@@ -146,16 +146,13 @@ class DetectorKind(Kind):
         found: list[Candidates] = []
         for start in range(0, len(parts), MAX_ROWS):
             views = [fitted(part, card.resize) for part in parts[start : start + MAX_ROWS]]
-            pixels = np.stack([np.asarray(render(image, view, card.image_size)) for view in views]).transpose(
-                0, 3, 1, 2
-            )
+            squares = [np.asarray(render(image, view, card.image_size)).transpose(2, 0, 1) for view in views]
             if start + MAX_ROWS >= len(parts):
-                whole = whole_image(*image.size, card.resize)
                 size = image.size
                 del image
-            outputs = yield Ask(model.network, np.ascontiguousarray(pixels))
-            found += [likely(*rows, card, options) for rows in zip(*outputs, strict=True)]
-        joined = found[0] if len(parts) == 1 else joined_parts(found, parts, size, whole, card)
+            boxes, probabilities = yield Ask(model.network, np.stack(squares))
+            found += [likely(*row, card, options) for row in zip(boxes, probabilities, strict=True)]
+        joined = found[0] if len(parts) == 1 else joined_parts(found, parts, size, card)
         kept, scores, class_ids = suppress(joined, card, options)
         view = whole_image(width, height, card.resize)
         limits = np.array([width, height, width, height], dtype=np.float32)
@@ -227,13 +224,14 @@ def likely(boxes: Floats, probabilities: Floats, card: DetectorCard, options: De
 
 
 def joined_parts(
-    found: Sequence[Candidates], parts: Sequence[View], size: tuple[int, int], whole: View, card: DetectorCard
+    found: Sequence[Candidates], parts: Sequence[View], size: tuple[int, int], card: DetectorCard
 ) -> Candidates:
     """What was found on the whole image and on tiles of it, as of the whole image's view, without what tiles cut.
 
     A box that a tile's border cuts falls where a box that none cuts has its class and covers half of it: sliced
     inference (Akyon et al., arXiv 2202.06934), with suppression in the place of merging.
     """
+    whole = whole_image(*size, card.resize)
     boxes, cut = [], []
     for candidates, part in zip(found, parts, strict=True):
         placed = fitted(part, card.resize).boxes_out(candidates.boxes, card.image_size)
