@@ -36,7 +36,7 @@ async def test_the_answer_is_deepstacks(connect, worker):
         assert [p["label"] for p in strict.json()["predictions"]] == ["red"]
 
 
-async def test_errors_are_deepstacks_too(connect, worker):
+async def test_errors_are_deepstacks_too(connect, worker, make_model):
     async with connect(None, vision=worker) as client:
         for request, status, words in (
             ({"files": {"image": b"no image"}}, 400, "no image of a known format"),
@@ -50,7 +50,7 @@ async def test_errors_are_deepstacks_too(connect, worker):
             assert (answer.status_code, body["success"]) == (status, False)
             assert words in body["error"] or words == "min_confidence"
         assert (await client.post(ROUTE, files=image())).json()["success"], "the server lives"
-    async with connect(None) as client:
+    async with connect(make_model()) as client:
         assert (await client.post(ROUTE, files=image())).json()["success"] is False
 
 
