@@ -16,13 +16,12 @@ from fastapi.responses import JSONResponse, Response
 
 from server.api.access import DEEPSTACK_PATH, key_in, require_key
 from server.api.errors import ApiError, InvalidValue, from_vision, shown
-from server.api.gate import MAX_VISION_BODY_BYTES
 from server.api.leaving import CLIENT_CLOSED_REQUEST
 from server.api.openapi import ASKING
 from server.api.serving import CurrentServing, Serving
 from server.vision.child import JobAnswer, VisionError
 from server.vision.routes import Order, answer_or_leave, image_fault, model_of_kind
-from server.vision.upload import FileSource, read_form
+from server.vision.upload import Files, FileSource, read_form
 from server.vision.worker import VisionWorker
 from vision.serving.registry import all_kinds
 
@@ -53,10 +52,10 @@ async def create_deepstack_detection(request: HttpRequest, serving: CurrentServi
     """Detect objects by the first detector served, and answer as DeepStack does."""
     started = time.perf_counter()
     try:
+        fields, files = await read_allowed_form(request)
         worker = serving.vision_worker()
-        length = request.headers.get("content-length", "")
-        with worker.admit(int(length) if length.isdecimal() else MAX_VISION_BODY_BYTES):
-            order = await read_order(request, serving, worker)
+        with worker.admit(sum(len(each.data) for each in files["image"] if isinstance(each, FileSource))):
+            order = read_order(fields, files, serving, worker)
             outcomes = await answer_or_leave(request, worker, [order], serving)
     except (ApiError, VisionError) as error:
         return refused(error if isinstance(error, ApiError) else from_vision(error), started)
@@ -69,14 +68,20 @@ async def create_deepstack_detection(request: HttpRequest, serving: CurrentServi
     return JSONResponse({"success": True, "predictions": predictions, "duration": seconds_since(started)})
 
 
-async def read_order(request: HttpRequest, serving: Serving, worker: VisionWorker) -> Order:
-    """What a form asks. Errors: ApiError."""
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise ApiError(415, "Send multipart/form-data with the file image.", code="unsupported_media_type")
-    fields, files = await read_form(request, frozenset())
+async def read_allowed_form(request: HttpRequest) -> tuple[dict[str, Any], Files]:
+    """Text fields and files, once the key is right. Errors: ApiError 401, 415 and 400."""
+    is_form = request.headers.get("content-type", "").lower().startswith("multipart/form-data")
+    fields, files = await read_form(request, frozenset()) if is_form else ({}, {})
     known = request.state.key_digests
     if known and not key_in(request.headers):  # a key in the head was looked at before
         require_key(fields.get("api_key", ""), known)
+    if not is_form:
+        raise ApiError(415, "Send multipart/form-data with the file image.", code="unsupported_media_type")
+    return fields, files
+
+
+def read_order(fields: dict[str, Any], files: Files, serving: Serving, worker: VisionWorker) -> Order:
+    """What a form asks. Errors: ApiError."""
     given = [each for each in files["image"] if isinstance(each, FileSource)]
     if len(given) != 1:
         raise InvalidValue("image", f"{len(given)} files were sent as image; send one.")

@@ -76,8 +76,9 @@ def described(kind: Kind, name: str, config: Mapping[str, Any], digest: str, net
         allowed = f"a whole number from 1 to {MAX_IMAGE_SIZE}"
         raise ModelError(f"{source}: image_size is {card.image_size!r}; it must be {allowed}")
     info = ModelInfo(
-        name, kind.name, card.class_names, card.licence, card.image_size, network.runtime, card.description
-    )
+        name, kind.name, card.class_names, card.licence, card.image_size, network.runtime, card.description,
+        kind.full_size({}),
+    )  # fmt: skip
     return Model(kind, info, card, network)
 
 

@@ -107,7 +107,10 @@ class Card:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model says of itself. ``kind``: what it answers ("detector"); ``runtime``: onnxruntime or torch."""
+    """What a model says of itself. ``kind``: what it answers ("detector"); ``runtime``: onnxruntime or torch.
+
+    ``full_size``: whatever is asked, it looks at parts of the image.
+    """
 
     name: str
     kind: str
@@ -116,6 +119,7 @@ class ModelInfo:
     image_size: int
     runtime: str
     description: str = ""
+    full_size: bool = False
 
     def json(self) -> dict[str, Any]:
         """As a JSON object."""
