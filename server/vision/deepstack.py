@@ -13,11 +13,12 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
 
 from server.api.access import DEEPSTACK_PATH, key_in, require_key
 from server.api.errors import ApiError, InvalidValue, from_vision, shown
 from server.api.leaving import CLIENT_CLOSED_REQUEST
-from server.api.openapi import ASKING
+from server.api.openapi import ASKING, ErrorBody
 from server.api.serving import CurrentServing, Serving
 from server.vision.child import JobAnswer, VisionError
 from server.vision.routes import Order, answer_or_leave, image_fault, model_of_kind
@@ -28,7 +29,17 @@ from vision.serving.registry import all_kinds
 DETECTOR = "detector"
 MIN_CONFIDENCE = 0.4  # DeepStack's own, where a client names none
 
-router = APIRouter(responses=ASKING)
+
+class Refusal(BaseModel):
+    """DeepStack's answer where there is none."""
+
+    success: bool = Field(description="False.")
+    error: str = Field(description="Why there is no answer, in one sentence.")
+    duration: float = Field(description="Seconds taken.", ge=0)
+
+
+# What is refused before the route is reached has the shape of every other route.
+router = APIRouter(responses={status: told | {"model": Refusal | ErrorBody} for status, told in ASKING.items()})
 BODY = {
     "required": True,
     "content": {
@@ -37,9 +48,15 @@ BODY = {
                 "type": "object",
                 "required": ["image"],
                 "properties": {
-                    "image": {"type": "string", "format": "binary"},
-                    "min_confidence": {"type": "number", "default": MIN_CONFIDENCE},
-                    "api_key": {"type": "string"},
+                    "image": {"type": "string", "format": "binary", "description": "The picture's file."},
+                    "min_confidence": {
+                        "type": "number",
+                        "minimum": 0,
+                        "maximum": 1,
+                        "default": MIN_CONFIDENCE,
+                        "description": "Lowest score.",
+                    },
+                    "api_key": {"type": "string", "description": "The server's key, where it has one."},
                 },
             }
         }
