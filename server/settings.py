@@ -156,6 +156,7 @@ class Settings(BaseSettings):
     )
     drain_s: float = Field(30.0, ge=0, description="Seconds that running requests get at shutdown.")
     watchdog_s: float = Field(120.0, gt=0, description="Seconds of one engine step after which it counts as stuck.")
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or JSON objects.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
     @field_validator("drafter_device")

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.access import Access
 from server.api.errors import ApiError, internal_error, retry_after
+from server.logs import CURRENT_REQUEST
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Gate:
         request_id = accepted_request_id(headers.get("x-request-id"))
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
+        CURRENT_REQUEST.set(request_id)
         body = BodyReader(receive, max_body_bytes(scope["path"]), self.room)
         answer = AnswerSender(scope, body, send)
         try:

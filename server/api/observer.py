@@ -1,7 +1,11 @@
-"""The outermost layer: how many answers each route gave, with which status, and how long each took to its end."""
+"""The outermost layer: how many answers each route gave, with which status, and how long each took to its end.
+
+An answer is one log line as well, but for those that are asked for by the clock.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -10,7 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.gate import as_routes_know_it
 
+logger = logging.getLogger(__name__)
+
 UNKNOWN = "unknown"
+QUIET = frozenset({"/health", "/metrics", "/", "/web/{name}"})
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -46,6 +53,9 @@ class Observer:
             method = scope["method"] if scope["method"] in METHODS else UNKNOWN
             route, seconds = self.route_of(as_routes_know_it(scope)["path"]), time.monotonic() - started
             scope["app"].state.serving.observations.answer(method, route, status, seconds)
+            if route not in QUIET:
+                http = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
+                logger.info("%s %s: %d in %.3f s", method, route, status, seconds, extra={"http": http})
 
     def route_of(self, path: str) -> str:
         """The route's own path; ``UNKNOWN`` where there is none."""

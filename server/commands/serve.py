@@ -29,6 +29,7 @@ from server.commands.options import (
     settings_from,
 )
 from server.commands.show_settings import settings_text
+from server.logs import write_json
 
 
 def serve(
@@ -75,6 +76,7 @@ def serve(
     drain_s: Annotated[float | None, flag("drain_s")] = None,
     watchdog_s: Annotated[float | None, flag("watchdog_s")] = None,
     log_level: Annotated[str | None, flag("log_level")] = None,
+    log_format: Annotated[str | None, flag("log_format")] = None,
     config: Config = None,
     show_settings: Annotated[
         bool, typer.Option("--show-settings", help="Print every setting and where it comes from, and end.")
@@ -88,6 +90,8 @@ def serve(
         return
     if "log_level" in settings.model_fields_set:
         logging.getLogger().setLevel(settings.log_level.upper())
+    if settings.log_format == "json":
+        write_json()
     from server import app
     from server.launch import load_model, vision_worker
 

@@ -46,7 +46,7 @@ async function describe() {
     find("no-language").hidden = Boolean(language);
     find("machine").hidden = !language;
     offerModels(data);
-    if (language?.placement) drawPlacement(language.placement);
+    if (language?.placement?.target) drawPlacement(language.placement);
     drawCurve(language?.verify_ms ?? {});
     if (find("alert").dataset.kind === "key") tell("", "");
     known = JSON.stringify(data.map((entry) => [entry.id, entry.created, entry.kind]));

@@ -230,7 +230,12 @@ class ScriptedModel:
     context_length: int = 200
     sampling: SamplingParams = field(default_factory=SamplingParams)
     info: TargetInfo = field(default_factory=lambda: TargetInfo("tiny", "Scripted", 300, 4, 1, 200, 1000, "fp32"))
-    placement: Callable[[], dict[str, Any]] = lambda: {"reason": "", "drafter": {"device": "cpu", "reason": ""}}
+    placement: Callable[[], dict[str, Any]] = lambda: {
+        "reason": "",
+        "target": {"device": "cpu", "layers": 1, "weights": "fp32", "weight_bytes": 4000, "kv_bytes": 800},
+        "drafter": {"device": "cpu", "reason": "", "bytes": 500},
+        "bus_bytes": {"up": 0, "down": 0},
+    }
 
 
 def chunked(token_ids: Iterable[int], size: int) -> list[tuple[int, ...]]:

@@ -1,6 +1,9 @@
 """/metrics: names, what they count, and that a key guards them."""
 
 import asyncio
+import json
+import re
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -9,6 +12,8 @@ from server.api.metrics import rows_of_rounds
 from server.engine.figures import Counts
 
 pytestmark = pytest.mark.anyio
+DASHBOARD = Path(__file__).resolve().parents[3] / "docs" / "grafana.json"
+METRIC = re.compile(r"dovetail_\w+")
 COMPLETION = {"prompt": "one", "max_tokens": 100, "temperature": 0}
 NAMES = """
 build_info bus_bytes drafting e2e_request_latency_seconds engine_seconds generation_tokens http_request_duration_seconds
@@ -55,6 +60,16 @@ async def test_requests_and_answers_are_counted_once_under_stable_names(connect,
     assert value(samples, "http_requests_total", method="GET", route="/v1/models/{model_id:path}", status="200") == 1
     assert value(samples, "num_requests_running") == 0
     assert value(samples, "verify_pass_seconds", rows="8") == 0.006
+
+
+async def test_the_dashboard_asks_for_metrics_that_are_served(connect, make_model):
+    async with connect(make_model()) as client:
+        await client.post("/v1/completions", json=COMPLETION)
+        _, samples = await scrape(client)
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    asked = {name for panel in panels for target in panel["targets"] for name in METRIC.findall(target["expr"])}
+    assert len(asked) > 15
+    assert asked <= {name for name, _ in samples} | {"dovetail_spec_decode_num_accepted_tokens_per_pos_total"}
 
 
 async def test_a_key_guards_them_and_refusals_are_counted(connect, make_model):
