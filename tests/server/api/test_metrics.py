@@ -82,7 +82,7 @@ async def test_a_key_guards_them_and_refusals_are_counted(connect, make_model):
 async def test_they_are_there_while_the_model_is_loaded(connect, make_model):
     loading = asyncio.Event()
 
-    def load(_settings):
+    def load(_settings, _report):
         loading.set()
         raise ValueError("no such model")
 

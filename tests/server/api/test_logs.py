@@ -23,19 +23,8 @@ def lines(caplog):
 
 
 @pytest.mark.anyio
-async def test_lines_carry_the_requests_id_and_no_text(lines, make_model, make_settings):
-    import httpx
-
-    from server.app import create_app
-
-    model = make_model()
-    app = create_app(make_settings(), lambda _: model)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
-    ):
-        while (await client.get("/health")).status_code != 200:
-            pass
+async def test_lines_carry_the_requests_id_and_no_text(lines, connect, make_model):
+    async with connect(make_model()) as client:
         answer = await client.post("/v1/completions", json=COMPLETION, headers={"x-request-id": "mine-1"})
         refused = await client.post("/v1/completions", json=COMPLETION | {"n": 0}, headers={"x-request-id": "mine-2"})
     found = [json.loads(line) for line in lines]
