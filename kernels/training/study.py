@@ -1,8 +1,9 @@
 """A study: one recipe trained in several variants with several seeds, cell by cell, resumable at any point.
 
-Beside the tables of one training the recipe has ``[study]``: ``seeds``, and ``variants``, which for each name hold the
-tables laid over the rest. Cells are trained in order, seeds varying slowest, so that a study cut short has compared
-all variants. Each cell leaves ``report.json`` in its folder; ``study.json`` says where the whole stands.
+Beside the tables of one training the recipe has ``[study]``: ``seeds``, ``variants``, which for each name hold the
+tables laid over the rest, and ``comparisons``, the questions it is made for (``kernels.training.paired``). Cells are
+trained in order, seeds varying slowest, so that a study cut short has compared all variants. Each cell leaves
+``report.json`` in its folder; ``study.json`` says where the whole stands.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kernels.training.options import RecipeError, take_table
+from kernels.training.paired import Comparison
 from kernels.training.run import TrainingDivergedError, TrainingReport, last_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -31,10 +33,14 @@ FINISHED, INTERRUPTED, FAILED, NOT_RUN = "finished", "interrupted", "failed", "N
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What varies: ``variants`` are named tables laid over the recipe, each is trained with every seed."""
+    """What varies: ``variants`` are named tables laid over the recipe, each is trained with every seed.
+
+    ``comparisons`` are tables of ``Comparison``, read before anything is trained.
+    """
 
     variants: dict[str, Any]
     seeds: tuple[int, ...] = (0,)
+    comparisons: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.variants or not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -44,6 +50,16 @@ class StudyOptions:
                 raise RecipeError(f"study.variants.{name} names a folder; use letters, digits, '_', '-' and '.'")
             if not isinstance(tables, dict) or not all(isinstance(table, dict | list) for table in tables.values()):
                 raise RecipeError(f"study.variants.{name} must hold tables, as in {name}.training.learning_rate = 0.1")
+        for each in self.parsed_comparisons:
+            if unknown := {each.variant, each.against} - set(self.variants):
+                raise RecipeError(
+                    f"study.comparisons names {', '.join(sorted(unknown))}; the variants are {', '.join(self.variants)}"
+                )
+
+    @property
+    def parsed_comparisons(self) -> list[Comparison]:
+        """``comparisons``, checked. Errors: RecipeError."""
+        return [take_table({"study.comparisons": each}, "study.comparisons", Comparison) for each in self.comparisons]
 
 
 @dataclass(frozen=True)

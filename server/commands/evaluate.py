@@ -188,6 +188,33 @@ def evaluate_study(
     typer.echo(json.dumps(report))
 
 
+@app.command("paired-study")
+def evaluate_paired_study(
+    recipe: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe with [[study.comparisons]].")
+    ],
+    json_file: Annotated[Path, typer.Option("--json", dir_okay=False, help="Report; the plot lies beside it.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)
+    ] = None,
+) -> None:
+    """Verdicts of a finished study: mean gain over paired seeds with its 95 % interval, or why there is none.
+
+    Every training that a comparison rests on must be finished; a missing or diverged one ends the command.
+    """
+    from kernels.training.options import load_recipe
+    from kernels.training.paired_report import analyse, markdown, write_paired
+    from kernels.training.study import expand
+
+    tables = load_recipe(recipe)
+    study = analyse(tables, expand(tables, output))
+    report = write_paired(
+        study, f"dovetail eval paired-study {recipe.as_posix()} --json {json_file.as_posix()}", json_file
+    )
+    typer.echo(markdown(report), err=True)
+    typer.echo(json.dumps(report))
+
+
 @app.command("face-quality")
 def evaluate_face_quality(
     checkpoint: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of a trained scorer.")],

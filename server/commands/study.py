@@ -34,6 +34,17 @@ for name, training in TRAININGS.items():
     add_command(name, training)
 
 
+@app.command("perceptrons", help="Train the small students of a distillation study, all variants and seeds at once.")
+def perceptrons(recipe: Recipe, output: Output = None) -> None:
+    """Students as ``vision.tasks.perceptrons`` has them; an interrupted run is resumed."""
+    from kernels.training.options import load_recipe
+    from kernels.training.study import expand
+    from vision.tasks.perceptrons import train_together
+
+    tables = load_recipe(recipe)
+    print_outcomes(train_together(expand(tables, output), output or Path(tables["training"]["output"])))
+
+
 def run(file: Path, output: Path | None, only: str, train: Train) -> list[Outcome]:
     """Expand the recipe in ``file`` and train its cells with ``train``."""
     from kernels.training.options import load_recipe

@@ -31,6 +31,9 @@ BACKBONES: dict[str, str] = {
     "mobilenet_v1_x0_75": "vision.backbones.mobilenet:MobileNet",
     "mobilenet_v1_x0_5": "vision.backbones.mobilenet:MobileNet",
     "mobilenet_v1_x0_25": "vision.backbones.mobilenet:MobileNet",
+    "plain_w6": "vision.backbones.plain:Plain",
+    "plain_w12": "vision.backbones.plain:Plain",
+    "plain_w32": "vision.backbones.plain:Plain",
 }
 
 __all__ = ["Backbone", "BackboneError", "UnknownBackboneError", "create_backbone", "list_backbones"]

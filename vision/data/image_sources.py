@@ -1,4 +1,4 @@
-"""Labelled images by how they lie on disk: one table of all sources."""
+"""Labelled images by how they lie on disk, or are made: one table of all sources."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vision.data.faces import london_faces, orl_faces
 from vision.data.sources import DataError, ImageSource, cifar10_source, cifar100_source, idx_source, open_folder
+from vision.data.textures import textures
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ SOURCES: dict[str, SourceKind] = {
     "idx": SourceKind(idx_source, "train", "t10k"),
     "london_faces": SourceKind(london_faces, "train", "val"),
     "orl_faces": SourceKind(orl_faces, "train", "measure"),
+    "textures": SourceKind(textures, "train", "test"),
 }
 
 
