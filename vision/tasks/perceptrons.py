@@ -13,7 +13,8 @@ The recipe's tables: ``[study]``, ``[student]``, ``[teacher]``, ``[[terms]]``, `
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,18 +154,24 @@ class TogetherTask(nn.Module):
     """The sum of all students' losses over one batch each."""
 
     steps_done: Tensor
+    inputs: Tensor
+    labels: Tensor
+    teacher_logits: Tensor
+    teacher_embedding: Tensor
 
     def __init__(self, students: Students, variants: Sequence[Variant], lesson: Lesson) -> None:
         super().__init__()
-        self.students, self.variants, self.lesson = students, list(variants), lesson
+        self.students, self.variants = students, list(variants)
         self.samplers = samplers_of(variants)
+        for name in ("inputs", "labels", "teacher_logits", "teacher_embedding"):
+            self.register_buffer(name, getattr(lesson, name), persistent=False)
         # In the state, so that a resumed run goes on with the weights' warm-up.
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
 
     def forward(self, order: Tensor) -> dict[str, Tensor]:
         """``order`` [samplers, S, B]: the images that each seed sees in this step."""
         drawn = order[[self.samplers.index(sampler_of(variant)) for variant in self.variants]]  # [V, S, B]
-        hidden, logits = self.students(self.lesson.inputs[drawn])
+        hidden, logits = self.students(self.inputs[drawn])
         losses = [
             self.loss(variant, *of_variant)
             for variant, *of_variant in zip(self.variants, drawn, hidden, logits, strict=True)
@@ -176,12 +183,12 @@ class TogetherTask(nn.Module):
         seeds, step = len(drawn), int(self.steps_done) + 1
         total = logits.new_zeros(())
         if variant.distillation.cross_entropy_weight:
-            labels = self.lesson.labels[drawn].flatten()
+            labels = self.labels[drawn].flatten()
             mean = functional.cross_entropy(logits.flatten(0, 1), labels)
             total = variant.distillation.cross_entropy_weight * seeds * mean
         for term in variant.terms.values():
             # A correlation is one of the samples of a batch, and there is a batch for each seed.
-            parts = range(seeds) if isinstance(term, CorrelationTerm) else [slice(None)]
+            parts: Sequence[int | slice] = range(seeds) if isinstance(term, CorrelationTerm) else [slice(None)]
             for part in parts:
                 answers = self.answers(drawn[part].flatten(), hidden[part], logits[part])
                 total = total + term.weight_at(step) * seeds / len(parts) * term.loss(answers)
@@ -190,8 +197,8 @@ class TogetherTask(nn.Module):
     def answers(self, drawn: Tensor, hidden: Tensor, logits: Tensor) -> Answers:
         """What students and teacher say of the images ``drawn`` [N]."""
         return Answers(
-            logits.flatten(0, -2), self.lesson.teacher_logits[drawn],
-            hidden.flatten(0, -2), self.lesson.teacher_embedding[drawn], self.lesson.labels[drawn],
+            logits.flatten(0, -2), self.teacher_logits[drawn],
+            hidden.flatten(0, -2), self.teacher_embedding[drawn], self.labels[drawn],
         )  # fmt: skip
 
     def after_step(self) -> None:
@@ -218,79 +225,102 @@ def train_together(cells: Sequence[Cell], folder: Path, console: Console | None 
     An interrupted run is resumed by the same call. Errors: RecipeError, DataError, TeacherError, TrainingDivergedError.
     """
     parsed = {cell.variant: Variant.parse(cell.variant, cell.recipe) for cell in cells}
-    first = cells[0].recipe
-    options, data = take_table(first, "training", TrainingOptions), take_table(first, "data", DataOptions)
+    options = take_table(cells[0].recipe, "training", TrainingOptions)
     if options.clip_norm:
         raise RecipeError("training.clip_norm would tie the students together, which share one gradient: set it to 0")
-    teacher = load_teacher(take_table(first, "teacher", TeacherOptions))
+    lessons: dict[int, tuple[Lesson, Lesson]] = {}
     for student in dict.fromkeys(variant.student for variant in parsed.values()):
-        variants = [variant for variant in parsed.values() if variant.student == student]
         own = [cell for cell in cells if parsed[cell.variant].student == student]
         if all((cell.output / REPORT_FILE).is_file() for cell in own):
             continue
-        train, held_out = (
-            Lesson.read(source, data, teacher, student.side) for source in (data.open_train(), data.open_eval())
-        )
+        if student.side not in lessons:
+            lessons[student.side] = read_lessons(cells[0].recipe, student.side)
         place = folder / RUN_FOLDER / f"hidden_{student.hidden}"
-        seeds = sorted({cell.seed for cell in own})
-        students = Students(len(variants), seeds, student.side**2, student.hidden, train.teacher_logits.shape[1])
-        task = TogetherTask(students, variants, train)
-        seconds = train_task(task, seeds, dataclasses.replace(options, output=str(place), seed=0), console)
-        if seconds is None:
+        group = Group([parsed[name] for name in dict.fromkeys(cell.variant for cell in own)], own)
+        if not train_group(
+            group, lessons[student.side], dataclasses.replace(options, output=str(place), seed=0), console
+        ):
             break
-        figures = measure(students, held_out)
-        for cell in own:
-            final = figures[variants.index(parsed[cell.variant]), seeds.index(cell.seed)]
-            write_json(
-                {
-                    "recipe": cell.recipe,
-                    "final": final,
-                    "best": {},
-                    "seconds": seconds / len(own),
-                    "checkpoint": str(place),
-                },
-                cell.output / REPORT_FILE,
-            )
     return write_outcomes(cells, folder)
 
 
-def train_task(
-    task: TogetherTask, seeds: Sequence[int], options: TrainingOptions, console: Console | None
-) -> float | None:
+@dataclass(frozen=True)
+class Group:
+    """Students of one size: their variants, and a cell for each of them and each seed."""
+
+    variants: list[Variant]
+    cells: list[Cell]
+
+    @property
+    def seeds(self) -> list[int]:
+        """In rising order."""
+        return sorted({cell.seed for cell in self.cells})
+
+
+def read_lessons(recipe: dict[str, Any], side: int) -> tuple[Lesson, Lesson]:
+    """What students are trained and measured on. Errors: DataError, TeacherError where the classes differ."""
+    data, teacher = take_table(recipe, "data", DataOptions), load_teacher(take_table(recipe, "teacher", TeacherOptions))
+    train, held_out = data.open_train(), data.open_eval()
+    teacher.check_classes(train.class_names)
+    return Lesson.read(train, data, teacher, side), Lesson.read(held_out, data, teacher, side)
+
+
+def train_group(
+    group: Group, lessons: tuple[Lesson, Lesson], options: TrainingOptions, console: Console | None
+) -> bool:
+    """Train the students of one size and write the reports of their cells; False where it was interrupted."""
+    train, held_out = lessons
+    size = group.variants[0].student
+    students = Students(
+        len(group.variants), group.seeds, train.inputs.shape[1], size.hidden, train.teacher_logits.shape[1]
+    )
+    seconds = train_task(TogetherTask(students, group.variants, train), group, options, console)
+    if seconds is None:
+        return False
+    figures = measure(students, held_out)
+    names = [variant.name for variant in group.variants]
+    for cell in group.cells:
+        report = {
+            "recipe": cell.recipe,
+            "final": figures[names.index(cell.variant), group.seeds.index(cell.seed)],
+            "best": {},
+            "seconds": seconds / len(group.cells),
+            "checkpoint": options.output,
+        }
+        write_json(report, cell.output / REPORT_FILE)
+    return True
+
+
+def train_task(task: TogetherTask, group: Group, options: TrainingOptions, console: Console | None) -> float | None:
     """Train all students; the seconds it took, or None where it was interrupted."""
-    orders = Orders(task.samplers, seeds, task.lesson.labels, options)
+    orders = Orders(task.samplers, group.seeds, task.labels, options)
     report = run(
         task,
         orders,
         options,
         collate=lambda steps: {"order": steps[0]},
-        batch_sampler=InOrder(orders),
+        batch_sampler=BatchSampler(SequentialSampler(orders), 1, drop_last=False),
         callbacks=[AfterStep(task.after_step)],
+        recipe={"cells": [cell.recipe for cell in group.cells]},
         resume=Path(options.output).is_dir(),
         console=console,
     )
     return report.seconds if report.finished else None
 
 
-class InOrder(BatchSampler):
-    """Steps one after another, each a batch of its own."""
-
-    def __init__(self, orders: Orders) -> None:
-        super().__init__(SequentialSampler(orders), 1, drop_last=False)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return super().__iter__()
-
-
 @torch.no_grad()
 def measure(students: Students, held_out: Lesson) -> Mapping[tuple[int, int], dict[str, float]]:
     """(variant, seed) by their places -> the figures of that student."""
-    _, logits = students(held_out.inputs[None, None])
-    return {
-        (variant, seed): figures_of(logits[variant, seed], held_out)
-        for variant in range(logits.shape[0])
-        for seed in range(logits.shape[1])
-    }
+    students.cpu()
+    figures = {}
+    for variant, seed in itertools.product(*map(range, students.first.shape[:2])):
+        first, second, first_bias, second_bias = (
+            weights[variant, seed]
+            for weights in (students.first, students.second, students.first_bias, students.second_bias)
+        )
+        logits = (held_out.inputs @ first + first_bias).relu() @ second + second_bias
+        figures[variant, seed] = figures_of(logits, held_out)
+    return figures
 
 
 def figures_of(logits: Tensor, held_out: Lesson) -> dict[str, float]:
