@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels.diagonalwise import bench_report
-from kernels.training import study_report
+from kernels.training import paired_report, study_report
 from vision.backbones import create_backbone, list_backbones
 from vision.backbones.complexity import count
 from vision.tasks import detection_study, study
@@ -17,6 +17,7 @@ from vision.tasks import detection_study, study
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 PAGE = (DOCS / "vision.md").read_text(encoding="utf-8")
 DETECTION = (DOCS / "vision" / "detection.md").read_text(encoding="utf-8")
+EVIDENCE = (DOCS / "evidence.md").read_text(encoding="utf-8")
 DISTILLATION = (DOCS / "vision" / "distillation.md").read_text(encoding="utf-8")
 
 
@@ -52,6 +53,19 @@ def test_the_mining_study_is_its_report() -> None:
 def test_the_distillation_studies_are_their_reports(name: str) -> None:
     report = json.loads((DOCS / "vision" / f"{name}.json").read_text(encoding="utf-8"))
     assert between_markers(name, DISTILLATION) == study_report.markdown(report)
+
+
+@pytest.mark.parametrize("name", ["textures_bdd", "textures_cckd"])
+def test_the_paired_studies_are_their_reports(name: str) -> None:
+    report = json.loads((DOCS / "vision" / "evidence" / f"{name}.json").read_text(encoding="utf-8"))
+    assert between_markers(name, EVIDENCE) == paired_report.markdown(report)
+    assert len(report["seeds"]) >= 10
+    assert report["command"].split()[:3] == ["dovetail", "eval", "paired-study"]
+
+
+def test_the_tuning_is_its_report() -> None:
+    report = json.loads((DOCS / "vision" / "evidence" / "textures_tuning.json").read_text(encoding="utf-8"))
+    assert between_markers("textures_tuning", EVIDENCE) == study_report.markdown(report)
 
 
 def test_the_mining_example_runs() -> None:
