@@ -7,7 +7,7 @@ is trained as if it were alone: the optimisers act element by element, and the g
 initial weights and the order of the images, the same in every variant.
 
 The recipe's tables: ``[study]``, ``[student]``, ``[teacher]``, ``[[terms]]``, ``[distillation]``, ``[data]``,
-``[training]``; variants may change all but the last two and the teacher.
+``[training]``; variants may change the student, the terms and how they are taught.
 """
 
 from __future__ import annotations
@@ -225,6 +225,7 @@ def train_together(cells: Sequence[Cell], folder: Path, console: Console | None 
     An interrupted run is resumed by the same call. Errors: RecipeError, DataError, TeacherError, TrainingDivergedError.
     """
     parsed = {cell.variant: Variant.parse(cell.variant, cell.recipe) for cell in cells}
+    check_shared(cells)
     options = take_table(cells[0].recipe, "training", TrainingOptions)
     if options.clip_norm:
         raise RecipeError("training.clip_norm would tie the students together, which share one gradient: set it to 0")
@@ -242,6 +243,20 @@ def train_together(cells: Sequence[Cell], folder: Path, console: Console | None 
         ):
             break
     return write_outcomes(cells, folder)
+
+
+def check_shared(cells: Sequence[Cell]) -> None:
+    """Errors: RecipeError where a variant changes what all students share in one run."""
+    for table in ("teacher", "data", "training"):
+        tables = {
+            cell.variant: {
+                key: value for key, value in cell.recipe.get(table, {}).items() if key not in ("seed", "output")
+            }
+            for cell in cells
+        }
+        first = tables[cells[0].variant]
+        if other := next((name for name, values in tables.items() if values != first), None):
+            raise RecipeError(f"{other} changes [{table}], which all students of one run share; make it another study")
 
 
 @dataclass(frozen=True)
