@@ -13,7 +13,7 @@ from vision.tasks.perceptrons import Variant
 RECIPES = Path(vision.__file__).parent / "recipes" / "evidence"
 
 
-@pytest.mark.parametrize("name", ["textures_tuning", "textures_bdd", "textures_cckd"])
+@pytest.mark.parametrize("name", ["textures_tuning", "textures_bdd", "textures_cckd", "textures_long"])
 def test_studies_of_perceptrons(name: str) -> None:
     recipe = load_recipe(RECIPES / f"{name}.toml")
     variants = {cell.variant: Variant.parse(cell.variant, cell.recipe) for cell in expand(recipe)}
