@@ -14,7 +14,7 @@ from command_line import refusal, run
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from kernels.training import RecipeError, TrainingReport
+from kernels.training import RecipeError, TrainingReport, study
 from kernels.training.options import check_data, load_recipe
 from server.cli import app
 from server.commands import bench
@@ -62,13 +62,15 @@ output = "runs/study"
 
 def test_study_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import vision.tasks.classification as classification
-    import vision.tasks.study as study
+    import vision.tasks.study as classifier_study
 
     report = TrainingReport({"top1": 0.5}, {}, 1.0, "checkpoint", finished=True)
     monkeypatch.setattr(classification, "train_classifier", lambda recipe, *, resume: report)
-    monkeypatch.setattr(study, "study_rows", list)
-    monkeypatch.setattr(study, "markdown", lambda rows: f"{len(rows)} rows")
-    monkeypatch.setattr(study, "write_study", lambda rows, cells, hardware, file: {"rows": [c.name for c in cells]})
+    monkeypatch.setattr(classifier_study, "study_rows", list)
+    monkeypatch.setattr(classifier_study, "markdown", lambda rows: f"{len(rows)} rows")
+    monkeypatch.setattr(
+        classifier_study, "write_study", lambda rows, cells, hardware, file: {"rows": [c.name for c in cells]}
+    )
     recipe, folder = tmp_path / "study.toml", tmp_path / "out"
     recipe.write_text(STUDY)
     result = RUNNER.invoke(app, ["study", "classifier", str(recipe), "--output", str(folder), "--only", "large"])
@@ -82,17 +84,64 @@ def test_study_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 def test_the_study_of_detectors_takes_parts_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import vision.tasks.detection_study as study
+    import vision.tasks.detection_study as detector_study
 
-    monkeypatch.setattr(study, "study_rows", list)
-    monkeypatch.setattr(study, "markdown", lambda rows: f"{len(rows)} rows")
-    monkeypatch.setattr(study, "write_study", lambda rows, cells, file: {"rows": [f"{c.output}" for c in cells]})
+    monkeypatch.setattr(detector_study, "study_rows", list)
+    monkeypatch.setattr(detector_study, "markdown", lambda rows: f"{len(rows)} rows")
+    monkeypatch.setattr(
+        detector_study, "write_study", lambda rows, cells, file: {"rows": [f"{c.output}" for c in cells]}
+    )
     recipe, folder = tmp_path / "study.toml", tmp_path / "out"
     recipe.write_text(STUDY)
     given = ["--json", str(tmp_path / "study.json"), "--output", str(folder), "--only", "small"]
     result = RUNNER.invoke(app, ["eval", "detector-study", str(recipe), *given])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["rows"] == [str(folder / "small" / "seed_0")]
+
+
+COMPARISON = """
+[study]
+seeds = [0, 1, 2]
+[[study.comparisons]]
+claim = "large is better"
+variant = "large"
+against = "small"
+figure = "top1"
+smallest_effect = 0.1
+[study.variants]
+small.student.hidden = 2
+large.student.hidden = 4
+[training]
+output = "nowhere"
+"""
+
+
+def test_a_study_of_pairs_is_compared_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from kernels.training.paired import PairingError
+    from vision.tasks import perceptrons
+
+    def train(cells: list[study.Cell], folder: Path) -> list[study.Outcome]:
+        for cell in cells:
+            final = {"top1": cell.recipe["student"]["hidden"] / 10 + cell.seed / 100}
+            report = {"recipe": cell.recipe, "final": final, "best": {}, "seconds": 1.0, "checkpoint": ""}
+            study.write_json(report, cell.output / study.REPORT_FILE)
+        return study.write_outcomes(cells, folder)
+
+    monkeypatch.setattr(perceptrons, "train_together", train)
+    recipe, folder = tmp_path / "pairs.toml", tmp_path / "out"
+    recipe.write_text(COMPARISON)
+    compare = ["eval", "paired-study", str(recipe), "--output", str(folder), "--json", str(tmp_path / "pairs.json")]
+    early = RUNNER.invoke(app, compare)
+    assert isinstance(early.exception, PairingError)
+    assert "6 of 6 trainings are not finished: small/seed_0 NOT RUN" in str(early.exception)
+    trained = RUNNER.invoke(app, ["study", "perceptrons", str(recipe), "--output", str(folder)])
+    assert len(json.loads(trained.stdout.splitlines()[-1])["cells"]) == 6
+    result = RUNNER.invoke(app, compare)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["comparisons"][0]["verdict"] == "shown"
+    assert report["comparisons"][0]["mean"] == pytest.approx(0.2)
+    assert (tmp_path / "pairs.png").is_file()
 
 
 def test_a_study_is_not_a_training(tmp_path: Path) -> None:
@@ -160,7 +209,8 @@ RECIPES = sorted(ROOT.glob("vision/recipes/**/*.toml")) + sorted(ROOT.glob("draf
 def test_recipes_say_where_absent_data_come_from(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     data = tomllib.loads(recipe.read_text(encoding="utf-8")).get("data", {})
     monkeypatch.chdir(tmp_path)
-    if not {"root", "tokens", "conversations"} & set(data):
+    made = data.get("kind") == "textures"  # from a seed: nothing can be absent
+    if made or not {"root", "tokens", "conversations"} & set(data):
         return check_data(recipe)
     missing = data.get("root") or data.get("tokens") or data["conversations"]
     with pytest.raises(RecipeError, match=f"data.* {re.escape(missing)}") as refused:
