@@ -123,7 +123,8 @@ def order_of(sampler: DistillationOptions, labels: Tensor, seed: int, options: T
             batches += [torch.tensor(batch) for batch in drawn]
         else:
             shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1000 * seed + epoch))
-            batches += shuffled[: len(labels) // options.batch_size * options.batch_size].split(options.batch_size)
+            whole = len(labels) // options.batch_size * options.batch_size
+            batches += shuffled[:whole].view(-1, options.batch_size)
         if len(batches) >= options.steps:
             break
     return torch.stack(batches[: options.steps])
