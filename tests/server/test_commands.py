@@ -155,17 +155,31 @@ def test_a_study_is_not_a_training(tmp_path: Path) -> None:
 def test_kernel_benchmarks_are_reserved_words_of_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from server.bench import kernel_report
 
-    seen = []
-    monkeypatch.setattr(kernel_report, "bench_kernels", lambda *given: seen.append(given) or {"results": []})
+    seen, nothing = [], {"results": [], "parts": [], "beside": []}
+    monkeypatch.setattr(kernel_report, "bench_kernels", lambda *given: seen.append(given) or dict(nothing))
     monkeypatch.setattr(kernel_report, "tables", lambda report: ["table"])
     monkeypatch.setattr(kernel_report, "remarks", lambda report: ["remark"])
     file = tmp_path / "kernels.json"
-    words = ["--rows", "1,8", "--weights", "int4", "--scopes", "model", "--contexts", "64", "--layers", "4"]
+    words = [
+        "--rows",
+        "1,8",
+        "--weights",
+        "int4",
+        "--scopes",
+        "model",
+        "--contexts",
+        "64",
+        "--layers",
+        "4",
+        "--beside",
+        "2",
+    ]
     result = RUNNER.invoke(app, ["bench", "kernels", *words, "--json", str(file)])
     assert result.exit_code == 0, result.output
-    assert json.loads(file.read_text()) == json.loads(result.stdout.splitlines()[-1]) == {"results": []}
-    options, scopes, contexts, _ = seen[0]
-    assert (options.weights, options.rows, options.layers, scopes, contexts) == (["int4"], [1, 8], 4, ["model"], [64])
+    assert json.loads(file.read_text()) == json.loads(result.stdout.splitlines()[-1]) == nothing
+    options, scopes, contexts, busy, _ = seen[0]
+    assert (options.weights, options.rows, options.layers) == (["int4"], [1, 8], 4)
+    assert (scopes, contexts, busy) == (["model"], [64], [2])
     assert {"kernels", "diagonalwise", "vision", "distillation"} <= set(get_command(bench.app).commands)
     assert "diagonal-wise" in refusal("bench", "diagonal-wise"), "any other word is a target"
 
@@ -181,9 +195,9 @@ def test_detector_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     recipe.write_text('[data]\nkind = "coco"\n')
     for arguments, given in (
         (["eval", "detector", str(tmp_path), str(tmp_path), "--kind", "coco", "--split", "val2017"],
-         [tmp_path, "coco", tmp_path, "val2017", None, 8]),
+         [tmp_path, "coco", tmp_path, "val2017", None, 8, []]),
         (["eval", "detector", str(tmp_path), str(tmp_path), "--output", str(out), "--batch-size", "2"],
-         [tmp_path, "voc", tmp_path, "test", out, 2]),
+         [tmp_path, "voc", tmp_path, "test", out, 2, []]),
         (["train", "detector", str(recipe), "--resume"], ["coco", True]),
     ):  # fmt: skip
         result = RUNNER.invoke(app, arguments)
