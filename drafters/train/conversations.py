@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -103,6 +104,39 @@ class ChatTokenizer(Protocol):
     ) -> list[str]:
         """The template's text in pieces that are encoded one by one. Errors: ValueError where it refuses."""
         ...
+
+
+class FolderTokenizer:
+    """A model folder's tokenizer and chat template as transformers reads them, where no server's codec is at hand."""
+
+    def __init__(self, folder: Path) -> None:
+        """Errors: CorpusError where the folder holds no tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            self.reader: Any = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise CorpusError(f"{folder} holds no tokenizer that transformers reads: {error}") from error
+        self.reader.backend_tokenizer.no_truncation()
+        self.reader.backend_tokenizer.no_padding()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids, with the place of each in the text."""
+        own: Tokenizer = self.reader.backend_tokenizer
+        return own
+
+    def render_chat(
+        self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = True
+    ) -> list[str]:
+        """The template's text in one piece. Errors: ValueError where it refuses."""
+        try:
+            text: str = self.reader.apply_chat_template(
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+        return [text]
 
 
 class ChatEncoder:
@@ -213,16 +247,18 @@ def called_name(call: Any) -> str | None:
 
 
 def load_samples(
-    file: Path, file_format: str, codec: ChatTokenizer, max_length: int, held_out_share: float, seed: int
+    file: Path, file_format: str, codec: ChatTokenizer | Path, max_length: int, held_out_share: float, seed: int
 ) -> tuple[TokenSamples, TokenSamples | None]:
     """(training samples, held-out samples or None) of a data file, shuffled with the seed.
+
+    ``codec``: the target's own, as it serves, or its folder, which transformers then reads.
 
     Errors: CorpusError naming file and line for what is missing, malformed or empty, and where every conversation had
     to be dropped.
     """
     if file_format not in FORMATS:
         raise CorpusError(f"data.format is {file_format!r}; allowed are {', '.join(FORMATS)}")
-    encoder = ChatEncoder(codec, max_length)
+    encoder = ChatEncoder(FolderTokenizer(codec) if isinstance(codec, Path) else codec, max_length)
     if file_format == "text":
         if not file.is_file():
             raise CorpusError(f"{file} does not exist; data.conversations of the recipe names it")

@@ -83,6 +83,19 @@ def test_the_mask_is_what_the_template_adds_for_an_answer(
     assert counted_text(folder, train[0]) == answers
 
 
+def test_a_folder_gives_the_samples_of_its_codec(folder: Path, tmp_path: Path) -> None:
+    file = write_messages(tmp_path / "data.jsonl", TALK, TALK[:2])
+    own, served = load_samples(file, "messages", folder, 500, 0.0, seed=3)[0], load(file, folder)[0]
+    assert len(own) == len(served) == 2
+    for got, want in zip(own, served, strict=True):
+        assert all(torch.equal(got[key], want[key]) for key in want)
+    use_template(folder, BRACKETS)
+    with pytest.raises(CorpusError, match="no system"):
+        load_samples(write_messages(file, [("system", "x"), *TALK]), "messages", folder, 500, 0.0, seed=3)
+    with pytest.raises(CorpusError, match="holds no tokenizer"):
+        load_samples(file, "messages", tmp_path, 500, 0.0, seed=3)
+
+
 def test_sharegpt_arrays_and_lines_equal_messages(folder: Path, tmp_path: Path) -> None:
     names = {"user": "human", "assistant": "gpt"}
     record = {"id": "x", "conversations": [{"from": names[r], "value": c} for r, c in TALK]}
