@@ -22,6 +22,7 @@ from server.api.access import Access, open_to_all
 from server.api.errors import install_error_handlers
 from server.api.gate import Gate
 from server.api.language import anthropic, chat, completions, embeddings, responses, tokenizer
+from server.api.observations import tracing_to
 from server.api.observer import Observer
 from server.api.openapi import App
 from server.api.serving import Load, Serving
@@ -50,9 +51,11 @@ def create_app(
     that half is not served. ``on_failure`` is told when loading fails.
     """
 
+    tracing = tracing_to(settings.otlp_endpoint)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.serving = Serving(settings, load, on_failure, vision)
+        app.state.serving = Serving(settings, load, on_failure, vision, tracing)
         app.state.serving.start_loading()
         yield
         await app.state.serving.stop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.config import Config
@@ -40,8 +40,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for a head."""
-        assert isinstance(transport, asyncio.Transport)
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, transport))  # uvloop's is one in all but name
         if len(self.connections) > self.max_connections:
             self.refuse(503, "The server has as many connections as it may; try again soon.", "too_many_connections")
         else:

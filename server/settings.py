@@ -156,6 +156,9 @@ class Settings(BaseSettings):
     )
     drain_s: float = Field(30.0, ge=0, description="Seconds that running requests get at shutdown.")
     watchdog_s: float = Field(120.0, gt=0, description="Seconds of one engine step after which it counts as stuck.")
+    otlp_endpoint: str | None = Field(
+        None, description="OpenTelemetry collector that traces are sent to, as http://HOST:4318 (extra otel)."
+    )
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or JSON objects.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
 
@@ -164,6 +167,13 @@ class Settings(BaseSettings):
     def _known_device(cls, value: str) -> str:
         if not re.fullmatch(r"auto|cpu|cuda:\d+", value):
             raise ValueError(f"{value!r} is no device; use auto, cpu or cuda:N")
+        return value
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _address_of_a_collector(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^\s/]\S*", value):
+            raise ValueError(f"{value!r} is no address of a collector; write one as http://HOST:4318")
         return value
 
     @model_validator(mode="after")

@@ -70,34 +70,37 @@ class IncrementalDecoder:
         self.tokenizer = tokenizer
         self.hidden_ids = hidden_ids
         shown = [token_id for token_id in prompt_ids if token_id not in hidden_ids]
-        self.context = shown[-NUM_CONTEXT:]
-        self.pending: list[int] = []
-        self.num_emitted = 0
+        self._begin_window(shown[-NUM_CONTEXT:])
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """The text these tokens complete; may be empty."""
-        return "".join(self._push_one(token_id) for token_id in token_ids if token_id not in self.hidden_ids)
-
-    def flush(self) -> str:
-        """What is still held, an unfinished character as U+FFFD. The decoder starts afresh."""
-        text = self._window_text()[self.num_emitted :]
-        self.context, self.pending, self.num_emitted = [], [], 0
-        return text
-
-    def _push_one(self, token_id: int) -> str:
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; may be empty."""
+        if token_id in self.hidden_ids:
+            return ""
         self.pending.append(token_id)
         text = self._window_text()
         num_held = min(len(text) - len(text.rstrip(REPLACEMENT)), MAX_HELD_REPLACEMENTS)
         stable = text[: len(text) - num_held]
         emitted = stable[self.num_emitted :]
         if num_held == 0 and stable:
-            self.context, self.pending, self.num_emitted = self.pending, [], 0
+            self._begin_window(self.pending)
         else:
             self.num_emitted += len(emitted)
         return emitted
 
+    def flush(self) -> str:
+        """What is still held, an unfinished character as U+FFFD. The decoder starts afresh."""
+        text = self._window_text()[self.num_emitted :]
+        self._begin_window([])
+        return text
+
+    def _begin_window(self, context: list[int]) -> None:
+        self.context = context
+        self.pending: list[int] = []
+        self.num_emitted = 0
+        self.before = self._decode(context) if context else ""
+
     def _window_text(self) -> str:
-        before = self._decode(self.context) if self.context else ""
+        before = self.before
         whole = self._decode(self.context + self.pending)
         if not whole.startswith(before):  # a prompt may end inside a character, which the first tokens complete
             before = before.rstrip(REPLACEMENT)

@@ -1,7 +1,8 @@
 """Load on a real server: whole and streamed answers, clients that leave, that read slowly, that send nonsense.
 
 ``python tests/load.py --requests 10000 --at-once 200 --json FILE`` starts ``dovetail serve tiny``, asks it, and writes
-what happened; with ``--seconds`` instead of ``--requests`` it goes on for that long and draws the memory over time.
+what happened; with ``--seconds`` instead of ``--requests`` it goes on for that long, and ``--plot`` draws the memory.
+The file is written every ten seconds, so that a run which is cut short leaves what it had found.
 Every greedy text is compared with what the same server answered alone and without drafts.
 """
 
@@ -18,7 +19,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,11 @@ class Client:
         kind = self.random.choices(list(MIX), list(MIX.values()))[0]
         self.tally.kinds[kind] += 1
         while True:
-            answer = await getattr(self, f"_{kind}")()
+            try:
+                answer = await getattr(self, f"_{kind}")()
+            except OSError as error:
+                self.tally.odd.append(f"{kind}: {error!r}")
+                return
             if answer is None:
                 return
             self.tally.statuses[str(answer.status)] += 1
@@ -227,9 +232,10 @@ def wait_until_healthy(port: int, process: subprocess.Popen[bytes]) -> None:
 
 async def drive(
     port: int, pid: int, *, at_once: int, requests: int | None = None, seconds: float = 1e9, rest_s: float = 0.0,
-    warm_up: int = 500, seed: int = 0,
+    warm_up: int = 500, seed: int = 0, keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The load, and what came of it. Memory is looked at behind ``warm_up`` requests and at the end."""
+    """The load, and what came of it. Memory is looked at behind ``warm_up`` requests and at the end; ``keep`` is given
+    what is known every ten seconds."""
     client = Client(port, seed)
     await client.learn()
     await share(client, at_once, warm_up, 1e9, 0)
@@ -237,24 +243,27 @@ async def drive(
     before, started = resident_bytes(pid), time.monotonic()
     curve: list[tuple[float, int]] = []
 
+    def report(left_running: int | None = None) -> dict[str, Any]:
+        tally, first = client.tally, sorted(client.tally.first_byte_s)
+        return {
+            "kinds": dict(tally.kinds), "statuses": dict(tally.statuses), "compared": tally.compared,
+            "mismatches": tally.mismatches, "odd": tally.odd,
+            "at_once": at_once, "warm_up": warm_up, "seconds": round(time.monotonic() - started, 1),
+            "left_running": left_running,
+            "first_byte_s": {p: round(first[int(len(first) * int(p) / 100)], 3) for p in ("50", "95") if first},
+            "resident_bytes": {"before": before, "after": resident_bytes(pid)}, "memory": curve,
+        }  # fmt: skip
+
     async def watch() -> None:
         while True:
             curve.append((round(time.monotonic() - started, 1), resident_bytes(pid)))
+            keep(report())
             await asyncio.sleep(10)
 
     watching = asyncio.ensure_future(watch())
     await share(client, at_once, requests, started + seconds, rest_s)
     watching.cancel()
-    took = time.monotonic() - started
-    idle = await until_idle(client)
-    tally, first = client.tally, sorted(client.tally.first_byte_s)
-    return {
-        "kinds": dict(tally.kinds), "statuses": dict(tally.statuses), "compared": tally.compared,
-        "mismatches": tally.mismatches, "odd": tally.odd,
-        "at_once": at_once, "seconds": round(took, 1), "left_running": idle,
-        "first_byte_s": {p: round(first[int(len(first) * int(p) / 100)], 3) for p in ("50", "95") if first},
-        "resident_bytes": {"before": before, "after": resident_bytes(pid)}, "memory": curve,
-    }  # fmt: skip
+    return report(await until_idle(client))
 
 
 async def share(client: Client, at_once: int, requests: int | None, deadline: float, rest_s: float) -> None:
@@ -307,15 +316,19 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("arguments", nargs="*", help="of the server, behind --", default=["tiny"])
     given = parser.parse_args()
+    command = {"command": " ".join(["python", "tests/load.py", *sys.argv[1:]])}
+
+    def keep(report: Mapping[str, Any]) -> None:
+        given.json.write_text(json.dumps(command | report, indent=1) + "\n", encoding="utf-8")
+
     with server(*given.arguments) as (port, pid):
         report = asyncio.run(
             drive(
                 port, pid, at_once=given.at_once, requests=given.requests, seconds=given.seconds, rest_s=given.rest,
-                warm_up=given.warm_up,
+                warm_up=given.warm_up, keep=keep,
             )
         )  # fmt: skip
-    report = {"command": " ".join(["python", "tests/load.py", *sys.argv[1:]])} | report
-    given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    keep(report)
     if given.plot is not None:
         plot(report, given.plot)
 

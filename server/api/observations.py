@@ -1,14 +1,30 @@
-"""What is observed while requests run, for ``/metrics``: times of requests and of HTTP answers."""
+"""What is observed while requests run: times of requests and of HTTP answers for ``/metrics``, and spans where a
+collector is named."""
 
 from __future__ import annotations
 
+import itertools
+import logging
+import os
 import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from server.engine.request import Event, FinishedEvent, TokensEvent
+from server.engine.request import Event, FinishedEvent, Request, TokensEvent
+from server.settings import SettingsError
+
+if TYPE_CHECKING:
+    from server.api.tracing import Tracing
+
+logger = logging.getLogger(__name__)
+
+OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"  # as every OpenTelemetry SDK reads it
 
 # Seconds, from a small model on a fast machine to a large one on a slow: a CPU takes minutes where a GPU takes moments.
 WAITS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -24,10 +40,32 @@ class Answered:
     last: float | None = None
 
 
+class RoundGaps(Collector):
+    """Seconds from one round's tokens of a request to the next's. prometheus-client's own histogram has locks and looks
+    at every bucket, for each streamed token."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(GAPS) + 1)
+        self.total = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """One more."""
+        self.counts[bisect_left(GAPS, seconds)] += 1
+        self.total += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        """How many were up to each bound."""
+        edges = [*map(str, map(float, GAPS)), "+Inf"]
+        buckets = list(zip(edges, itertools.accumulate(self.counts), strict=True))
+        text = "From one round's tokens of a request to the next's."
+        yield HistogramMetricFamily("dovetail_inter_token_latency_seconds", text, buckets, self.total)
+
+
 class Observations:
     """Histograms and counters in a registry of their own. Lives on the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracing: Tracing | None = None) -> None:
+        self.tracing = tracing
         self.registry = CollectorRegistry()
         self.running: dict[str, Answered] = {}
 
@@ -35,7 +73,8 @@ class Observations:
             return Histogram(f"dovetail_{name}", text, buckets=buckets, registry=self.registry)
 
         self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", WAITS)
-        self.gap = histogram("inter_token_latency_seconds", "From one round's tokens of a request to the next's.", GAPS)
+        self.gap = RoundGaps()
+        self.registry.register(self.gap)
         self.queue = histogram("request_queue_time_seconds", "From arrival to a slot.", WAITS)
         self.prefill = histogram("request_prefill_time_seconds", "From a slot to the first token.", WAITS)
         self.decode = histogram("request_decode_time_seconds", "From the first token to the last.", WAITS)
@@ -55,8 +94,15 @@ class Observations:
             registry=self.registry,
         )
 
+    def begin(self, requests: Sequence[Request], model: str) -> None:
+        """These requests of the engine's begin, for the HTTP request in hand."""
+        if self.tracing is not None:
+            self.tracing.begin(requests, model)
+
     def take(self, events: Sequence[Event]) -> None:
         """One round's events, on their way to whoever waits for them."""
+        if self.tracing is not None:
+            self.tracing.take(events)
         now = time.monotonic()
         for event in events:
             if isinstance(event, TokensEvent):
@@ -86,3 +132,28 @@ class Observations:
         """An HTTP answer has ended, by the route's own path."""
         self.http.labels(method, route, str(status)).inc()
         self.http_seconds.labels(route).observe(seconds)
+
+    def close(self) -> None:
+        """Send the last spans."""
+        if self.tracing is not None:
+            self.tracing.close()
+
+
+def tracing_to(endpoint: str | None) -> Tracing | None:
+    """Spans to the named collector, or to the one that OpenTelemetry's own variable names; None where neither does.
+
+    Errors: SettingsError where a collector is named and the extra is not installed; the variable alone, which may be
+    meant for others, only warns.
+    """
+    address = endpoint or os.environ.get(OTLP_VARIABLE)
+    if not address:
+        return None
+    try:
+        from server.api.tracing import Tracing
+    except ImportError as error:
+        message = f"traces to {address} want OpenTelemetry: pip install 'dovetail-server[otel]'"
+        if endpoint:
+            raise SettingsError(f"{message}, or leave otlp_endpoint out") from error
+        logger.warning("%s is set, and %s; none are sent", OTLP_VARIABLE, message)
+        return None
+    return Tracing.to(address)

@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.gate import as_routes_know_it
+from server.api.observations import Observations
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ class Observer:
             return
         started = time.monotonic()
         status = 0
+        route = self.route_of(as_routes_know_it(scope)["path"])
+        observations: Observations = scope["app"].state.serving.observations
+        tracing = None if route in QUIET else observations.tracing
 
         async def observed(message: Message) -> None:
             nonlocal status
@@ -48,11 +52,16 @@ class Observer:
             await send(message)
 
         try:
-            await self.app(scope, receive, observed)
+            if tracing is None:
+                await self.app(scope, receive, observed)
+            else:
+                with tracing.answering(scope, route) as span:
+                    await self.app(scope, receive, observed)
+                    tracing.answered(span, status)
         finally:
             method = scope["method"] if scope["method"] in METHODS else UNKNOWN
-            route, seconds = self.route_of(as_routes_know_it(scope)["path"]), time.monotonic() - started
-            scope["app"].state.serving.observations.answer(method, route, status, seconds)
+            seconds = time.monotonic() - started
+            observations.answer(method, route, status, seconds)
             if route not in QUIET:
                 http = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
                 logger.info("%s %s: %d in %.3f s", method, route, status, seconds, extra={"http": http})

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
@@ -26,6 +26,9 @@ from server.engine.request import Event, Request, SamplingParams
 from server.settings import LOADING_THREAD, Settings
 from server.text import TextCodec
 from server.vision.worker import VisionWorker
+
+if TYPE_CHECKING:
+    from server.api.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +173,7 @@ class Serving:
         load: Load | None,
         on_failure: Callable[[Exception], None] | None = None,
         vision: VisionWorker | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings = settings
         self.load = load
@@ -185,7 +189,7 @@ class Serving:
         self.reported_fields: set[str] = set()
         self.lock = threading.Lock()
         self.compiler: GrammarCompiler | None = None
-        self.observations = Observations()
+        self.observations = Observations(tracing)
         self.dispatcher = Dispatcher(asyncio.get_running_loop(), self.observations.take)
         # Large bodies are read one at a time: a few bytes may stand for a hundred times as much memory.
         self.readers = ThreadPoolExecutor(1, thread_name_prefix="dovetail-bodies")
@@ -326,6 +330,7 @@ class Serving:
         if self.loaded is not None:
             model, self.loaded = self.loaded, None
             await asyncio.to_thread(model.engine.stop)
+        await asyncio.to_thread(self.observations.close)
 
     def _is_busy(self) -> bool:
         return bool(self.dispatcher.queues) or (self.vision is not None and self.vision.status().requests > 0)

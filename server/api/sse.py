@@ -35,8 +35,13 @@ class EventStream(EventSourceResponse):
 
 
 def event(payload: Mapping[str, Any]) -> bytes:
-    """One ``data:`` event. Its text is one line, so it is written as it is: this runs for every token."""
-    return f"data: {ENCODER.encode(payload)}\n\n".encode()
+    """One ``data:`` event."""
+    return line_event(ENCODER.encode(payload))
+
+
+def line_event(data: str) -> bytes:
+    """One ``data:`` event of a text in one line, which is written as it is: this runs for every token."""
+    return f"data: {data}\n\n".encode()
 
 
 def named_event(payload: Mapping[str, Any]) -> bytes:

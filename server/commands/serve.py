@@ -75,6 +75,7 @@ def serve(
     send_timeout_s: Annotated[float | None, flag("send_timeout_s")] = None,
     drain_s: Annotated[float | None, flag("drain_s")] = None,
     watchdog_s: Annotated[float | None, flag("watchdog_s")] = None,
+    otlp_endpoint: Annotated[str | None, flag("otlp_endpoint")] = None,
     log_level: Annotated[str | None, flag("log_level")] = None,
     log_format: Annotated[str | None, flag("log_format")] = None,
     config: Config = None,

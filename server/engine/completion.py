@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from server.engine.request import (
     EngineError,
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
     from server.engine.engine import Engine
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """What one token added to the text, and whether it was a draft; the text at the very end is no token's.
 
     text: what may be shown by now; decoded: what the token completed, though it be held back or cut off; ranked: how
@@ -37,8 +35,7 @@ class Piece:
     ranked: Ranked | None = None
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """What one event added; ``finish_reason`` is set once, by the last: "stop" or "length" as clients know them."""
 
     pieces: tuple[Piece, ...] = ()
@@ -99,17 +96,17 @@ class Completion:
             self.drafted.append(drafted)
             self.ranked += [] if ranked is None else [ranked]
             if self.output is not None:
-                delta = self.output.push([token_id])
-                self.stopped = delta.stopped
-                pieces.append(Piece(delta.text, drafted, token_id, delta.decoded, ranked))
+                text, decoded = self.output.push(token_id)
+                self.stopped = self.output.stopped
+                pieces.append(Piece(text, drafted, token_id, decoded, ranked))
         return Delta(tuple(pieces))
 
     def _finish(self, event: FinishedEvent) -> Delta:
         self.ending = event
         rest = ""
         if self.output is not None and not self.stopped:
-            flushed = self.output.flush()
-            rest, self.stopped = flushed.text, flushed.stopped
+            rest = self.output.flush()
+            self.stopped = self.output.stopped
         is_cut = event.reason is FinishReason.LENGTH and not self.stopped
         return Delta((Piece(rest),), "length" if is_cut else "stop")
 

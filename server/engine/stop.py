@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class Decoder(Protocol):
     """Gives the text that tokens complete."""
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Text completed by these tokens."""
+    def push(self, token_id: int) -> str:
+        """Text completed by this token."""
         ...
 
     def flush(self) -> str:
@@ -49,6 +48,8 @@ class StopMatcher:
         """The text that is safe to show; once a stop string was met, ``stopped`` is set and nothing follows."""
         if self.stopped:
             return ""
+        if not self.stops:
+            return text
         window = self.held + text
         starts = [start for stop in self.stops if (start := window.find(stop)) >= 0]
         if starts:
@@ -73,17 +74,12 @@ def num_held(window: str, stops: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class TextDelta:
-    """text: what to append; num_tokens_used: tokens of the push that count; stopped: a stop string was met.
-
-    decoded: the text that these tokens complete, whatever of it is held back or cut off.
-    """
+class TextDelta(NamedTuple):
+    """What one token added. text: what may be shown by now; decoded: what it completes, whatever of it is held back or
+    cut off."""
 
     text: str
-    num_tokens_used: int
-    stopped: bool
-    decoded: str = ""
+    decoded: str
 
 
 class TextOutput:
@@ -104,18 +100,17 @@ class TextOutput:
         self.decoder = codec.stream(special_but is None, prompt_ids, shown, special_but or frozenset())
         self.matcher = StopMatcher(stops)
 
-    def push(self, token_ids: Sequence[int]) -> TextDelta:
-        """Take a burst; tokens after the one that completed a stop string are not used."""
-        pieces, decoded, used = list[str](), list[str](), 0
-        for token_id in token_ids:
-            used += 1
-            decoded.append(self.decoder.push([token_id]))
-            pieces.append(self.matcher.push(decoded[-1]))
-            if self.matcher.stopped:
-                break
-        return TextDelta("".join(pieces), used, self.matcher.stopped, "".join(decoded))
+    @property
+    def stopped(self) -> bool:
+        """A stop string was met: nothing follows."""
+        return self.matcher.stopped
 
-    def flush(self) -> TextDelta:
+    def push(self, token_id: int) -> TextDelta:
+        """Take a token; this runs for every one."""
+        decoded = self.decoder.push(token_id)
+        return TextDelta(self.matcher.push(decoded), decoded)
+
+    def flush(self) -> str:
         """The end of the text; an unfinished character and a disproved stop string come out here."""
         text = self.matcher.push(self.decoder.flush())
-        return TextDelta(text + self.matcher.flush(), 0, self.matcher.stopped)
+        return text + self.matcher.flush()

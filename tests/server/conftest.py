@@ -165,7 +165,8 @@ class ScriptedEngine:
 
     def _round(self) -> list[Event]:
         while self.waiting and len(self.running) < self.slots:
-            self.running.append(self.waiting.pop(0))
+            self.running.append(entry := self.waiting.pop(0))
+            entry.timings.admitted = entry.timings.submitted + 0.005
         events: list[Event] = []
         for entry in [*self.running, *self.waiting]:
             request_id = entry.request.request_id

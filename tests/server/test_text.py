@@ -4,35 +4,39 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from server.text import ChatTemplateError, InvalidText, TextCodec, TextError
+from server.text import ChatTemplateError, IncrementalDecoder, InvalidText, TextCodec, TextError
 
 TEXTS = ["plain", "Grüße 🌍👩‍👩‍👧 x", "\ufffd kept \ufffd\ufffd", " leading", "", "日本語" * 3, "a\u0301 combined"]
+
+
+def pushed(decoder: IncrementalDecoder, token_ids: list[int]) -> str:
+    return "".join(map(decoder.push, token_ids))
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_streamed_text_is_the_text(codec: TextCodec, text: str) -> None:
     decoder = codec.stream()
-    pieces = [decoder.push([token_id]) for token_id in codec.encode(text)]
+    pieces = [decoder.push(token_id) for token_id in codec.encode(text)]
     assert "".join(pieces) + decoder.flush() == text
 
 
 def test_no_piece_holds_half_a_character(codec: TextCodec) -> None:
     decoder = codec.stream()
-    pieces = [decoder.push([token_id]) for token_id in codec.encode("🌍é日")]
+    pieces = [decoder.push(token_id) for token_id in codec.encode("🌍é日")]
     assert [piece for piece in pieces if piece] == ["🌍", "é", "日"]
 
 
 def test_an_unfinished_character_comes_out_at_the_end(codec: TextCodec) -> None:
     decoder = codec.stream()
-    assert decoder.push(codec.encode("a🌍")[:-1]) == "a"
+    assert pushed(decoder, codec.encode("a🌍")[:-1]) == "a"
     assert set(decoder.flush()) == {"\ufffd"}
-    assert decoder.push(codec.encode("b")) == "b"
+    assert pushed(decoder, codec.encode("b")) == "b"
 
 
 def test_broken_bytes_do_not_hold_back_what_follows(codec: TextCodec) -> None:
     lone = codec.encode("é")[1]
     decoder = codec.stream()
-    text = decoder.push([lone] * 20 + codec.encode("ok"))
+    text = pushed(decoder, [lone] * 20 + codec.encode("ok"))
     assert text.endswith("ok")
     assert len(text) == 22
 
@@ -46,7 +50,7 @@ def test_byte_fallback_decoders_do_not_split_characters() -> None:
     text = "🌍🌎é"
     ids = [257, 257, *(byte + 1 for byte in text.encode()), 258]
     decoder = TextCodec(tokenizer).stream()
-    pieces = [decoder.push([token_id]) for token_id in ids]
+    pieces = [decoder.push(token_id) for token_id in ids]
     assert "".join(pieces) + decoder.flush() == "a a🌍🌎éb"
     assert not any("\ufffd" in piece for piece in pieces)
 
@@ -54,8 +58,8 @@ def test_byte_fallback_decoders_do_not_split_characters() -> None:
 def test_special_tokens_are_hidden(codec: TextCodec) -> None:
     ids = codec.encode("a<|im_end|>b<|end|>")
     assert len(ids) == 4
-    assert codec.stream().push(ids) == codec.decode(ids) == "ab"
-    assert codec.stream(skip_special_tokens=False).push(ids) == "a<|im_end|>b<|end|>"
+    assert pushed(codec.stream(), ids) == codec.decode(ids) == "ab"
+    assert pushed(codec.stream(skip_special_tokens=False), ids) == "a<|im_end|>b<|end|>"
 
 
 @pytest.mark.parametrize(("text", "reason"), [("a\ud800", "surrogate"), ("a\0b", "NUL")])
@@ -144,10 +148,10 @@ def test_a_continuation_keeps_its_first_space() -> None:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     codec = TextCodec(tokenizer, stop_ids=frozenset({0}))
-    assert codec.stream().push([257, 258]) == "ab"
-    assert codec.stream(prompt_ids=[257, 258, 0]).push([257, 258]) == " ab"
+    assert pushed(codec.stream(), [257, 258]) == "ab"
+    assert pushed(codec.stream(prompt_ids=[257, 258, 0]), [257, 258]) == " ab"
     half, rest = [byte + 1 for byte in "é".encode()]
-    assert codec.stream(prompt_ids=[258, half]).push([rest, 257]) == "é a"
+    assert pushed(codec.stream(prompt_ids=[258, half]), [rest, 257]) == "é a"
 
 
 @pytest.fixture

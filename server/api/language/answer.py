@@ -12,7 +12,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from server.api.errors import ApiError, from_engine, internal_error
-from server.api.language.generation import Generation
+from server.api.language.generation import ChoiceDelta, Generation
 from server.api.language.pieces import Answer, Parser, Piece, PlainText, with_tokens
 from server.api.leaving import unless_left
 from server.api.sse import KEEPALIVE, EventStream
@@ -76,22 +76,28 @@ class Reply:
 
     async def collect(self) -> dict[str, Any]:
         """The whole answer."""
-        async for _ in self._grow():
-            pass
+        async with contextlib.aclosing(self.generation.rounds(self.keepalive_s)) as rounds:
+            async for deltas in rounds:
+                for delta in deltas or ():
+                    self._fold(delta)
         return self.wire.whole(self.answers, self.generation)
 
     async def events(self, request_id: str) -> AsyncGenerator[bytes, None]:
-        """The stream's events. An error after the first one is an event too; then the stream ends."""
+        """The stream's events, those of a round together. An error after the first one is an event too, the last."""
         wire, generation = self.wire, self.generation
         try:
-            for event in wire.begin(generation):
-                yield event
-            async with contextlib.aclosing(self._grow()) as grown:
-                async for step in grown:
-                    for event in [KEEPALIVE] if step is None else self._step_events(*step):
-                        yield event
-            for event in wire.end(generation):
-                yield event
+            if begun := b"".join(wire.begin(generation)):
+                yield begun
+            async with contextlib.aclosing(generation.rounds(self.keepalive_s)) as rounds:
+                async for deltas in rounds:
+                    events = [KEEPALIVE] if deltas is None else []
+                    try:
+                        for delta in deltas or ():
+                            events += self._events_of(delta)
+                    finally:  # what came before an error is sent before it
+                        if events:
+                            yield b"".join(events)
+            yield b"".join(wire.end(generation))
         except ApiError as error:
             yield wire.error(error)
         except EngineError as error:
@@ -100,24 +106,21 @@ class Reply:
             logger.exception("request %s failed", request_id)
             yield wire.error(internal_error(request_id))
 
-    def _step_events(self, index: int, pieces: list[Piece]) -> list[bytes]:
-        events = self.wire.pieces(index, pieces, self.generation) if pieces else []
-        answer = self.answers[index]
-        return events if answer.finish_reason is None else events + self.wire.finish(index, answer, self.generation)
+    def _fold(self, delta: ChoiceDelta) -> list[Piece]:
+        """Add a delta to its choice's answer; its pieces."""
+        parser, answer = self.parsers[delta.index], self.answers[delta.index]
+        pieces = parser.push(delta.text)
+        if delta.finish_reason is not None:
+            pieces += parser.flush()
+        pieces = with_tokens(pieces, delta.tokens)
+        answer.take(pieces)
+        if delta.finish_reason is not None:
+            answer.finish(delta.finish_reason)
+        return pieces
 
-    async def _grow(self) -> AsyncGenerator[tuple[int, list[Piece]] | None, None]:
-        """Fold the generation into ``answers``; gives every step: a choice and its new pieces, None for silence."""
-        async with contextlib.aclosing(self.generation.deltas(self.keepalive_s)) as deltas:
-            async for delta in deltas:
-                if delta is None:
-                    yield None
-                    continue
-                parser, answer = self.parsers[delta.index], self.answers[delta.index]
-                pieces = parser.push(delta.text)
-                if delta.finish_reason is not None:
-                    pieces += parser.flush()
-                pieces = with_tokens(pieces, delta.tokens)
-                answer.take(pieces)
-                if delta.finish_reason is not None:
-                    answer.finish(delta.finish_reason)
-                yield delta.index, pieces
+    def _events_of(self, delta: ChoiceDelta) -> list[bytes]:
+        pieces, answer = self._fold(delta), self.answers[delta.index]
+        events = self.wire.pieces(delta.index, pieces, self.generation) if pieces else []
+        if answer.finish_reason is not None:
+            events += self.wire.finish(delta.index, answer, self.generation)
+        return events

@@ -16,7 +16,7 @@ from server.api.language.pieces import Answer, Piece
 from server.api.language.schemas import GenerationBody
 from server.api.language.tokens import ShownToken
 from server.api.serving import ServedModel
-from server.api.sse import DONE, event
+from server.api.sse import DONE, ENCODER, event, line_event
 from server.engine.completion import Completion
 from server.installation import own_version
 
@@ -104,19 +104,18 @@ class ChoicesWire:
     def begin(self, generation: Generation) -> list[bytes]:
         """What the format sends first, for each choice."""
         openings = [self.format.opening(index) for index in range(len(generation.choices))]
-        return [event(self._chunk(generation, opening)) for opening in openings if opening is not None]
+        return [self._chunk(generation, opening) for opening in openings if opening is not None]
 
     def pieces(self, index: int, pieces: Sequence[Piece], generation: Generation) -> list[bytes]:
         """A chunk for each piece."""
-        entries = [entry for piece in pieces for entry in self.format.piece(index, piece)]
-        return [event(self._chunk(generation, entry)) for entry in entries]
+        return [self._chunk(generation, entry) for piece in pieces for entry in self.format.piece(index, piece)]
 
     def finish(self, index: int, answer: Answer, generation: Generation) -> list[bytes]:
         """The reason; with the last choice the timings, unless the usage follows."""
         self.num_finished += 1
-        chunk = self._chunk(generation, self.format.closing(index, str(answer.finish_reason)))
         is_last = self.num_finished == len(generation.choices) and not self.include_usage
-        return [event(chunk | {"timings": generation.timings()} if is_last else chunk)]
+        more = f',"timings":{ENCODER.encode(generation.timings())}' if is_last else ""
+        return [self._chunk(generation, self.format.closing(index, str(answer.finish_reason)), more)]
 
     def end(self, generation: Generation) -> list[bytes]:
         """The usage where it is wanted, and [DONE]."""
@@ -136,11 +135,16 @@ class ChoicesWire:
         """The error object; no [DONE] follows."""
         return event(error.body())
 
-    def _chunk(self, generation: Generation, choice: dict[str, Any]) -> dict[str, Any]:
-        chunk = self.head(chunk=True) | {"choices": [choice]}
+    @functools.cached_property
+    def chunk_head(self) -> str:
+        """What every chunk's JSON begins with, up to its choice: made once, as there is one for every token."""
+        return ENCODER.encode(self.head(chunk=True)).removesuffix("}") + ',"choices":['
+
+    def _chunk(self, generation: Generation, choice: dict[str, Any], more: str = "") -> bytes:
+        """A chunk of one choice; ``more`` follows it, as JSON."""
         if self.include_usage:
-            chunk["usage"] = generation.usage() if self.continuous_usage else None
-        return chunk
+            more = f',"usage":{ENCODER.encode(generation.usage() if self.continuous_usage else None)}' + more
+        return line_event(f"{self.chunk_head}{ENCODER.encode(choice)}]{more}}}")
 
     def head(self, *, chunk: bool = False) -> dict[str, Any]:
         """What every object of this answer begins with."""

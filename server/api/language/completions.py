@@ -144,7 +144,7 @@ def echo_of(codec: TextCodec, sent: object, token_ids: Sequence[int]) -> Echo:
     """
     is_text = isinstance(sent, str)
     decoder = codec.stream(skip_special_tokens=not is_text)
-    shares = [decoder.push([token_id]) for token_id in token_ids]
+    shares = [decoder.push(token_id) for token_id in token_ids]
     shares[-1] += decoder.flush()
     text = "".join(shares)
     if not isinstance(sent, str):

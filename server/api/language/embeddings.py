@@ -90,8 +90,9 @@ async def embed(serving: Serving, model: ServedModel, prompts: Sequence[list[int
         ]
         generation = Generation(serving, model, requests, [TextOutput(model.codec) for _ in requests])
         try:
-            async for _ in generation.deltas(serving.settings.keepalive_s):
-                pass
+            async for deltas in generation.rounds(serving.settings.keepalive_s):
+                for _ in deltas or ():
+                    pass
         finally:
             generation.close()
         for choice in generation.choices.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,7 @@ class Choice:
 
 
 class Silence:
-    """Events of a queue as they come, and None after each ``seconds`` without any.
+    """Events of a queue as they come, those that are there together, and none after each ``seconds`` without any.
 
     One timer for the whole stream, set again when it rings: a timeout for each event costs more than all the rest of
     waiting for it.
@@ -126,11 +126,13 @@ class Silence:
         self.last = self.loop.time()
         self.timer = self.loop.call_later(seconds, self._ring)
 
-    async def next(self) -> Event | None:
-        """The next event, or None."""
-        event = await self.events.get()
+    async def next(self) -> list[Event]:
+        """The next events; empty for silence."""
+        found = [await self.events.get()]
+        while not self.events.empty():
+            found.append(self.events.get_nowait())
         self.last = self.loop.time()
-        return event
+        return [event for event in found if event is not None]
 
     def close(self) -> None:
         """Wait for nothing any more."""
@@ -176,6 +178,7 @@ class Generation:
         }
         self.running = Completions(choice.completion for choice in self.choices.values())
         self.events: asyncio.Queue[Event | None] = self.dispatcher.open(self.choices)
+        serving.observations.begin(requests, model.name)
         try:
             for request in requests:
                 self.engine.submit(request)
@@ -183,26 +186,29 @@ class Generation:
             self.close()
             raise
 
-    async def deltas(self, keepalive_s: float) -> AsyncGenerator[ChoiceDelta | None, None]:
-        """Every delta of every choice as it comes; None after ``keepalive_s`` of silence. Errors: the choices' own."""
+    async def rounds(self, keepalive_s: float) -> AsyncGenerator[Iterator[ChoiceDelta] | None, None]:
+        """What comes: the deltas of all choices that came together, to be gone through before the next are asked for;
+        None after ``keepalive_s`` of silence. Errors: the choices' own, in their place among the deltas."""
         with contextlib.closing(Silence(self.events, keepalive_s)) as silence:
             while self.running.num_open:
-                event = await silence.next()
-                if event is None:
+                if events := await silence.next():
+                    yield self._deltas(events)
+                else:
                     self._check_engine()
                     yield None
-                    continue
-                completion, delta = self.running.take(event)
-                if isinstance(event, FinishedEvent):
-                    self.check(completion, event)
-                    self.choices[event.request_id].log(str(delta.finish_reason))
-                elif completion.stopped:
-                    self.engine.cancel(event.request_id)
-                choice = self.choices[event.request_id]
-                for shown in (
-                    [] if isinstance(event, PromptEvent | PooledEvent) else choice.begin() + choice.grow(delta)
-                ):
-                    yield shown
+
+    def _deltas(self, events: Iterable[Event]) -> Iterator[ChoiceDelta]:
+        for event in events:
+            completion, delta = self.running.take(event)
+            choice = self.choices[event.request_id]
+            if isinstance(event, FinishedEvent):
+                self.check(completion, event)
+                choice.log(str(delta.finish_reason))
+            elif completion.stopped:
+                self.engine.cancel(event.request_id)
+            if not isinstance(event, PromptEvent | PooledEvent):
+                yield from choice.begin()
+                yield from choice.grow(delta)
 
     def _check_engine(self) -> None:
         """Errors: EngineStopped, NotServing where nothing can come any more."""

@@ -10,8 +10,11 @@ from contextlib import ExitStack
 
 import httpx
 import pytest
+from uvicorn.config import Config
+from uvicorn.server import ServerState
 
 from server.app import DrainingServer, serve
+from server.connection import Connection
 from server.settings import SettingsError
 
 COMPLETION = {"model": "tiny", "prompt": "one", "max_tokens": 20}
@@ -135,3 +138,35 @@ def test_https_with_a_certificate_and_a_sentence_without(make_settings, listen, 
     cert.write_text("not a certificate")
     with pytest.raises(SettingsError, match=r"tls_cert .*cert.pem"):
         serve(make_settings(port=0, tls_cert=cert, tls_key=key), lambda *_: make_model())
+
+
+@pytest.mark.anyio
+async def test_transports_of_other_event_loops_are_taken():
+    written = []
+
+    class Transport:  # as uvloop's, which is no asyncio.Transport
+        def get_extra_info(self, name, default=None):
+            return default
+
+        def write(self, data):
+            written.append(data)
+
+        def is_closing(self):
+            return False
+
+        def close(self):
+            pass
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    config = Config(app, lifespan="off", log_config=None)
+    config.load()
+    connection = Connection(config, ServerState(), {}, send_timeout_s=1, max_connections=10)
+    connection.connection_made(Transport())
+    connection.data_received(b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+    async with asyncio.timeout(20):
+        await asyncio.gather(*connection.tasks)
+    connection.connection_lost(None)
+    assert written[0].startswith(b"HTTP/1.1 204")

@@ -182,4 +182,4 @@ def test_codec_context_and_stop_ids_come_from_the_file(tiny_gguf: Any, tmp_path:
     assert [tiny_gguf.tokens[i] for i in ids] == ["the", "Ġ", "1", "2", "<|im_end|>"]
     assert codec.tokenizer.decode(ids) == "the 12"
     assert codec.chat([{"role": "user", "content": "<|im_end|>"}])[:2] == [1, tiny_gguf.tokens.index("<")]
-    assert list(itertools.accumulate(codec.stream().push([i]) for i in ids))[-1] == "the 12"
+    assert list(itertools.accumulate(codec.stream().push(i) for i in ids))[-1] == "the 12"
