@@ -1,5 +1,6 @@
 // AVX2 with FMA and F16C: 16-bit products of u8 x s8 (vpmaddubsw), summed to int32; bf16 weights widened to fp32.
 #include "encode.h"
+#include "prefetch.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -94,7 +95,11 @@ TARGET DOVETAIL_INLINE void quarter_rows(const Step& s, int quarter, int first) 
     const uint8_t* x = s.group_values(g, T) + first * kChunk;
     __m256i d[U];
     for (int u = 0; u < U; ++u) d[u] = _mm256_set1_epi32(first_sum<Bits, K>(offset[u]));
-    for (int k = 0; k < s.group; k += columns, w += bytes, x += T * kChunk) dot_columns<Bits, K, U>(d, w + quarter * 32, x, columns, table);
+    for (int k = 0; k < s.group; k += columns, w += bytes, x += T * kChunk) {
+      if (first == 0) prefetch_ahead(w + quarter * (bytes / kQuarters), bytes / kQuarters);
+      dot_columns<Bits, K, U>(d, w + quarter * 32, x, columns, table);
+    }
+    if (first == 0 && quarter == 0) prefetch_ahead(w, kPanel * s.scale_bytes * (K == kMinimum ? 2 : 1));
     const __m256 scale = scales_at(w, s.scale_bytes, quarter * kQuarter);
     for (int u = 0; u < U; ++u) sum[u] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(d[u]), scale, sum[u]);
     w += kPanel * s.scale_bytes;
@@ -134,6 +139,8 @@ TARGET DOVETAIL_INLINE void bf16_rows(const Step& s, int first) {
     __m256 sum[U];
     for (int u = 0; u < U; ++u) sum[u] = _mm256_loadu_ps(out + u * kPanel);
     for (int c = 0; c < s.chunks; ++c, x += T * kChunk * 2) {
+      constexpr int share = kPanel * kChunk * 2 / kQuarters;
+      if (first == 0) prefetch_ahead(w + quarter * (share - 32), share);
       for (int k = 0; k < kChunk; k += 2, w += kPanel * 4) {
         const __m256i pair = load(w);
         const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16));
@@ -159,6 +166,8 @@ TARGET DOVETAIL_INLINE void fp32_rows(const Step& s, int first) {
     for (int u = 0; u < U; ++u)
       for (int i = 0; i < 2; ++i) sum[i][u] = _mm256_loadu_ps(out + u * kPanel + i * kQuarter);
     for (int c = 0; c < s.chunks; ++c, x += T * kChunk) {
+      constexpr int share = kPanel * kChunk * 4 / 2;
+      if (first == 0) prefetch_ahead(reinterpret_cast<const uint8_t*>(w - half * kHalf) + half * share, share);
       for (int k = 0; k < kChunk; ++k, w += kPanel) {
         const __m256 upper = _mm256_loadu_ps(w);
         const __m256 lower = _mm256_loadu_ps(w + kQuarter);

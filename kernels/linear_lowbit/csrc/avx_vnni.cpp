@@ -1,6 +1,7 @@
 // AVX-VNNI: the dot products of u8 x s8 on 32-byte vectors, for processors that have them without AVX-512 (Alder Lake and
 // later). Floats and the encoding of activations are those of AVX2.
 #include "encode.h"
+#include "prefetch.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
@@ -78,7 +79,11 @@ TARGET DOVETAIL_INLINE void half_rows(const Step& s, int half, int first) {
     const uint8_t* x = s.group_values(g, T) + first * kChunk;
     __m256i d[2][U];
     for (int u = 0; u < U; ++u) d[0][u] = d[1][u] = _mm256_set1_epi32(K == kMinimum ? 0 : offset[u] - kWhole);
-    for (int k = 0; k < s.group; k += columns, w += bytes, x += T * kChunk) dot_columns<Bits, K, U>(d, w + half * 64, x, columns, table);
+    for (int k = 0; k < s.group; k += columns, w += bytes, x += T * kChunk) {
+      if (first == 0) prefetch_ahead(w + half * (bytes / 2), bytes / 2);
+      dot_columns<Bits, K, U>(d, w + half * 64, x, columns, table);
+    }
+    if (first == 0 && half == 0) prefetch_ahead(w, kPanel * s.scale_bytes * (K == kMinimum ? 2 : 1));
     const uint8_t* minima = w + kPanel * s.scale_bytes;
     for (int quarter = 0; quarter < 2; ++quarter) {
       const int row = half * kHalf + quarter * kQuarter;

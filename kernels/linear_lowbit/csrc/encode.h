@@ -52,30 +52,47 @@ DOVETAIL_INLINE int32_t encode_piece(const float* x, float inverse, int8_t* valu
   return sum;
 }
 
-DOVETAIL_INLINE void encode_integer_row(const float* x, const Packed& w, int width, int t, const Activations& tile) {
+// 127 over the largest magnitude of a span, and its inverse; both zero for a span of zeros, inverse zero and scale NaN for one
+// that is not finite.
+struct SpanScale {
+  float inverse, scale;
+};
+
+DOVETAIL_INLINE SpanScale span_scale(uint32_t largest_bits) {
   const float tiny = 1e-30f;  // below it a span counts as zero: 127 / largest would overflow
+  const float largest = bits_float(largest_bits);
+  if (largest_bits >= 0x7f800000u) return {0.0f, bits_float(0x7fc00000u)};
+  return largest > tiny ? SpanScale{127.0f / largest, largest / 127.0f} : SpanScale{0.0f, 0.0f};
+}
+
+// Where the values of `column` and those behind it lie, of row t.
+DOVETAIL_INLINE int8_t* values_at(const Activations& tile, int64_t column, int width, int t) {
+  return reinterpret_cast<int8_t*>(tile.values) + (column / kChunk * width + t) * kChunk + column % kChunk;
+}
+
+// What `Activations::offsets` holds for a group whose values have this sum.
+DOVETAIL_INLINE int32_t group_offset(const Packed& w, int32_t sum, int32_t factor) {
+  return w.kind == kMinimum ? static_cast<int32_t>(float_bits(static_cast<float>(sum))) : kWhole - sum * factor;
+}
+
+DOVETAIL_INLINE void encode_integer_row(const float* x, const Packed& w, int width, int t, const Activations& tile) {
+  const int32_t offset_factor = 1 << w.middle_bits();
   int32_t sum = 0;
-  float inverse = 0.0f;
+  SpanScale scale = {0.0f, 0.0f};
   for (int64_t column = 0; column < w.in; column += kPiece) {
     const float* piece = x + column;
     if (column % w.span() == 0) {
-      const int64_t span = column / w.span();
-      const uint32_t bits = largest_magnitude(piece, w.span());
-      const float largest = bits_float(bits);
-      const bool finite = bits < 0x7f800000u;
-      inverse = finite && largest > tiny ? 127.0f / largest : 0.0f;
-      tile.scales[span * width + t] = finite ? (largest > tiny ? largest / 127.0f : 0.0f) : bits_float(0x7fc00000u);
+      scale = span_scale(largest_magnitude(piece, w.span()));
+      tile.scales[column / w.span() * width + t] = scale.scale;
     }
-    int8_t* values = reinterpret_cast<int8_t*>(tile.values) + (column / kChunk * width + t) * kChunk + column % kChunk;
-    if (inverse == 0.0f) {
+    int8_t* values = values_at(tile, column, width, t);
+    if (scale.inverse == 0.0f) {
       std::memset(values, 0, kPiece);
     } else {
-      sum += encode_piece(piece, inverse, values);
+      sum += encode_piece(piece, scale.inverse, values);
     }
-    const int64_t end = column + kPiece;
-    if (end % w.group == 0) {
-      const int32_t middle = sum * (1 << w.middle_bits());
-      tile.offsets[column / w.group * width + t] = w.kind == kMinimum ? static_cast<int32_t>(float_bits(static_cast<float>(sum))) : kWhole - middle;
+    if ((column + kPiece) % w.group == 0) {
+      tile.offsets[column / w.group * width + t] = group_offset(w, sum, offset_factor);
       sum = 0;
     }
   }
