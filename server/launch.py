@@ -208,10 +208,10 @@ def load_parts(settings: Settings, report: Callable[[str], None] = logger.debug)
 
     folder = resolve_target(settings.target)
     engine = choose_engine(folder, settings.engine, settings.weights)
-    wanted = Wanted(settings.context, settings.cache)
-    memory = memory_plan(folder, wanted, settings.max_seqs, settings.kv_cache, engine)
     # Up to 8 rows share every load of a weight, and a draft level costs little: trees are small, narrow and deep.
     budget = Budget(settings.rows or 8, settings.top_k or 2, 6 if settings.depth is None else settings.depth)
+    wanted = Wanted(settings.context, settings.cache, budget.rows)
+    memory = memory_plan(folder, wanted, settings.max_seqs, settings.kv_cache, engine)
     capacity = slot_capacity(memory.context, [budget, ahead_budget(budget)])
     drafter_name = settings.drafter
     if drafter_name is None and own_drafter(folder) is None:
@@ -225,8 +225,7 @@ def load_parts(settings: Settings, report: Callable[[str], None] = logger.debug)
         folder, settings.weights, settings.max_seqs, capacity, settings.threads, settings.kv_cache, engine,
         settings.gpu_layers, placed.split if engine == NATIVE else None,
     )  # fmt: skip
-    pool_rows = memory.pool_rows + settings.max_seqs * budget.rows
-    room = DrafterRoom(settings.max_seqs, capacity, pool_rows, memory.left_bytes)
+    room = DrafterRoom(settings.max_seqs, capacity, memory.pool_rows, memory.left_bytes)
     report("loading the drafter")
     drafter = load_drafter(target, folder, drafter_name, placed.drafter, room, placed.head_rows)
     # What is loaded stays; without this every full collection walks all of transformers' and the model's objects.
@@ -234,7 +233,7 @@ def load_parts(settings: Settings, report: Callable[[str], None] = logger.debug)
     gc.freeze()
     options = EngineOptions(
         settings.max_seqs, memory.context, budget, lookup=settings.lookup, cache_bytes=memory.cache_bytes,
-        pool_rows=pool_rows, prefill_chunk=fixed_chunk(target),
+        pool_rows=memory.pool_rows, prefill_chunk=fixed_chunk(target),
     )  # fmt: skip
     report("measuring what passes cost")
     drafts = settings.trees == "cost" and (drafter is not None or settings.lookup)

@@ -21,6 +21,7 @@ from server.targets.target import TargetError
 logger = logging.getLogger(__name__)
 
 DEFAULT_SHARE = 0.25  # of the memory that weights and page cache leave; the rest is the drafter's and others'
+TREES_SHARE = 0.25  # of the same memory, the most for the rows of drafts of all requests together
 ASKED_SHARE = 0.75  # the same where a context is asked for; one request may have more
 DEFAULT_CACHE, CACHE_SHARE = 512 * 2**20, 0.125  # of the page cache; of the memory that the weights leave, at most
 ROUNDING = 256
@@ -48,16 +49,18 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the user asked for: positions of a request, bytes of the page cache; None: what suits the memory."""
+    """What the user asked for: positions of a request, bytes of the page cache; None: what suits the memory. tree_rows:
+    rows of drafts that each running request has beyond its context."""
 
     context: int | None = None
     cache_bytes: int | None = None
+    tree_rows: int = 0
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """context: positions of a request; pool_rows: those of all requests together; cache_bytes: the page cache's limit;
-    left_bytes: what remains for everything else, the drafter first."""
+    """context: positions of a request; pool_rows: those of all requests and of their trees together; cache_bytes: the
+    page cache's limit; left_bytes: what remains for everything else, the drafter first."""
 
     context: int
     pool_rows: int
@@ -78,12 +81,14 @@ def cache_shape(config: Any, num_slots: int, kv_cache: str | None) -> CacheShape
 def plan_memory(name: str, limit: int, wanted: Wanted, shape: CacheShape, free_bytes: float) -> MemoryPlan:
     """``limit``: the model's positions; ``free_bytes``: memory left once the weights are loaded.
 
-    Errors: TargetError for more than the model's positions, or a context or cache larger than the memory, saying what
-    fits.
+    Errors: TargetError for more than the model's positions, or a context, a cache or a number of requests larger than
+    the memory, saying what fits.
     """
     free_bytes = max(0.0, free_bytes)
     cache_bytes = _cache_bytes(name, wanted.cache_bytes, shape, free_bytes)
     left = free_bytes - cache_bytes
+    tree_rows = _tree_rows(name, wanted.tree_rows, shape, left)
+    left -= tree_rows * shape.bytes_per_position
     context = _context(name, limit, wanted.context, shape, left)
     comfortable = shape.rows_in(left * (DEFAULT_SHARE if wanted.context is None else ASKED_SHARE))
     pool_rows = shape.num_slots * context
@@ -99,7 +104,8 @@ def plan_memory(name: str, limit: int, wanted: Wanted, shape: CacheShape, free_b
             "%d requests share %d positions; those that do not fit beside the others wait, and go on later",
             shape.num_slots, pool_rows,
         )  # fmt: skip
-    return MemoryPlan(context, pool_rows, cache_bytes, left - pool_rows * shape.bytes_per_position)
+    left -= pool_rows * shape.bytes_per_position
+    return MemoryPlan(context, pool_rows + tree_rows, cache_bytes, left)
 
 
 def _cache_bytes(name: str, wanted: int | None, shape: CacheShape, free_bytes: float) -> int:
@@ -113,6 +119,19 @@ def _cache_bytes(name: str, wanted: int | None, shape: CacheShape, free_bytes: f
             f"{_size(max(0.0, free_bytes - least))} would fit"
         )
     return wanted
+
+
+def _tree_rows(name: str, wanted: int, shape: CacheShape, left: float) -> int:
+    """Rows of drafts of all requests together. Errors: TargetError for more than their share of the memory."""
+    most = left * TREES_SHARE
+    if shape.num_slots > 1 and wanted * shape.num_slots * shape.bytes_per_position > most:
+        fits = max(1, shape.rows_in(most) // wanted)
+        raise TargetError(
+            f"--max-seqs {shape.num_slots} with {wanted} rows of drafts each takes "
+            f"{_size(wanted * shape.num_slots * shape.bytes_per_position)} of keys and values before any text, and "
+            f"{_size(left)} are free beside the weights of {name} and the page cache; --max-seqs {fits} would fit"
+        )
+    return wanted * shape.num_slots
 
 
 def _context(name: str, limit: int, wanted: int | None, shape: CacheShape, left: float) -> int:

@@ -111,9 +111,9 @@ def load_own_target(
         torch.set_num_threads(1)
     slots = target.slots
     logger.info(
-        "KV cache: %s, %d bytes a position, %.1f MiB for %d slots of %d positions",
+        "KV cache: %s, %d bytes a position, %.1f MiB for a slot of %d positions, %d slots",
         str(slots.keys.dtype).removeprefix("torch."), slots.bytes_per_position,
-        slots.bytes_per_position * capacity * num_slots / 2**20, num_slots, capacity,
+        slots.bytes_per_position * capacity / 2**20, capacity, num_slots,
     )  # fmt: skip
     return target
 

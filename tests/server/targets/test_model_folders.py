@@ -258,6 +258,16 @@ def test_a_context_is_what_positions_allow_and_memory_holds() -> None:
         plan_memory("m", 8192, Wanted(4096, 0), whole, 8e6)
 
 
+def test_rows_of_drafts_of_all_requests_are_counted_and_may_take_a_quarter_of_the_memory() -> None:
+    shape = CacheShape(bytes_per_position=1000, num_slots=4)
+    plan = plan_memory("m", 8192, Wanted(4096, 0, tree_rows=8), shape, 1e8)
+    assert (plan.pool_rows, plan.left_bytes) == (4 * (4096 + 8), 1e8 - 4 * (4096 + 8) * 1000)
+    many = CacheShape(1000, 100_000)
+    with pytest.raises(TargetError, match=r"--max-seqs 100000 with 8 rows .* --max-seqs 3125 would fit"):
+        plan_memory("m", 8192, Wanted(None, 0, tree_rows=8), many, 1e8)
+    assert plan_memory("m", 8192, Wanted(None, 0, tree_rows=8), CacheShape(1000, 3125), 1e8).context >= 256
+
+
 def test_a_page_cache_leaves_room_for_a_request() -> None:
     shape = CacheShape(bytes_per_position=1000, num_slots=1)
     assert plan_memory("m", 512, Wanted(), shape, 1e10).cache_bytes == 512 * 2**20
