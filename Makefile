@@ -25,7 +25,7 @@ doctor: $(VENV)/installed
 	$(BIN)/dovetail doctor $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
