@@ -45,6 +45,17 @@ def perceptrons(recipe: Recipe, output: Output = None) -> None:
     print_outcomes(train_together(expand(tables, output), output or Path(tables["training"]["output"])))
 
 
+@app.command("region-heads", help="Train the second stages of a mining study on kept regions, all at once.")
+def region_heads(recipe: Recipe, output: Output = None) -> None:
+    """Heads as ``vision.tasks.region_heads`` has them; an interrupted run is resumed."""
+    from kernels.training.options import load_recipe
+    from kernels.training.study import expand
+    from vision.tasks.region_heads import train_heads
+
+    tables = load_recipe(recipe)
+    print_outcomes(train_heads(expand(tables, output), output or Path(tables["training"]["output"])))
+
+
 def run(file: Path, output: Path | None, only: str, train: Train) -> list[Outcome]:
     """Expand the recipe in ``file`` and train its cells with ``train``."""
     from kernels.training.options import load_recipe

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 
 import vision
-from kernels.training import load_recipe
+from kernels.training import load_recipe, take_table
 from kernels.training.study import expand
 from vision.tasks.classification import ClassifierRecipe
+from vision.tasks.detection_recipe import DetectorRecipe, MiningOptions
 from vision.tasks.perceptrons import Variant
+from vision.tasks.region_heads import FrozenOptions
 
 RECIPES = Path(vision.__file__).parent / "recipes" / "evidence"
 
@@ -24,8 +26,29 @@ def test_studies_of_perceptrons(name: str) -> None:
     assert name == "textures_tuning" or not set(recipe["study"]["seeds"]) & set(tuning)
 
 
-def test_studies_of_classifiers() -> None:
-    cells = expand(load_recipe(RECIPES / "backbones.toml"))
+@pytest.mark.parametrize("name", ["needles_lrm", "shapes_thundernet"])
+def test_studies_of_detectors(name: str) -> None:
+    cells = expand(load_recipe(RECIPES / f"{name}.toml"))
+    assert len({cell.seed for cell in cells}) >= 10
+    parsed = {cell.variant: DetectorRecipe.parse(cell.recipe) for cell in cells}
+    assert len({(each.training.steps, each.training.batch_size) for each in parsed.values()}) == 1
+    for each in parsed.values():
+        boxes = each.data.open_eval(each.data.open_train().class_names).count_boxes()
+        assert boxes > 300, "enough to tell a point of precision"
+
+
+def test_studies_of_region_heads() -> None:
+    cells = expand(load_recipe(RECIPES / "regions_bccd.toml"))
+    assert len({cell.seed for cell in cells}) == 30
+    miners = {cell.variant: take_table(cell.recipe, "mining", MiningOptions) for cell in cells}
+    assert {each.regions for each in miners.values()} == {"none", "random", "ohem", "s-ohem"}
+    frozen = take_table(cells[0].recipe, "frozen", FrozenOptions)
+    assert all(each.nms_threshold < frozen.proposals_nms for each in miners.values()), "something to suppress"
+
+
+@pytest.mark.parametrize("name", ["backbones", "textures_backbones"])
+def test_studies_of_classifiers(name: str) -> None:
+    cells = expand(load_recipe(RECIPES / f"{name}.toml"))
     assert len({cell.seed for cell in cells}) >= 10
     for cell in cells:
         assert ClassifierRecipe.parse(cell.recipe).model.backbone == cell.variant

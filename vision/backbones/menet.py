@@ -118,6 +118,8 @@ class MENet(Backbone):
         "menet_352_12x1_g8": MENetConfig(352, 12, groups=8),
         "menet_348_12x1_g3": MENetConfig(348, 12, groups=3),
         "menet_456_24x1_g3": MENetConfig(456, 24, groups=3, stem_channels=48),
+        # Ours: without the side path and as much wider as that costs, the control for what the path is worth.
+        "menet_120_0x1_g3": MENetConfig(120, None, groups=3, stem_channels=12),
     }
 
     def __init__(self, config: MENetConfig, num_classes: int = 1000) -> None:

@@ -27,7 +27,7 @@ from vision.data.detection_augmentation import (
 from vision.data.detection_sources import DETECTION_SOURCES, open_detection
 from vision.data.epoch import shared_epoch
 from vision.data.labelled_boxes import MIN_SIDE, DetectionSource, LabelledImage, of_classes
-from vision.data.sources import DataError, UnreadableImageError, read_image
+from vision.data.sources import DataError, UnreadableImageError
 from vision.data.view import RESIZES, Resize, render, whole_image
 
 logger = logging.getLogger(__name__)
@@ -39,9 +39,10 @@ NO_BOX = -1
 class DetectionDataOptions:
     """Where the images are, and the size and scale the network sees them in.
 
-    ``kind`` is "voc", "coco" or "yolo"; splits are named as in ``vision.data.detection_sources``. ``class_names`` None
-    takes those of the training split. ``image_size`` is that of test time; with ``train_sizes`` each training batch is
-    brought to one of them by chance. ``cache_mib`` bounds the memory in which decoded images are kept.
+    ``kind`` is "voc", "coco", "yolo" or, for made scenes, "needles" or "shapes"; splits are named as in
+    ``vision.data.detection_sources``. ``class_names`` None takes those of the training split. ``image_size`` is that of
+    test time; with ``train_sizes`` each training batch is brought to one of them by chance. ``cache_mib`` bounds the
+    memory in which decoded images are kept.
     ``only_classes`` trains on these alone: boxes of others are left out, in both splits.
     ``train_difficult`` also trains on VOC's difficult boxes; crowds never train.
     """
@@ -123,7 +124,7 @@ class ImageCache:
         """The image as RGB, as its boxes were drawn on it. Errors: UnreadableImageError."""
         if truth.path in self.images:
             return self.images[truth.path]
-        image = read_image(truth.path, truth.size)
+        image = truth.read()
         size = image.width * image.height * 3
         if size <= self.free:
             self.free -= size

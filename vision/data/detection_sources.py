@@ -1,4 +1,4 @@
-"""Images with boxes on disk: VOC's XML, COCO's JSON, YOLO's text files, all read into one kind of sample."""
+"""Images with boxes: VOC's XML, COCO's JSON, YOLO's text files, made scenes, all read into one kind of sample."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vision.data.coco import open_coco
+from vision.data.detection_scenes import needles, shapes
 from vision.data.labelled_boxes import DetectionSource
 from vision.data.sources import DataError
 from vision.data.voc import open_voc
@@ -13,7 +14,13 @@ from vision.data.yolo import open_yolo
 
 OpenDetection = Callable[[Path, str, tuple[str, ...] | None], DetectionSource]
 
-DETECTION_SOURCES: dict[str, OpenDetection] = {"voc": open_voc, "coco": open_coco, "yolo": open_yolo}
+DETECTION_SOURCES: dict[str, OpenDetection] = {
+    "voc": open_voc,
+    "coco": open_coco,
+    "yolo": open_yolo,
+    "needles": needles,
+    "shapes": shapes,
+}
 
 
 def open_detection(kind: str, root: Path, split: str, class_names: tuple[str, ...] | None = None) -> DetectionSource:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from vision.data.sources import DataError
+from vision.data.sources import DataError, read_image
 from vision.data.view import Boxes
 from vision.images import upright_size
 
@@ -33,7 +33,8 @@ class LabelledImage:
 
     ``labels`` [G] are ids into the source's class names. ``ignored`` [G] marks boxes that are neither to be found nor
     wrong to find: VOC's difficult ones, COCO's crowds. ``areas`` [G] in square pixels, COCO's being those of its
-    outlines. ``size`` is width and height where the annotation or the file states them.
+    outlines. ``size`` is width and height where the annotation or the file states them. ``made`` is the picture itself
+    where it lies in no file; ``path`` is then only its name.
     """
 
     path: Path
@@ -42,6 +43,11 @@ class LabelledImage:
     ignored: NDArray[np.bool_]
     areas: NDArray[np.float32]
     size: Size | None = None
+    made: Image.Image | None = None
+
+    def read(self) -> Image.Image:
+        """The image as RGB, as its boxes were drawn on it. Errors: UnreadableImageError."""
+        return self.made or read_image(self.path, self.size)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 
 from vision.data.detection_sources import open_detection
 from vision.data.labelled_boxes import DetectionSource, LabelledImage, of_classes
-from vision.data.sources import DataError, UnreadableImageError, read_image
+from vision.data.sources import DataError, UnreadableImageError
 from vision.detection.boxes import box_iou
 from vision.detection.checkpoint import load_detector
 from vision.detection.coco import CocoFigures, evaluate_coco
@@ -182,7 +182,7 @@ def find_all(loaded: LoadedDetector, source: DetectionSource, batch_size: int) -
         pictures = []
         for image in source.images[start : start + batch_size]:
             try:
-                pictures.append(read_image(image.path, image.size))
+                pictures.append(image.read())
                 images.append(image)
             except UnreadableImageError as error:
                 logger.warning("skipped: %s", error)
@@ -246,9 +246,7 @@ def write_report(
     truths, count = findings.truths, len(findings.images)
     for place in range(0, count, max(1, count // PICTURES)):
         image = findings.images[place]
-        picture = draw_comparison(
-            read_image(image.path, image.size), findings.detections[place], truths[place], class_names
-        )
+        picture = draw_comparison(image.read(), findings.detections[place], truths[place], class_names)
         picture.save(output / f"{image.path.stem}.jpg", quality=88)
 
 

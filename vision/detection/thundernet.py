@@ -39,7 +39,9 @@ class ThunderNetConfig:
     """The detection part's sizes; the defaults are the paper's.
 
     ``depth`` channels are read by each of ``bins`` x ``bins`` bins. ``reduction`` joins the samples of a bin: "max" as
-    the authors' operator. Test-time settings are the authors' published ones: Soft-NMS, linear, at 0.5.
+    the authors' operator. Test-time settings are the authors' published ones: Soft-NMS, linear, at 0.5. Without
+    ``context_enhancement`` the regions' map is C4 alone, without ``spatial_attention`` it is not re-weighed: the parts
+    whose worth the paper's ablation tells.
     """
 
     bins: int = 7
@@ -52,6 +54,8 @@ class ThunderNetConfig:
     score_threshold: float = 0.05
     soft_nms_threshold: float = 0.5
     max_detections: int = 100
+    context_enhancement: bool = True
+    spatial_attention: bool = True
 
     @property
     def channels(self) -> int:
@@ -95,9 +99,13 @@ class ThunderNet(nn.Module):
         self.num_classes = num_classes
         self.backbone = without_classifier(backbone)
         _, c4_channels, c5_channels = backbone.feature_channels
-        self.context_enhancement = ContextEnhancement(c4_channels, c5_channels, config.channels)
+        self.context_enhancement = ContextEnhancement(
+            c4_channels, c5_channels, config.channels, surroundings=config.context_enhancement
+        )
         self.rpn = RegionProposalHead(config.channels, config.rpn_width, config.anchors.num_per_cell)
-        self.spatial_attention = SpatialAttention(config.rpn_width, config.channels)
+        self.spatial_attention = (
+            SpatialAttention(config.rpn_width, config.channels) if config.spatial_attention else None
+        )
         self.hidden = nn.Sequential(nn.Linear(config.channels, config.head_width), nn.ReLU())
         self.class_logits = nn.Linear(config.head_width, num_classes + 1)
         self.box_deltas = nn.Linear(config.head_width, 4)
@@ -115,7 +123,7 @@ class ThunderNet(nn.Module):
         deltas = at_least_float32(deltas)
         return DenseMaps(
             f_cem=f_cem,
-            f_sam=self.spatial_attention(f_cem, f_rpn),
+            f_sam=f_cem if self.spatial_attention is None else self.spatial_attention(f_cem, f_rpn),
             objectness=at_least_float32(objectness),
             deltas=deltas,
             anchors=self.config.anchors.boxes(f_cem.shape[-2], f_cem.shape[-1], like=deltas),
@@ -128,8 +136,12 @@ class ThunderNet(nn.Module):
 
     def classify(self, maps: DenseMaps, regions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Class logits [R, num_classes + 1], background first, and box deltas [R, 4] of all images' regions."""
+        return self.classify_pooled(self.pool(maps, regions))
+
+    def pool(self, maps: DenseMaps, regions: Sequence[Tensor]) -> Tensor:
+        """What the second stage sees of all images' regions: [R, depth, bins, bins]."""
         image_ids = torch.cat([boxes.new_full((len(boxes),), i, dtype=torch.long) for i, boxes in enumerate(regions)])
-        pooled = psroi_align(
+        return psroi_align(
             maps.f_sam,
             torch.cat(list(regions)),
             image_ids,
@@ -137,7 +149,6 @@ class ThunderNet(nn.Module):
             self.config.bins,
             reduction=self.config.reduction,
         )
-        return self.classify_pooled(pooled)
 
     def classify_pooled(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """``classify`` behind the pooling: [R, depth, bins, bins] to class logits and box deltas."""

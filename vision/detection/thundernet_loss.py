@@ -130,7 +130,7 @@ class ThunderNetLoss:
         As in Shrivastava et al. (arXiv 1604.03540, section 4) all regions go through the head once without gradient,
         to be ranked, and the chosen ones a second time: cheaper than a gradient that is mostly masked out.
         """
-        labels, answers = _label_regions(regions, true_boxes, true_labels)
+        labels, answers = label_regions(regions, true_boxes, true_labels)
         with torch.no_grad():
             _, classification, localization = _region_losses(
                 model, maps, regions, torch.cat(labels), torch.cat(answers)
@@ -180,7 +180,7 @@ def _anchor_losses(maps: DenseMaps, matches: Sequence[Matches], true_boxes: Sequ
     return classification, localization.index_put((image_ids, anchor_ids), smooth_l1(differences, sigma=3.0))
 
 
-def _label_regions(
+def label_regions(
     regions: Sequence[Tensor], true_boxes: Sequence[Tensor], true_labels: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Label [R], 0 for background, and answering true box [R, 4] of each image's regions; foreground from 0.5."""

@@ -47,12 +47,20 @@ class YOLOv2Loss:
     ``miner`` maps losses [N, A, S, S] and boxes [N, A, S, S, 4] to a mask of the predictions that train, for instance a
     ``vision.mining.LossRankMiner``; None keeps all. The sum over the kept is divided by the batch, as darknet's step
     is. ``focal`` (ours) weights each objectness term by the square of its error, as the focal loss does with
-    cross-entropy: easy background then counts for next to nothing.
+    cross-entropy: easy background then counts for next to nothing. ``background`` is the weight of predictions without
+    a true box. With ``keeps_answers`` those with one always train, whatever the miner says.
     """
 
-    def __init__(self, miner: MapMiner | None = None, focal: bool = False) -> None:
+    def __init__(
+        self,
+        miner: MapMiner | None = None,
+        focal: bool = False,
+        background: float = BACKGROUND,
+        keeps_answers: bool = False,
+    ) -> None:
         self.miner = miner
         self.focusing = FOCUSING if focal else 0.0
+        self.background, self.keeps_answers = background, keeps_answers
 
     def __call__(
         self, model: YOLOv2, images: Tensor, true_boxes: Sequence[Tensor], true_labels: Sequence[Tensor], warm_up: bool
@@ -66,9 +74,12 @@ class YOLOv2Loss:
         check_truth(true_boxes, true_labels, model.num_classes)
         predictions = model.predict(images)
         assignment = assign(predictions, true_boxes, true_labels, model.config.anchors)
-        loss = detection_loss(predictions, assignment, true_boxes, self.focusing)
+        loss = detection_loss(predictions, assignment, true_boxes, self.focusing, self.background)
         if self.miner is not None:
-            loss = loss * self.miner(loss.detach(), predictions.boxes.detach())
+            kept = self.miner(loss.detach(), predictions.boxes.detach())
+            if self.keeps_answers:
+                kept[assignment.places] = True
+            loss = loss * kept
         losses = {"detection": loss.sum() / len(images)}
         if warm_up:
             losses["warm_up"] = warm_up_loss(predictions, assignment).sum() / len(images)
@@ -109,17 +120,22 @@ def assign(
 
 
 def detection_loss(
-    predictions: Predictions, assignment: Assignment, true_boxes: Sequence[Tensor], focusing: float = 0.0
+    predictions: Predictions,
+    assignment: Assignment,
+    true_boxes: Sequence[Tensor],
+    focusing: float = 0.0,
+    background: float = BACKGROUND,
 ) -> Tensor:
     """Every prediction's own loss [N, A, S, S]: nothing is summed, so that it can be ranked.
 
     A prediction with a true box: squared errors of centre and size, more weight for small boxes; objectness against the
     IoU it reaches, a constant (darknet's rescore); cross-entropy of its class. Any other: objectness against 0, unless
-    it overlaps some true box by more than 0.6. With ``focusing`` each objectness error e costs |e|^focusing e^2.
+    it overlaps some true box by more than 0.6; ``background`` weighs that term. With ``focusing`` each objectness error
+    e costs |e|^focusing e^2.
     """
     places = assignment.places
-    background = BACKGROUND / 2 * _focused_square(predictions.objectness, focusing)
-    loss = torch.where(_best_overlap(predictions, true_boxes) > IGNORE_IOU, 0.0, background)
+    empty = background / 2 * _focused_square(predictions.objectness, focusing)
+    loss = torch.where(_best_overlap(predictions, true_boxes) > IGNORE_IOU, 0.0, empty)
 
     found = predictions.boxes.detach()[places]
     reached = box_iou(found, assignment.boxes).diagonal()

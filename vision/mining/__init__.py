@@ -1,6 +1,6 @@
 """Hard example mining over unreduced losses, for any detector: which regions or map elements a step trains on."""
 
-from vision.mining.baselines import AllRegions, RandomSample, focal_loss
+from vision.mining.baselines import AllRegions, RandomPredictions, RandomSample, focal_loss
 from vision.mining.candidates import Miner, MiningInputError
 from vision.mining.loss_rank_mining import LossRankMiner, loss_rank_mining
 from vision.mining.ohem import OHEM
@@ -12,6 +12,7 @@ __all__ = [
     "Miner",
     "MiningInputError",
     "OHEM",
+    "RandomPredictions",
     "RandomSample",
     "Strata",
     "StratifiedOHEM",

@@ -1,4 +1,4 @@
-"""What mining is compared with: all regions, random regions, and the focal loss."""
+"""What mining is compared with: all regions, random ones, random predictions, and the focal loss."""
 
 from __future__ import annotations
 
@@ -43,6 +43,26 @@ class RandomSample:
             labels > 0, labels == 0, self.batch_size, self.positive_share, self.generator
         )
         return torch.cat([positives, negatives])
+
+
+class RandomPredictions:
+    """A random ``share`` of the predictions of a one-stage head, as many as ``LossRankMiner`` keeps.
+
+    Draws from torch's own generator.
+    """
+
+    def __init__(self, share: float) -> None:
+        if not 0 < share <= 1:
+            raise MiningInputError(f"share is {share}; it must be above 0 and at most 1")
+        self.share = share
+
+    def __call__(self, loss: Tensor, boxes: Tensor) -> Tensor:
+        """Bool mask of the shape of ``loss`` [N, A, H, W]; ``boxes`` are not looked at."""
+        del boxes
+        drawn = torch.rand(loss.shape[0], loss[0].numel(), device=loss.device)
+        count = max(1, int(self.share * drawn.shape[1]))
+        mask = torch.zeros_like(drawn, dtype=torch.bool).scatter_(1, drawn.topk(count).indices, True)
+        return mask.view(loss.shape)
 
 
 def focal_loss(cross_entropy: Tensor, positive: Tensor, gamma: float = 2.0, alpha: float = 0.25) -> Tensor:

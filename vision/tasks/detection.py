@@ -65,7 +65,7 @@ class DetectionTask(nn.Module):
             reweighing=mining.reweighing,
         )
         self.warm_up_loss = YOLOv2Loss()
-        self.yolo_loss = YOLOv2Loss(mining.prediction_miner, focal=mining.map == "focal")
+        self.yolo_loss = mining.yolo_loss()
         decay = recipe.task.ema_decay
         self.average = None if decay is None else MovingAverage(model, decay)
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))

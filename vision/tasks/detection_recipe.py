@@ -19,19 +19,29 @@ from vision.detection.psroi_align import Reduction
 from vision.detection.rpn import TRAINING_BUDGET, AnchorGrid, ProposalBudget
 from vision.detection.thundernet import ThunderNetConfig
 from vision.detection.thundernet_loss import AnchorMiner, RegionMiner, Reweighing
-from vision.detection.yolo_loss import MapMiner
+from vision.detection.yolo_loss import BACKGROUND, MapMiner, YOLOv2Loss
 from vision.detection.yolo_v2 import PUBLISHED_HEAD, VOC_ANCHORS, YOLOv2Config
 from vision.distillation.detector import DetectorTeacherOptions
 from vision.distillation.terms import Term, parse_terms
-from vision.mining import OHEM, AllRegions, LossRankMiner, RandomSample, StratifiedOHEM, focal_loss, loss_rank_mining
+from vision.mining import (
+    OHEM,
+    AllRegions,
+    LossRankMiner,
+    RandomPredictions,
+    RandomSample,
+    StratifiedOHEM,
+    focal_loss,
+    loss_rank_mining,
+)
 from vision.mining.loss_rank_mining import Element
 from vision.tasks.starting import start_from
 
 logger = logging.getLogger(__name__)
 
 REGION_SAMPLERS = ("none", "random", "ohem", "s-ohem")
-MAP_SAMPLERS = ("none", "lrm", "focal")
-HEADS = ("light", "published")
+MAP_SAMPLERS = ("none", "random", "lrm", "focal")
+SMALL_HEAD = YOLOv2Config(width=64, passthrough=8)
+HEADS = {"light": YOLOv2Config(), "published": PUBLISHED_HEAD, "small": SMALL_HEAD}
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,8 @@ class ModelOptions:
     ``anchor_ratios`` are ThunderNet's anchors, in pixels of the input and height over width. The paper's are meant for
     320 pixels and photographs; take smaller ones where the smallest objects are much smaller than 32 pixels (ours).
     ``anchors`` are YOLOv2's, width and height in cells of 32 pixels; without them five are clustered from the training
-    boxes. ``head`` is YOLOv2's: "light" (ours) or "published".
+    boxes. ``head`` is YOLOv2's: "light" (ours), "published" or "small" (for studies of many trainings).
+    ``context_enhancement`` and ``spatial_attention`` are ThunderNet's, and can be left out to see what they are worth.
     ``licence`` and ``description`` are written into the saved detector.
     """
 
@@ -55,6 +66,8 @@ class ModelOptions:
     reduction: Reduction = "max"
     anchors: tuple[tuple[float, float], ...] | None = None
     head: str = "light"
+    context_enhancement: bool = True
+    spatial_attention: bool = True
     test_proposals: int = 200
     licence: str = "unknown"
     description: str = ""
@@ -78,10 +91,11 @@ class ModelOptions:
                 reduction=self.reduction,
                 anchors=AnchorGrid(scales=self.anchor_scales, ratios=self.anchor_ratios),
                 test_budget=ProposalBudget(10 * self.test_proposals, self.test_proposals),
+                context_enhancement=self.context_enhancement,
+                spatial_attention=self.spatial_attention,
             )
-        size = PUBLISHED_HEAD if self.head == "published" else YOLOv2Config()
         return dataclasses.replace(
-            size, anchors=tuple((float(w), float(h)) for w, h in self.anchors or anchors or VOC_ANCHORS)
+            HEADS[self.head], anchors=tuple((float(w), float(h)) for w, h in self.anchors or anchors or VOC_ANCHORS)
         )
 
 
@@ -92,9 +106,10 @@ class MiningOptions:
     ``regions`` is for ThunderNet's second stage: "none" (all regions), "random" (at most a quarter foreground),
     "ohem" (the paper's) or "s-ohem", choosing ``regions_per_image``. ``map`` is for the dense map, ThunderNet's anchors
     or YOLOv2's predictions: "none" (ThunderNet then draws ``anchors_per_image`` at random, YOLOv2 keeps all), "lrm"
-    (``anchors_per_image`` anchors, or a ``share`` of the predictions, of largest loss) or "focal" (all, weighted by
-    their difficulty). ``element`` is what loss rank mining ranks in YOLOv2: "prediction" or "cell". ``nms_threshold``
-    thins out what overlaps before ranking.
+    (``anchors_per_image`` anchors, or a ``share`` of the predictions, of largest loss), "focal" (all, weighted by
+    their difficulty) or, for YOLOv2, "random" (a ``share`` drawn by chance beside all that have a true box).
+    ``element`` is what loss rank mining ranks in YOLOv2: "prediction" or "cell". ``nms_threshold`` thins out what
+    overlaps before ranking. ``background_weight`` is that of YOLOv2's predictions without a true box.
     """
 
     regions: str = "ohem"
@@ -104,6 +119,7 @@ class MiningOptions:
     share: float = 0.15
     element: Element = "prediction"
     nms_threshold: float = 0.7
+    background_weight: float = BACKGROUND
 
     def __post_init__(self) -> None:
         for name, allowed in (("regions", REGION_SAMPLERS), ("map", MAP_SAMPLERS)):
@@ -111,6 +127,8 @@ class MiningOptions:
                 raise RecipeError(f"mining.{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
         if min(self.regions_per_image, self.anchors_per_image) < 1:
             raise RecipeError("mining.regions_per_image and mining.anchors_per_image must be at least 1")
+        if not self.background_weight > 0:
+            raise RecipeError(f"mining.background_weight is {self.background_weight}; it must be above 0")
 
     @property
     def region_miner(self) -> RegionMiner:
@@ -132,7 +150,15 @@ class MiningOptions:
     @property
     def prediction_miner(self) -> MapMiner | None:
         """The choice of YOLOv2's predictions; None keeps all."""
+        if self.map == "random":
+            return RandomPredictions(self.share)
         return LossRankMiner(self.share, self.nms_threshold, self.element) if self.map == "lrm" else None
+
+    def yolo_loss(self) -> YOLOv2Loss:
+        """YOLOv2's loss over the predictions that train."""
+        return YOLOv2Loss(
+            self.prediction_miner, self.map == "focal", self.background_weight, keeps_answers=self.map == "random"
+        )
 
     @property
     def reweighing(self) -> Reweighing | None:
@@ -205,6 +231,8 @@ class DetectorRecipe:
             parsed = cls(**read, teacher=teacher, terms=terms)
         except ValueError as error:
             raise error if isinstance(error, RecipeError) else RecipeError(str(error)) from error
+        if parsed.model.architecture == "thundernet" and parsed.mining.map == "random":
+            raise RecipeError('ThunderNet draws its anchors at random without mining; set mining.map to "none"')
         if parsed.suppresses_in_vain:
             logger.warning(
                 "mining.nms_threshold %g suppresses no region: the proposals are suppressed at task.proposals_nms %g "

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import BatchSampler, Dataset, SequentialSampler
+from torch.utils.data import Dataset
 
-from kernels.training import AfterStep, RecipeError, TrainingOptions, check_tables, run, take_table
-from kernels.training.study import REPORT_FILE, Cell, Outcome, write_json, write_outcomes
+from kernels.training import RecipeError, TrainingOptions, check_tables, take_table
+from kernels.training.study import REPORT_FILE, Cell, Outcome, write_outcomes
 from vision.data.classification import ClassificationData, DataOptions
 from vision.data.sources import ImageSource
 from vision.distillation.cache import ask_all
@@ -35,9 +35,9 @@ from vision.distillation.sampler import ClassUniformSampler
 from vision.distillation.teacher import Teacher, TeacherOptions, load_teacher
 from vision.distillation.terms import Answers, CorrelationTerm, Term, parse_terms
 from vision.tasks.distillation import DistillationOptions
+from vision.tasks.together import RUN_FOLDER, Figures, StackedTask, check_shared, train_all, write_reports
 
 SAMPLERS = ("random", "class_uniform")
-RUN_FOLDER = "together"
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,9 @@ class Students(nn.Module):
         return hidden, hidden @ self.second + self.second_bias
 
 
-class TogetherTask(nn.Module):
+class TogetherTask(StackedTask):
     """The sum of all students' losses over one batch each."""
 
-    steps_done: Tensor
     inputs: Tensor
     labels: Tensor
     teacher_logits: Tensor
@@ -166,8 +165,6 @@ class TogetherTask(nn.Module):
         self.samplers = samplers_of(variants)
         for name in ("inputs", "labels", "teacher_logits", "teacher_embedding"):
             self.register_buffer(name, getattr(lesson, name), persistent=False)
-        # In the state, so that a resumed run goes on with the weights' warm-up.
-        self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
 
     def forward(self, order: Tensor) -> dict[str, Tensor]:
         """``order`` [samplers, S, B]: the images that each seed sees in this step."""
@@ -202,10 +199,6 @@ class TogetherTask(nn.Module):
             hidden.flatten(0, -2), self.teacher_embedding[drawn], self.labels[drawn],
         )  # fmt: skip
 
-    def after_step(self) -> None:
-        """Count the step."""
-        self.steps_done += 1
-
 
 def sampler_of(variant: Variant) -> DistillationOptions:
     """What of a variant's options makes its batches."""
@@ -226,10 +219,8 @@ def train_together(cells: Sequence[Cell], folder: Path, console: Console | None 
     An interrupted run is resumed by the same call. Errors: RecipeError, DataError, TeacherError, TrainingDivergedError.
     """
     parsed = {cell.variant: Variant.parse(cell.variant, cell.recipe) for cell in cells}
-    check_shared(cells)
+    check_shared(cells, ("teacher", "data", "training"))
     options = take_table(cells[0].recipe, "training", TrainingOptions)
-    if options.clip_norm:
-        raise RecipeError("training.clip_norm would tie the students together, which share one gradient: set it to 0")
     lessons: dict[int, tuple[Lesson, Lesson]] = {}
     for student in dict.fromkeys(variant.student for variant in parsed.values()):
         own = [cell for cell in cells if parsed[cell.variant].student == student]
@@ -244,20 +235,6 @@ def train_together(cells: Sequence[Cell], folder: Path, console: Console | None 
         ):
             break
     return write_outcomes(cells, folder)
-
-
-def check_shared(cells: Sequence[Cell]) -> None:
-    """Errors: RecipeError where a variant changes what all students share in one run."""
-    for table in ("teacher", "data", "training"):
-        tables = {
-            cell.variant: {
-                key: value for key, value in cell.recipe.get(table, {}).items() if key not in ("seed", "output")
-            }
-            for cell in cells
-        }
-        first = tables[cells[0].variant]
-        if other := next((name for name, values in tables.items() if values != first), None):
-            raise RecipeError(f"{other} changes [{table}], which all students of one run share; make it another study")
 
 
 @dataclass(frozen=True)
@@ -290,43 +267,18 @@ def train_group(
     students = Students(
         len(group.variants), group.seeds, train.inputs.shape[1], size.hidden, train.teacher_logits.shape[1]
     )
-    seconds = train_task(TogetherTask(students, group.variants, train), group, options, console)
+    task = TogetherTask(students, group.variants, train)
+    orders = Orders(task.samplers, group.seeds, task.labels, options)
+    seconds = train_all(task, orders, group.cells, options, console)
     if seconds is None:
         return False
-    figures = measure(students, held_out)
-    names = [variant.name for variant in group.variants]
-    for cell in group.cells:
-        report = {
-            "recipe": cell.recipe,
-            "final": figures[names.index(cell.variant), group.seeds.index(cell.seed)],
-            "best": {},
-            "seconds": seconds / len(group.cells),
-            "checkpoint": options.output,
-        }
-        write_json(report, cell.output / REPORT_FILE)
+    write_reports(group.cells, measure(students, held_out), seconds, options.output)
     return True
 
 
-def train_task(task: TogetherTask, group: Group, options: TrainingOptions, console: Console | None) -> float | None:
-    """Train all students; the seconds it took, or None where it was interrupted."""
-    orders = Orders(task.samplers, group.seeds, task.labels, options)
-    report = run(
-        task,
-        orders,
-        options,
-        collate=lambda steps: {"order": steps[0]},
-        batch_sampler=BatchSampler(SequentialSampler(orders), 1, drop_last=False),
-        callbacks=[AfterStep(task.after_step)],
-        recipe={"cells": [cell.recipe for cell in group.cells]},
-        resume=Path(options.output).is_dir(),
-        console=console,
-    )
-    return report.seconds if report.finished else None
-
-
 @torch.no_grad()
-def measure(students: Students, held_out: Lesson) -> Mapping[tuple[int, int], dict[str, float]]:
-    """(variant, seed) by their places -> the figures of that student."""
+def measure(students: Students, held_out: Lesson) -> Figures:
+    """The figures of every student."""
     students.cpu()
     figures = {}
     for variant, seed in itertools.product(*map(range, students.first.shape[:2])):

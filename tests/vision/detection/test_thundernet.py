@@ -199,6 +199,19 @@ def test_context_is_the_sum_of_three_views():
     torch.testing.assert_close(raised, raised[:, :, :1, :1].expand_as(raised), atol=1e-5, rtol=1e-5)
 
 
+def test_without_its_parts_the_map_is_c4_alone_and_not_reweighed():
+    whole, bare = small_model(), small_model(context_enhancement=False, spatial_attention=False)
+    images = torch.rand(1, 3, 64, 64)
+    _, c4, c5 = bare.backbone.forward_features(images)
+    maps = bare.dense(images)
+    torch.testing.assert_close(maps.f_cem, bare.context_enhancement.local_view(c4))
+    assert maps.f_sam is maps.f_cem
+    gone = {name.rpartition(".")[0] for name in whole.state_dict()} - {n.rpartition(".")[0] for n in bare.state_dict()}
+    views = {f"context_enhancement.{name}_view" for name in ("wide", "global")}
+    assert gone == views | {"spatial_attention.project", "spatial_attention.normalize"}
+    torch.testing.assert_close(bare.context_enhancement(c4, c5), bare.context_enhancement(c4, 0 * c5))
+
+
 def test_proposals_are_ranked_clipped_thinned_and_constant():
     anchors = torch.tensor([[0.0, 0, 40, 40], [2, 2, 42, 42], [50, 50, 90, 90], [300, 300, 340, 340]])
     objectness = torch.tensor([[[0.0, 1.0], [0.0, 2.0], [0.0, 0.5], [0.0, 9.0]]], requires_grad=True)

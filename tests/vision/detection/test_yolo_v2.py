@@ -18,7 +18,7 @@ from vision.detection.yolo_v2 import (
     YOLOv2Config,
     shape_iou,
 )
-from vision.mining import LossRankMiner
+from vision.mining import LossRankMiner, RandomPredictions
 
 
 class FakeBackbone(nn.Module):
@@ -284,6 +284,31 @@ def test_mining_keeps_the_costliest_predictions_and_the_warm_up_whole():
     expected = unreduced.flatten(1).topk(8).values.sum() / 4
     torch.testing.assert_close(mined["detection"], expected)
     torch.testing.assert_close(mined["warm_up"], YOLOv2Loss()(model, images, boxes, labels, warm_up=True)["warm_up"])
+
+
+def test_random_predictions_spare_what_answers_for_a_true_box():
+    torch.manual_seed(0)
+    model = small_model().eval()
+    images, boxes, labels = (
+        torch.rand(3, 3, 64, 64),
+        [torch.tensor([[3.0, 5.0, 40.0, 60.0]])] * 3,
+        [torch.zeros(1).long()] * 3,
+    )
+    predictions = model.predict(images)
+    assignment = assign(predictions, boxes, labels, model.config.anchors)
+    whole = detection_loss(predictions, assignment, boxes)
+    answers = whole[assignment.places].sum()
+    kept = RandomPredictions(0.1)(whole, predictions.boxes)
+    assert kept.flatten(1).sum(dim=1).tolist() == [2, 2, 2]
+    everything = sum(whole.flatten()).item() / 3
+    for seed in range(5):
+        torch.manual_seed(seed)
+        loss = YOLOv2Loss(RandomPredictions(0.1), keeps_answers=True)(model, images, boxes, labels, warm_up=False)
+        assert answers.item() / 3 <= loss["detection"].item() < everything
+    half = detection_loss(predictions, assignment, boxes, background=0.5)
+    torch.testing.assert_close(half[assignment.places], whole[assignment.places])
+    half[assignment.places], whole[assignment.places] = 0, 0
+    torch.testing.assert_close(half, whole / 2)
 
 
 def test_images_without_boxes_have_background_only():

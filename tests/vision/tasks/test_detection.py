@@ -50,7 +50,9 @@ def weights(folder: str) -> dict[str, Tensor]:
     ({}, {"regions": "random", "map": "focal"}),
     ({}, {"regions": "s-ohem", "map": "lrm"}),
     ({"architecture": "yolo_v2"}, {}), (YOLO, {"map": "lrm", "share": 0.5}), (YOLO, {"map": "focal"}),
-], ids=["none", "random-focal", "s-ohem-lrm", "yolo", "yolo-lrm", "yolo-focal"])  # fmt: skip
+    ({**YOLO, "head": "small"}, {"map": "random", "share": 0.1, "background_weight": 0.5}),
+    ({"context_enhancement": False, "spatial_attention": False}, {}),
+], ids=["none", "random-focal", "s-ohem-lrm", "yolo", "yolo-lrm", "yolo-focal", "yolo-random", "bare"])  # fmt: skip
 def test_every_miner_trains_saves_and_evaluates(
     detector_recipe: Recipe, tmp_path: Path, model: dict[str, Any], mining: dict[str, Any]
 ) -> None:

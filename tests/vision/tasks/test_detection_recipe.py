@@ -33,6 +33,15 @@ def test_a_miner_that_has_nothing_to_suppress_is_told_of(
         DetectorRecipe.parse(detector_recipe(task={"proposals_nms": 0.0}))
 
 
+@pytest.mark.parametrize(("mining", "message"), [
+    ({"map": "random"}, 'ThunderNet draws its anchors at random without mining; set mining.map to "none"'),
+    ({"background_weight": 0.0}, "background_weight is 0.0; it must be above 0"),
+])  # fmt: skip
+def test_mining_that_means_nothing_is_refused(detector_recipe: Recipe, mining: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        DetectorRecipe.parse(detector_recipe(mining=mining))
+
+
 def test_after_suppression_by_score_only_a_smaller_overlap_suppresses_by_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(400, 2, generator=generator) * 60
