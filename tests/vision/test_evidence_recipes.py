@@ -15,7 +15,9 @@ from vision.tasks.region_heads import FrozenOptions
 RECIPES = Path(vision.__file__).parent / "recipes" / "evidence"
 
 
-@pytest.mark.parametrize("name", ["textures_tuning", "textures_bdd", "textures_cckd", "textures_long"])
+@pytest.mark.parametrize(
+    "name", ["textures_tuning", "textures_bdd", "textures_cckd", "textures_long", "textures_plugin"]
+)
 def test_studies_of_perceptrons(name: str) -> None:
     recipe = load_recipe(RECIPES / f"{name}.toml")
     variants = {cell.variant: Variant.parse(cell.variant, cell.recipe) for cell in expand(recipe)}
