@@ -70,7 +70,7 @@ def test_seeds_begin_alike_in_all_variants_and_finished_studies_stay(
     assert not torch.equal(students.first[0, 0], students.first[0, 1])
     cells = expand(recipe, tmp_path / "study")
     train_together(cells, tmp_path / "study")
-    monkeypatch.setattr(perceptrons, "train_task", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(perceptrons, "train_all", lambda *_: pytest.fail("trained again"))
     assert {outcome.status for outcome in train_together(cells, tmp_path / "study")} == {FINISHED}
 
 
