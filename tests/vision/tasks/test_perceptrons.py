@@ -77,7 +77,7 @@ def test_seeds_begin_alike_in_all_variants_and_finished_studies_stay(
 def test_what_would_tie_the_students_together_is_refused(recipe: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="clip_norm would tie"):
         train_together(expand(overlay(recipe, {"training": {"clip_norm": 1.0}}), tmp_path), tmp_path)
-    with pytest.raises(RecipeError, match=r"kd changes \[data\], which all students of one run share"):
+    with pytest.raises(RecipeError, match=r"kd changes \[data\], which all cells of one run share"):
         wrong = overlay(recipe, {"study": {"variants": {"kd": {"data": {"image_size": 64}}}}})
         train_together(expand(wrong, tmp_path), tmp_path)
     with pytest.raises(RecipeError, match="sampler must be one of random, class_uniform"):
