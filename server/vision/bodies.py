@@ -36,7 +36,8 @@ class ImageBody(RequestBody):
         if self.image is not None and self.images is not None:
             raise InvalidValue("image", "image and images were both sent; send one of them.")
         if self.draw and not self.has_room:
-            places = ", ".join(sorted({OWN_SHAPE, *self.kind.object_shapes}))
+            others = [name for name, shape in self.kind.shapes.items() if shape.is_object]
+            places = ", ".join(sorted([OWN_SHAPE, *others]))
             raise InvalidValue("draw", f"format {self.shape} has no place for a picture; use one of {places}.")
         try:
             self.kind.options(**self.given())
@@ -52,7 +53,7 @@ class ImageBody(RequestBody):
     @property
     def has_room(self) -> bool:
         """Whether the answer is an object, beside whose keys a picture may stand."""
-        return self.shape == OWN_SHAPE or self.shape in self.kind.object_shapes
+        return self.shape == OWN_SHAPE or self.kind.shapes[self.shape].is_object
 
     def given(self) -> dict[str, Any]:
         """The kind's options that were sent."""

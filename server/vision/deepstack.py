@@ -24,6 +24,7 @@ from server.vision.child import JobAnswer, VisionError
 from server.vision.routes import Order, answer_or_leave, image_fault, model_of_kind
 from server.vision.upload import Files, FileSource, read_form
 from server.vision.worker import VisionWorker
+from vision.serving.answers import CLASS_NAME, SCORE, number, record, several, truth, whole
 from vision.serving.registry import all_kinds
 
 DETECTOR = "detector"
@@ -64,7 +65,24 @@ BODY = {
 }
 
 
-@router.post(DEEPSTACK_PATH, openapi_extra={"requestBody": BODY})
+ANSWER = record(
+    success=truth("True."),
+    predictions=several(
+        "By falling score.",
+        record(
+            label=CLASS_NAME,
+            confidence=SCORE,
+            **{side: whole("Pixels.", 0) for side in ("x_min", "y_min", "x_max", "y_max")},
+        ),
+    ),
+    duration=number("Seconds taken.", 0),
+)
+FOUND: dict[int | str, dict[str, Any]] = {
+    200: {"description": "What was found.", "content": {"application/json": {"schema": ANSWER}}}
+}
+
+
+@router.post(DEEPSTACK_PATH, openapi_extra={"requestBody": BODY}, responses=FOUND)
 async def create_deepstack_detection(request: HttpRequest, serving: CurrentServing) -> Response:
     """Detect objects by the first detector served, and answer as DeepStack does."""
     started = time.perf_counter()

@@ -21,6 +21,7 @@ from server.api.gate import MAX_VISION_BODY_BYTES
 from server.api.leaving import CLIENT_CLOSED_REQUEST, client_left
 from server.api.openapi import ASKING
 from server.api.serving import CurrentServing, Serving
+from server.vision.answers import PICTURE_TYPES, success_of
 from server.vision.bodies import OWN_SHAPE, ImageBody, body_of
 from server.vision.child import Job, JobAnswer
 from server.vision.upload import FileSource, Source, UrlSource, read_vision_request
@@ -30,7 +31,6 @@ from vision.images import ImageError
 from vision.serving.protocol import Kind, ModelInfo
 from vision.serving.registry import all_kinds
 
-PICTURE_TYPES = {"image/jpeg": "JPEG", "image/png": "PNG"}
 BODY_TYPES = ("application/json", "multipart/form-data")
 
 Outcome = JobAnswer | ImageError | ImageCrashed
@@ -87,6 +87,7 @@ def add_route(router: APIRouter, kind: Kind) -> None:
         name=f"create_{kind.route.replace('-', '_')}",
         description=f"{kind.summary} One image: its answer, or an error; several: `results` in their order, errors "
         "among them.",
+        responses=success_of(kind),
         openapi_extra={"requestBody": {"required": True, "content": content}},
     )
 
@@ -220,7 +221,7 @@ def write(plan: Plan, answer: JobAnswer) -> Any:
     if shape == OWN_SHAPE:
         result = {"image": {"width": width, "height": height}} | header["answer"]
     else:
-        result = plan.body.kind.shapes[shape](header["answer"], width, height)
+        result = plan.body.kind.shapes[shape].write(header["answer"], width, height)
     if not plan.body.has_room:
         return result
     picture = f"data:image/jpeg;base64,{base64.b64encode(answer.picture).decode()}"

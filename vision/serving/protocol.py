@@ -28,8 +28,19 @@ Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Outputs = Sequence[NDArray[Any]]
 Answer = dict[str, Any]
-# An answer, width and height of the image -> the same in a shape that another system's clients parse.
-Shape = Callable[[Answer, int, int], Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Another system's shape of an answer: ``write(answer, width, height)`` of the image, and the schema of that."""
+
+    write: Callable[[Answer, int, int], Any]
+    schema: Mapping[str, Any]
+
+    @property
+    def is_object(self) -> bool:
+        """Whether a picture and timings may stand beside its keys."""
+        return bool(self.schema["type"] == "object")
 
 
 class Network(Protocol):
@@ -174,8 +185,8 @@ class Kind(ABC):
     """One kind of model. The attributes name it; a file in ``vision.serving.kinds`` holds its one instance.
 
     ``format`` and ``version`` are those of saved folders; ``route`` ends the path of its HTTP route, ``noun`` is its
-    ``object`` there and ``id_prefix`` begins its ids. ``shapes`` maps formats of answers, the first ours; those of
-    ``object_shapes`` are objects, beside whose keys a picture may stand. ``asks`` names kinds of models it turns to.
+    ``object`` there and ``id_prefix`` begins its ids. ``schema``: of its answer, an object. ``shapes``: other systems'
+    shapes of it, by the name a client asks for. ``asks`` names kinds of models it turns to.
     ``boxes``: the answer's list of boxes with scores, which can be followed through a video.
     """
 
@@ -187,8 +198,8 @@ class Kind(ABC):
     id_prefix: ClassVar[str]
     summary: ClassVar[str]
     options: ClassVar[type[Options]] = Options
+    schema: ClassVar[Mapping[str, Any]]
     shapes: ClassVar[Mapping[str, Shape]] = {}
-    object_shapes: ClassVar[frozenset[str]] = frozenset()
     asks: ClassVar[tuple[str, ...]] = ()
     boxes: ClassVar[str] = ""
 

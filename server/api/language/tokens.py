@@ -46,13 +46,16 @@ class TokenTrack:
         self.end += len(text)
 
     def take(self, pieces: Iterable[Piece], text: str) -> list[ShownToken]:
-        """The engine's pieces, and the text that is shown by now because of them; the tokens that go with it."""
+        """The engine's pieces, and the text that is shown by now because of them; the tokens that go with it.
+
+        Text behind the last token's, an unfinished character that ends an answer, is for ``finish`` to give away.
+        """
         for piece in pieces:
             if piece.token_id is not None:
                 self.add(piece.token_id, piece.decoded, piece.ranked, drafted=piece.drafted)
         self.shown += len(text)
         count = 0
-        while count < len(self.waiting) and self.waiting[count].start < self.shown:
+        while count < len(self.waiting) and self.waiting[count].start < min(self.shown, self.end):
             count += 1
         given, self.waiting = self.waiting[:count], self.waiting[count:]
         return given

@@ -1,13 +1,15 @@
 """Clients of the app: in process, and over a socket."""
 
+import functools
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 from fastapi import FastAPI
 from lasting_worker import Lasting
@@ -41,13 +43,32 @@ def until_fixture() -> Callable[[Callable[[], Any]], Any]:
     return until
 
 
+@pytest.fixture(scope="session")
+def check_described() -> Callable[[httpx.Response], Awaitable[None]]:
+    """Holds an answer of a vision route to what /openapi.json says. Errors: KeyError, jsonschema's ValidationError."""
+    described = functools.cache(lambda: create_app(Settings(), None).openapi())
+
+    async def check(answer: httpx.Response) -> None:
+        path, method = answer.request.url.path, answer.request.method.lower()
+        if not path.startswith("/v1/vision/") or method not in described()["paths"].get(path, {}):
+            return
+        told = described()["paths"][path][method]["responses"][str(answer.status_code)]["content"]
+        kind = answer.headers["content-type"]
+        schema = told[kind]["schema"] | {"components": described()["components"]}
+        if kind == "application/json":
+            await answer.aread()
+            jsonschema.Draft202012Validator(schema).validate(answer.json())
+
+    return check
+
+
 @pytest.fixture
 def connect(
-    make_settings: Callable[..., Settings],
+    make_settings: Callable[..., Settings], check_described: Callable[[httpx.Response], Awaitable[None]]
 ) -> Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]:
     """``connect(model, **settings)``: a client of the app in this process; with ``ready=False`` it does not wait.
 
-    ``model`` None serves ``vision`` alone.
+    ``model`` None serves ``vision`` alone. Every answer of a vision route must be as it is described.
     """
 
     @asynccontextmanager
@@ -58,7 +79,11 @@ def connect(
         app: FastAPI = create_app(make_settings(**settings), load, vision=vision)
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
+            httpx.AsyncClient(
+                transport=httpx.ASGITransport(app),
+                base_url="http://localhost",
+                event_hooks={"response": [check_described]},
+            ) as client,
         ):
             while ready and (await client.get("/health")).status_code != 200:
                 pass

@@ -1,5 +1,6 @@
 """The official client and plain sockets against a server on a loopback port."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -96,6 +97,20 @@ def test_a_client_that_leaves_early_frees_its_slot(listen, make_model, until, st
         until(lambda: model.engine.cancelled)
         assert model.engine.status().free_slots == 4
         assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_a_storm_of_clients_that_leave_at_once_leaves_nothing(listen, make_model, until):
+    model = make_model(script=forever, round_s=0.001)
+    with listen(model) as (url, server):
+        host, port = url.removeprefix("http://").split(":")
+        body = json.dumps(COMPLETION | {"stream": True}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        for place in range(100):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body[: 20 + place])
+        until(lambda: model.engine.status().free_slots == 4 and not server.app.state.serving.dispatcher.queues)
+        assert httpx.post(f"{url}/v1/completions", json=COMPLETION | {"max_tokens": 1}).status_code == 200
+    assert model.engine.cancelled
 
 
 def test_silence_is_bridged_by_comments(listen, make_model):

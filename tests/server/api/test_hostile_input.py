@@ -26,6 +26,7 @@ BASES = {
     "/v1/embeddings": {"input": "one"},
 }
 IMAGE = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest/meta-data"}}
+FILE = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
@@ -81,6 +82,10 @@ REFUSED = [
     ("fewer than no tokens", TEXTS, {"max_tokens": -5}, 400, "invalid_value", "max_tokens"),
     ("a prompt over the context", CHATS, {"messages": [USER | {"content": "z" * 900}]}, 400, "context_length_exceeded",
      None),
+    ("a prompt of a hundred pages", TEXTS, {"prompt": "one " * 40_000}, 400, "context_length_exceeded", None),
+    ("a temperature that is a word", TEXTS, {"temperature": "hot"}, 400, "invalid_type", "temperature"),
+    ("a temperature below none", TEXTS, {"temperature": -1}, 400, "invalid_value", "temperature"),
+    ("a temperature above all", CHATS, {"temperature": 5}, 400, "invalid_value", "temperature"),
     ("a count behind the context", TEXTS, {"prompt": [5, 5], "max_tokens": 199}, 400, "context_length_exceeded", None),
     ("a thousand stops", TEXTS, {"stop": ["x"] * 1000}, 400, "invalid_value", "stop"),
     ("a stop of a megabyte", TEXTS, {"stop": "x" * 2**20}, 400, "invalid_value", "stop"),
@@ -105,11 +110,13 @@ REFUSED = [
      "input.0.content"),
     ("half a character nobody reads", "/tokenize", {"later": {"a": ["\ud800"]}}, 400, "invalid_unicode", "later.a.0"),
     ("a path as a model", TEXTS, {"model": "../../etc/passwd"}, 404, "model_not_found", "model"),
+    ("NUL in a model's name", TEXTS, {"model": "x\0"}, 400, "invalid_unicode", "model"),
     ("a line end in a model's name", TEXTS, {"model": "x\nERROR forged"}, 404, "model_not_found", "model"),
     ("an empty name", TEXTS, {"model": ""}, 404, "model_not_found", "model"),
     ("a template from outside", CHATS, {"chat_template": "{{ 1 }}"}, 400, "unsupported_parameter", "chat_template"),
     ("an address inside the house", CHATS, {"messages": [USER | {"content": [IMAGE]}]}, 400, "unsupported_parameter",
      "messages"),
+    ("a file as an image", CHATS, {"messages": [USER | {"content": [FILE]}]}, 400, "unsupported_parameter", "messages"),
     ("references in a circle", TEXTS, schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}), 400,
      "invalid_json_schema", "response_format"),
     ("a reference to elsewhere", TEXTS, schema({"$ref": "http://127.0.0.1:1/x.json"}), 400, "invalid_json_schema",
@@ -157,6 +164,7 @@ async def test_it_is_refused(connect, make_model, path, body, status, code, para
             error = answer.json()["error"]
             assert (error["code"], error["param"], error["type"]) == (code, param, "invalid_request_error"), error
             assert error["message"].endswith(".")
+            assert code != "invalid_json" or "character" in error["message"] or "levels" in error["message"], error
             assert len(error["message"]) < 500
         assert (await ask(client, TEXTS, {})).status_code == 200
         assert not client.app.state.serving.dispatcher.queues

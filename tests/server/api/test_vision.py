@@ -6,6 +6,8 @@ import io
 import json
 from importlib.util import find_spec
 
+import httpx
+import jsonschema
 import pytest
 from PIL import Image
 from tiny_detector import DETECTIONS, as_part, ask, b64, encoded, halves
@@ -29,6 +31,17 @@ async def test_one_image_as_json(connect, worker):
     assert answer["detections"] == [RED_LEFT]
     assert answer["object"] == "vision.detection"
     assert set(answer["timings"]) == {"queue_ms", "decode_ms", "inference_ms"}
+
+
+async def test_an_answer_that_is_not_as_described_is_found_out(connect, worker, check_described):
+    async with connect(None, vision=worker) as client:
+        answer = await ask(client, encoded(halves()))
+    told = answer.json()
+    for wrong in (told | {"detections": [RED_LEFT | {"score": 2}]}, told | {"detections": [{"box": [1, 2, 3, 4]}]}, {}):
+        with pytest.raises(jsonschema.ValidationError):
+            await check_described(httpx.Response(200, json=wrong, request=answer.request))
+    await check_described(answer)
+    assert told["detections"] == [RED_LEFT]
 
 
 async def test_one_image_as_a_form_and_as_a_data_uri(connect, worker):
@@ -213,6 +226,14 @@ async def test_forms_that_are_not_what_they_should_be(connect, worker):
         assert await code([image], score_threshold="high") == "invalid_type"
         assert await code([image], score_threshold="nan") == "invalid_value"
         assert await code([image], model=["halves", "halves"]) == "invalid_value"
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "a\0.png", "x" * 3000, "\u2028\n.png"])
+async def test_a_files_name_is_never_used(connect, worker, name):
+    async with connect(None, vision=worker) as client:
+        answer = await client.post(DETECTIONS, files=[("image", (name, encoded(halves()), "image/png"))])
+    assert answer.json()["detections"] == [RED_LEFT]
+    assert name not in answer.text
 
 
 async def test_models_are_listed_with_licence_and_classes(connect, worker, make_model):

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -52,6 +53,7 @@ def test_a_trained_folder_answers_as_its_network_does(tmp_path: Path, size: tupl
         expected = network(network.normalization(image)).softmax(1)[0]
     best = expected.argsort(descending=True)[:3]
     found = answer["classifications"]
+    jsonschema.validate(answer, model.kind.schema)
     assert [entry["class_id"] for entry in found] == best.tolist()
     assert [entry["class_name"] for entry in found] == ["abcd"[index] for index in best]
     np.testing.assert_allclose([entry["score"] for entry in found], expected[best], atol=1e-5)

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 from drawn_faces import LANDMARKS, drawn_face
@@ -164,6 +165,7 @@ def test_a_file_is_known_by_its_outputs_and_read_by_its_familys_rules(
     assert (model.info.kind, model.info.description) == ("face-detector", family)
     picture = decode_image(encoded(drawn_face().resize((384, 288))))  # laid into 192 x 144 of the fixed input
     (answer,) = answer_pictures(model, [picture], {})
+    jsonschema.validate(answer, model.kind.schema)
     (face,) = answer["faces"]
     assert face["score"] == pytest.approx(0.9, abs=1e-4)
     np.testing.assert_allclose(face["box"], np.array(BOX) * 2, atol=0.02)

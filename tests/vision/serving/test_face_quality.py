@@ -3,6 +3,7 @@
 import math
 from importlib.util import find_spec
 
+import jsonschema
 import numpy as np
 import pytest
 from drawn_faces import LANDMARKS, drawn_face
@@ -44,6 +45,7 @@ def make_model(score=0.5):
 def assess(image, score=0.5, **options):
     model, network = make_model(score)
     (answer,) = answer_pictures(model, [Picture(image, *image.size)], options)
+    jsonschema.validate(answer, model.kind.schema)
     return answer, network
 
 

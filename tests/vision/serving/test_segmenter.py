@@ -5,6 +5,7 @@ import io
 from importlib.util import find_spec
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -41,6 +42,8 @@ def test_a_trained_folder_answers_with_a_mask_and_areas(folder: Path) -> None:
     assert (model.info.name, model.info.kind, model.info.image_size) == ("streets", "segmenter", 64)
     picture = decode_image(encoded(halves("red", "blue", (100, 60))))
     answer, bare = (answer_pictures(model, [picture], {"mask": mask})[0] for mask in (True, False))
+    for told in (answer, bare):
+        jsonschema.validate(told, model.kind.schema)
     mask = Image.open(io.BytesIO(base64.b64decode(answer["mask"].partition(",")[2])))
     ids = np.asarray(mask)
     assert (mask.mode, ids.shape) == ("P", (60, 100))

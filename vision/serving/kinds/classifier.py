@@ -12,6 +12,7 @@ from PIL import Image
 
 from vision.data.view import centre_crop
 from vision.images import LabelledBox, Picture, draw_boxes
+from vision.serving.answers import CLASS_ID, CLASS_NAME, SCORE, record, several
 from vision.serving.folder import BACKBONE
 from vision.serving.protocol import Answer, Answering, Ask, Card, Kind, Model, Options, Traced, option
 
@@ -43,6 +44,9 @@ class ClassifierKind(Kind):
     id_prefix: ClassVar = "cls"
     summary: ClassVar = "Say which of its classes an image shows, the likeliest first."
     options: ClassVar = ClassificationOptions
+    schema: ClassVar = record(
+        classifications=several("The likeliest first.", record(class_id=CLASS_ID, class_name=CLASS_NAME, score=SCORE))
+    )
 
     def read_card(self, config: Mapping[str, Any], digest: str) -> ClassifierCard:
         """See ``Kind``; classes without names go by their numbers."""

@@ -14,6 +14,7 @@ from PIL import Image
 
 from vision.data.view import Resize, View, fitted, render, tiles, whole_image
 from vision.images import ImageError, LabelledBox, Picture, draw_boxes
+from vision.serving.answers import BOX, CLASS_ID, CLASS_NAME, SCORE, record, several
 from vision.serving.batch import MAX_ROWS
 from vision.serving.protocol import (
     Answer,
@@ -29,7 +30,7 @@ from vision.serving.protocol import (
     Traced,
     option,
 )
-from vision.serving.shapes import BOX_SHAPES, OBJECT_SHAPES
+from vision.serving.shapes import BOX_SHAPES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -106,8 +107,10 @@ class DetectorKind(Kind):
     id_prefix: ClassVar = "det"
     summary: ClassVar = "Detect objects: class, score and box in pixels, x1 y1 x2 y2."
     options: ClassVar = DetectionOptions
+    schema: ClassVar = record(
+        detections=several("By falling score.", record(box=BOX, score=SCORE, class_id=CLASS_ID, class_name=CLASS_NAME))
+    )
     shapes: ClassVar = BOX_SHAPES
-    object_shapes: ClassVar = OBJECT_SHAPES
     boxes: ClassVar = "detections"
 
     def read_card(self, config: Mapping[str, Any], digest: str) -> DetectorCard:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vision.images import LabelledBox, Picture, draw_boxes
+from vision.serving.answers import BOX, POINTS, SCORE, record, several
 from vision.serving.faces import FAMILIES, Family
 from vision.serving.folder import ModelError
 from vision.serving.kinds.detector import greedy_nms, numbered
@@ -65,6 +66,7 @@ class FaceDetectorKind(Kind):
     id_prefix: ClassVar = "face"
     summary: ClassVar = "Find faces: score, box and five landmarks."
     options: ClassVar = FaceOptions
+    schema: ClassVar = record(faces=several("By falling score.", record(box=BOX, score=SCORE, landmarks=POINTS)))
     boxes: ClassVar = "faces"
 
     def adopt(self, file: Path, session: Any, num_threads: int) -> tuple[Mapping[str, Any], SingleNetwork] | None:

@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image
 
 from vision.face_quality.alignment import FACE_SIZE, LandmarkError, align_face, fit_similarity, inter_eye_distance
-from vision.face_quality.components import measure_face
+from vision.face_quality.components import COMPONENTS, measure_face
 from vision.face_quality.scale import FAILURE_TO_ASSESS, QualityScale
 from vision.images import LabelledBox, Picture, draw_boxes
+from vision.serving.answers import BOX, POINTS, maybe, number, record, several, text, truth, whole
 from vision.serving.protocol import (
     Answer,
     Answering,
@@ -114,6 +115,35 @@ def is_point(value: Any) -> bool:
     )
 
 
+MEASURE = record(
+    scalar=whole("100 is the best.", 0, 100),
+    raw=number("Within range."),
+    range=several("The least and the greatest raw value.", {"type": "number"}, 2),
+)
+FACE = record(
+    index=whole("Its place among the faces that were sent or found.", 0),
+    box=maybe(BOX),
+    landmarks=maybe(POINTS),
+    quality=whole("0 to 100, higher is better; -1: it could not be assessed.", FAILURE_TO_ASSESS, 100),
+    raw=maybe(number("The network's own score.")),
+    status=text("ok, or why there is no score."),
+    inter_eye_px=maybe(number("Pixels between the eyes.", 0)),
+    warnings=several("What lowers the worth of the score.", {"type": "string"}),
+    components=maybe(record(**dict.fromkeys(COMPONENTS, MEASURE), optional=COMPONENTS)),
+    largest=truth("Whether it is the largest of the image."),
+    optional=("components",),
+)
+ANSWER = record(
+    status=text("ok, no_face or landmarks_missing."),
+    faces=several("The largest first.", FACE),
+    count=whole("Faces.", 0),
+    scale=text("What quality means."),
+    scale_map=record(midpoint=number("The raw score that becomes 50."), width=number("Of the sigmoid.", 0)),
+    alignment=text("How a face is cut out."),
+    model_sha256=text("Of the weights."),
+)
+
+
 @dataclass(frozen=True)
 class ScorerCard(Card):
     """``scale`` says what a score means."""
@@ -142,6 +172,7 @@ class FaceQualityKind(Kind):
     id_prefix: ClassVar = "fq"
     summary: ClassVar = "Score faces from 0 to 100; -1 with a status where a face cannot be scored."
     options: ClassVar = FaceQualityOptions
+    schema: ClassVar = ANSWER
     asks: ClassVar = (FACE_DETECTOR,)
 
     def read_card(self, config: Mapping[str, Any], digest: str) -> ScorerCard:

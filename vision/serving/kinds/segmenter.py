@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vision.images import Picture, class_colour
+from vision.serving.answers import CLASS_ID, CLASS_NAME, number, record, several, text, whole
 from vision.serving.folder import SEGMENTER
 from vision.serving.protocol import Answer, Answering, Ask, Card, Floats, Kind, Model, Options, Traced, option
 
@@ -43,6 +44,17 @@ class SegmenterKind(Kind):
     id_prefix: ClassVar = "seg"
     summary: ClassVar = "Give every pixel a class: a PNG mask, and the area of every class."
     options: ClassVar = SegmentationOptions
+    schema: ClassVar = record(
+        classes=several(
+            "The largest area first.",
+            record(
+                class_id=CLASS_ID, class_name=CLASS_NAME, pixels=whole("Its area.", 1),
+                share=number("Its share of the image.", 0, 1),
+            ),
+        ),
+        mask=text("Data URI of a palette PNG of the original's size; its pixels are class ids."),
+        optional=("mask",),
+    )  # fmt: skip
 
     def read_card(self, config: Mapping[str, Any], digest: str) -> Card:
         """See ``Kind``."""

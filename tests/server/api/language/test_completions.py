@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import json
 
 import pytest
 
@@ -295,14 +296,29 @@ async def test_strict_servers_refuse_unknown_fields(connect, make_model):
             assert (answer.status_code, error["code"], error["param"]) == (400, "unknown_parameter", param)
 
 
-LINE_ENDS = "a\u2028b\u2029c\x85d\x0be"
+LINE_ENDS = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\r\nh\ri"
+SAID = [{"role": "user", "content": "one"}]
+PIECES = {
+    "/v1/completions": (ask(stream=True), lambda event: event["choices"][0]["text"]),
+    "/v1/chat/completions": ({"messages": SAID}, lambda event: event["choices"][0]["delta"].get("content", "")),
+    "/v1/responses": ({"input": SAID}, lambda event: event.get("delta", "")),
+    "/v1/messages": (
+        {"messages": SAID, "max_tokens": 99},
+        lambda event: event["delta"].get("text", "") if "delta" in event else "",
+    ),
+}
 
 
-async def test_no_text_breaks_the_lines_of_a_stream(connect, make_model, read_events):
+@pytest.mark.parametrize("path", PIECES)
+async def test_no_text_breaks_the_lines_of_a_stream(connect, make_model, path):
+    """For a reader that takes everything for a line's end that Unicode does."""
+    body, piece_of = PIECES[path]
     async with connect(make_model(text=LINE_ENDS)) as client:
-        answer = await client.post("/v1/completions", json=ask(stream=True))
+        answer = await client.post(path, json=body | {"stream": True})
     assert answer.content.isascii()
-    assert "".join(event["choices"][0]["text"] for event in read_events(answer.text)[:-1]) == LINE_ENDS
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+    assert answer.text.count("data: ") == len(lines) + answer.text.count("data: [DONE]")
+    assert "".join(piece_of(json.loads(line)) for line in lines) == LINE_ENDS
 
 
 async def test_drafting_is_the_requests_own_affair(connect, make_model):

@@ -40,6 +40,20 @@ async def test_tokens_joined_are_the_text_whole_and_streamed(connect, make_model
     assert "".join(choice["text"] for choice in streamed) == whole["text"]
 
 
+@pytest.mark.parametrize("size", [1, 5])
+async def test_tokens_joined_are_the_text_where_its_end_cuts_a_character(connect, make_model, read_events, size):
+    cut = 0
+    async with connect(make_model(size=size)) as client:
+        for count in range(2, 14):
+            asked = {"logprobs": 0, "max_tokens": count, "echo": count % 2 == 0}
+            whole = (await post(client, **asked)).json()["choices"][0]
+            events = read_events((await post(client, **asked, stream=True)).text)
+            assert "".join(whole["logprobs"]["tokens"]) == whole["text"]
+            assert joined([event["choices"][0] for event in events[:-1]]) == whole["logprobs"]
+            cut += whole["text"].endswith("\ufffd")
+    assert cut >= 4
+
+
 async def test_each_token_stands_beside_its_alternatives(connect, make_model):
     model = make_model()
     ids = [*model.codec.encode(ANSWER), model.codec.tokenizer.token_to_id("<|end|>")]
