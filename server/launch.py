@@ -223,7 +223,7 @@ def load_parts(settings: Settings, report: Callable[[str], None] = logger.debug)
     report(f"reading the weights of {folder.name}")
     target = load_target(
         folder, settings.weights, settings.max_seqs, capacity, settings.threads, settings.kv_cache, engine,
-        settings.gpu_layers, placed.split if engine == NATIVE else None,
+        settings.gpu_layers, placed.split if engine == NATIVE else None, placed.stream if engine == NATIVE else None,
     )  # fmt: skip
     room = DrafterRoom(settings.max_seqs, capacity, memory.pool_rows, memory.left_bytes)
     report("loading the drafter")
@@ -254,7 +254,7 @@ def place(settings: Settings, target: Path, drafter: str | None, capacity: int, 
     placed = place_parts(
         Wanted(
             target, settings.weights, folder, settings.drafter_device, settings.vram, settings.max_seqs, capacity,
-            budget.rows, settings.threads,
+            budget.rows, settings.threads, settings.stream_prefill,
         )
     )  # fmt: skip
     files = [] if folder is None else [folder] if folder.is_file() else list(folder.glob("*.safetensors"))

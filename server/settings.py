@@ -102,6 +102,10 @@ class Settings(BaseSettings):
         gt=0,
         description="GPU memory for drafter and layers, such as 3GiB; nothing: what is free less a margin.",
     )
+    stream_prefill: bool = Field(
+        False,
+        description="Long prompts are read by the GPU, layers streamed to it; its rounding may change an answer.",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     threads: int | None = Field(None, ge=1, description="CPU threads; nothing: every core this process may use.")
@@ -180,6 +184,8 @@ class Settings(BaseSettings):
     def _a_file_of_something(self) -> Settings:
         if self.cache_file is not None and self.cache == 0:
             raise ValueError("cache_file and cache 0 contradict each other: nothing would be kept; leave one out")
+        if self.cache_file is not None and self.stream_prefill:
+            raise ValueError("cache_file and stream_prefill contradict each other: the file is of one device's pages")
         if self.cache_file is not None and self.cache_file.is_dir():
             raise ValueError(f"cache_file {str(self.cache_file)!r} is a folder; name a file")
         return self

@@ -6,17 +6,26 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 
 torch.set_num_threads(1)
+# A busy machine is slow: an example that takes long is no fault.
+hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("tests")
 
 # These give torch a second device (fake_device.py), which trainers in the same process would then take for a GPU:
 # test_on_fake_device.py runs them in a process of their own.
 ON_FAKE_DEVICE = tuple(
     Path(__file__).parent / "server" / file
-    for file in ("placement/test_fake_device.py", "placement/test_serving.py", "targets/test_split_target.py")
+    for file in (
+        "placement/test_fake_device.py",
+        "placement/test_serving.py",
+        "targets/test_layer_stream.py",
+        "targets/test_split_target.py",
+    )
 )
 
 

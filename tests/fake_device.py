@@ -23,7 +23,7 @@ NAME = "fake"
 INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default}
 
 
-class DeviceLost(RuntimeError):
+class DeviceLost(torch.AcceleratorError):
     """What a driver's failure looks like."""
 
 

@@ -107,7 +107,7 @@ class LayerPass:
             )
         if len(positions) != self.num_rows or not all(0 <= position < len(cosine) for position in positions):
             raise ValueError(f"{self.num_rows} rows want as many positions below {len(cosine)}, got {list(positions)}")
-        self.slots = slots
+        self.slots, self.segments = slots, segments
         self._cosine, self._sine = cosine.float().contiguous(), sine.float().contiguous()
         pieces = [piece for segment in segments for piece in _pieces(segment)]
         self._masks = [_mask_bytes(piece) for piece in pieces]

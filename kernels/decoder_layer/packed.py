@@ -271,7 +271,10 @@ def _numbers(attention: Any, norm: Any) -> dict[str, Any]:
 
 
 def unpack_decoder_layer(packed: PackedDecoderLayer, module: nn.Module, dtype: torch.dtype) -> None:
-    """Gives a layer of transformers, on the meta device say, the weights that the packed layer stands for."""
+    """Gives a layer of transformers, on the meta device say, the weights that the packed layer stands for.
+
+    They lie where the packed layer's bytes lie, and are no part of those.
+    """
     attention: Any = module.self_attn
     mlp: Any = module.mlp
     norms: Any = (module.input_layernorm, module.post_attention_layernorm)
@@ -281,17 +284,18 @@ def unpack_decoder_layer(packed: PackedDecoderLayer, module: nn.Module, dtype: t
         ((mlp.gate_proj, mlp.up_proj), packed.gate_up, packed.gate_up_bias),
         ((mlp.down_proj,), (packed.down,), packed.down_bias),
     ):
-        whole = torch.cat([dequantise(part) for part in parts])
+        matrices = [dequantise(part, dtype) for part in parts]
+        whole = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         sizes = [projection.out_features for projection in projections]
         for projection, part in zip(projections, torch.split(whole, sizes), strict=True):
-            projection.weight = nn.Parameter(part.to(dtype), requires_grad=False)
+            projection.weight = nn.Parameter(part, requires_grad=False)
         if bias is not None:
             for projection, vector in zip(projections, torch.split(bias, sizes), strict=True):
                 if projection.bias is not None:
-                    projection.bias = nn.Parameter(vector.to(dtype), requires_grad=False)
+                    projection.bias = nn.Parameter(vector.to(dtype, copy=True), requires_grad=False)
     assert packed.input_norm is not None, "every layer of transformers has one"
     for norm, values in zip(norms, (packed.input_norm, packed.post_norm), strict=True):
-        norm.weight = nn.Parameter(values.to(dtype), requires_grad=False)
+        norm.weight = nn.Parameter(values.to(dtype, copy=True), requires_grad=False)
     if packed.query_norm is not None and packed.key_norm is not None:
-        attention.q_norm.weight = nn.Parameter(packed.query_norm.to(dtype), requires_grad=False)
-        attention.k_norm.weight = nn.Parameter(packed.key_norm.to(dtype), requires_grad=False)
+        attention.q_norm.weight = nn.Parameter(packed.query_norm.to(dtype, copy=True), requires_grad=False)
+        attention.k_norm.weight = nn.Parameter(packed.key_norm.to(dtype, copy=True), requires_grad=False)

@@ -4,6 +4,7 @@ One format for every machine (csrc/layout.h describes the bytes): a panel of 32 
 """
 
 import ctypes
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ FORMAT_VERSION = 2  # of the bytes below; stored in checkpoints and checked when
 GROUP_SIZES = (16, 32, 64, 128)
 _PANEL, _CHUNK = 32, 32
 _ROWS_AT_ONCE = 4096
+_NUMBERS_AT_ONCE = 2**21  # of a matrix that is made whole again
 _SYMMETRIC, _MINIMUM, _TABLE = range(3)  # `Kind` of csrc/layout.h
 _FLOAT_DTYPES = {16: torch.bfloat16, 32: torch.float32}
 
@@ -203,7 +205,16 @@ def unpack(packed: PackedWeight) -> QuantisedWeight | Tensor:
     )
 
 
-def dequantise(packed: PackedWeight) -> Tensor:
-    """The matrix [out_features, in_features] that a packed weight stands for, fp32."""
-    kept = unpack(packed)
-    return kept.dequantise() if isinstance(kept, QuantisedWeight) else kept.float()
+def dequantise(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The matrix [out_features, in_features] that a packed weight stands for, on the device where its bytes lie.
+
+    It is made piece by piece, so that beside it little more is held.
+    """
+    whole = torch.empty(packed.out_features, packed.in_features, dtype=dtype, device=packed.data.device)
+    panel_bytes = packed.data.numel() // -(-packed.out_features // _PANEL)
+    panels = max(_NUMBERS_AT_ONCE // packed.in_features // _PANEL, 1)
+    for number, data in enumerate(torch.split(packed.data, panels * panel_bytes)):
+        rows = whole[number * panels * _PANEL : (number + 1) * panels * _PANEL]
+        kept = unpack(dataclasses.replace(packed, data=data, out_features=len(rows)))
+        rows.copy_(kept.dequantise() if isinstance(kept, QuantisedWeight) else kept)
+    return whole

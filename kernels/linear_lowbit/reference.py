@@ -37,7 +37,7 @@ class QuantisedWeight:
     def levels(self) -> Tensor:
         """What the codes stand for before their scale: fp32 [O, I], whole numbers."""
         if self.table is not None:
-            return torch.tensor(self.table, dtype=torch.float32)[self.codes.long()]
+            return torch.tensor(self.table, dtype=torch.float32, device=self.codes.device)[self.codes.long()]
         codes = self.codes.float()
         return codes if self.minimum is not None else codes - 2 ** (self.bits - 1)
 

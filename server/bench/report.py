@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,13 @@ from server.bench.contestants import (
 from server.bench.prompts import Prompt
 from server.bench.simulated import SimulatedDrafter
 from server.bench.texts import Advance, BenchError, Texts, generate_references
-from server.bench.verify_curve import predicted_ms, verify_ms
+from server.bench.verify_curve import CONTEXT, verify_beside_costs, verify_ms
 from server.engine.cost import Costs, DraftCost, VerifyCost
 from server.engine.engine import Engine, RoundClock
 from server.engine.request import SamplingParams
+from server.placement.cost import MeasuredCosts, measured_ms
 from server.placement.machine import measure_machine
 from server.targets.native_target import NativeTarget
-from server.targets.target import Target
 from server.text import TextCodec
 
 PLAIN, LOOKUP, DOVETAIL = "plain", "lookup", "dovetail"
@@ -81,7 +82,11 @@ def measure(
         prompts = [prompt.as_chat() for prompt in prompts]
     texts = generate_references(plain, codec, prompts, options.max_tokens, options.ignore_eos, advance)
     hardware = measure_machine()
-    curve = verify_ms(engine.target)
+    costs: list[MeasuredCosts] = []
+    if isinstance(engine.target, NativeTarget):
+        curve, costs = verify_beside_costs(engine.target, [CONTEXT, mean_context(texts)])
+    else:
+        curve = verify_ms(engine.target)
     ngram = ngram_runs(engine, texts.cases, sampling, advance)
     drafter = engine.drafting.drafter
     if options.simulate_acceptance is not None:
@@ -107,7 +112,7 @@ def measure(
     report["peers"] |= {name: {"skipped": reason} for name, reason in skipped.items()}
     report |= {
         "verify_ms": curve,
-        "predicted": predicted_json(engine.target),
+        "predicted": predicted_json(costs, drafted[DOVETAIL], report[DOVETAIL]["acceptance_length"]),
         "repeated_4gram_share": round(repeated_4gram_share(texts.references), 3),
         "ngram_acceptance_length": round(acceptance_length(ngram), 3),
     }
@@ -122,13 +127,32 @@ def lookup_engine(engine: Engine) -> Engine:
     return Engine(engine.target, None, dataclasses.replace(engine.options, lookup=True), costs)
 
 
-def predicted_json(target: Target) -> dict[str, Any] | None:
-    """What a plan for this machine expects of the target, beside what was measured; None for other engines' targets."""
-    if not isinstance(target, NativeTarget):
+def mean_context(texts: Texts) -> int:
+    """Positions behind the root, in the middle of an answer."""
+    return round(
+        statistics.mean(len(c.prompt_ids) + len(r) / 2 for c, r in zip(texts.cases, texts.references, strict=True))
+    )
+
+
+def predicted_json(costs: Sequence[MeasuredCosts], drafted: Engine, acceptance: float) -> dict[str, Any] | None:
+    """What a plan for this machine expects of the target, beside what was measured; None for other engines' targets.
+
+    ``costs``: behind the context of T(n), and behind that of the texts. How many rows the engine that drafts chose, its
+    acceptance length and what it took beside its passes are taken as they were.
+    """
+    if not costs:
         return None
-    found = predicted_ms(target)
-    times = {str(rows): round(taken, 3) for rows, taken in found.items()}
-    return {"verify_ms": times, "plain_tokens_per_s": round(1e3 / found[1], 3)}
+    count, clock = drafted.target.info.num_layers, drafted.clock
+    curve, texts = costs
+    passes_ms = sum(number * measured_ms(texts, count, rows) for rows, number in drafted.counts.rounds_of.items())
+    total_ms = passes_ms + 1e3 * (clock.draft_s + clock.other_s)
+    return {
+        "verify_ms": {str(rows): round(measured_ms(curve, count, rows), 3) for rows in curve.layer_ms},
+        "pass_ms": round(curve.pass_ms, 3),
+        "round_ms": round(curve.round_ms, 3),
+        "plain_tokens_per_s": round(1e3 / (measured_ms(texts, count, 1) + texts.round_ms), 3),
+        "tokens_per_s": round(1e3 * acceptance * clock.rounds / max(total_ms, 1e-9), 3),
+    }
 
 
 def ngram_runs(engine: Engine, cases: Sequence[Case], sampling: SamplingParams, advance: Advance) -> list[Timed]:

@@ -23,11 +23,11 @@ from server.bench.compare import race
 from server.bench.contestants import Case, EngineContestant
 from server.bench.simulated import SimulatedDrafter
 from server.bench.texts import Advance, BenchError
-from server.bench.verify_curve import predicted_ms, verify_ms
+from server.bench.verify_curve import ROWS, verify_beside_costs
 from server.bench.whole_model import random_model
 from server.engine.ahead import AheadDrafter, ahead_budget
 from server.engine.engine import Engine, EngineOptions
-from server.placement.cost import between
+from server.placement.cost import measured_ms
 from server.placement.devices import Placement
 from server.placement.machine import available_bytes, compute_with, measure_machine
 from server.placement.shape import TargetShape
@@ -37,7 +37,6 @@ from server.targets.split_target import SplitTarget
 from server.targets.upper_layers import Split
 
 PROMPT = 16
-ROWS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def bench_shape(options: ShapeOptions, advance: Advance) -> dict[str, Any]:
     """Measure plain and simulated decoding in turns. Errors: BenchError where the model does not fit into memory."""
     compute_with(options.threads)
     shape = dataclasses.replace(options.shape, num_layers=options.layers or options.shape.num_layers)
-    needed = int(1.1 * shape.num_parameters * shape.weight_bytes(options.weights))
+    needed = int(1.1 * shape.target_bytes(options.weights))
     if needed > (free := available_bytes()):
         raise BenchError(
             f"{shape.name} with {shape.num_layers} layers in {options.weights} takes {needed} bytes, {free} are free; "
@@ -104,14 +103,14 @@ def bench_shape(options: ShapeOptions, advance: Advance) -> dict[str, Any]:
     contestants = [plain, EngineContestant("dovetail", drafted)]
     steps = iter(range(1, 2 * options.repeats + 1))
     found = race(contestants, [case], options.repeats, lambda name: advance(name, next(steps), 2 * options.repeats))
-    curve = verify_ms(target, ROWS, PROMPT + options.max_tokens // 2)
-    predicted = predicted_ms(target, PROMPT + options.max_tokens // 2)
+    curve, (costs,) = verify_beside_costs(target, [PROMPT + options.max_tokens // 2])
+    predicted = {rows: measured_ms(costs, shape.num_layers, rows) for rows in ROWS}
     plain_speed, speed = found.median_tokens_per_s("plain"), found.median_tokens_per_s("dovetail")
     length = found.acceptance_length("dovetail")
     clock = drafted.clock
     rows = min(options.budget.rows, max(ROWS))
     drafting_ms = 1e3 * (clock.draft_s + clock.other_s) / max(clock.rounds, 1)
-    expected = between(predicted, rows)
+    expected = measured_ms(costs, shape.num_layers, rows)
     total_s = clock.draft_s + clock.verify_s + clock.other_s or 1.0
     return {
         "simulated": "SIMULATED: random weights, pretended acceptance",
@@ -131,7 +130,8 @@ def bench_shape(options: ShapeOptions, advance: Advance) -> dict[str, Any]:
         "verify_ms": curve,
         "predicted": {
             "verify_ms": {str(rows): round(taken, 3) for rows, taken in predicted.items()},
-            "plain_tokens_per_s": round(1e3 / predicted[1], 3),
+            "pass_ms": round(costs.pass_ms, 3), "round_ms": round(costs.round_ms, 3),
+            "plain_tokens_per_s": round(1e3 / (predicted[1] + costs.round_ms), 3),
             "tokens_per_s": round(length * 1e3 / (expected + drafting_ms), 3),
         },
     }  # fmt: skip

@@ -52,7 +52,7 @@ def examine() -> dict[str, Any]:
     hardware = measure_machine()
     return {
         "hardware": hardware.json(),
-        "devices": ["cpu", *(f"cuda:{i}" for i in range(len(hardware.gpus)))],
+        "devices": ["cpu", *(f"cuda:{gpu.index}" for gpu in hardware.gpus)],
         "versions": {name: installed_version(name) for name in DISTRIBUTIONS},
         "default_target": default_model(),
         "bundled": {name: asset(ASSETS / name) for name in ("drafter", "detector", "target", "target_drafter")},

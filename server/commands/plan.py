@@ -51,6 +51,9 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    stream_prefill: Annotated[
+        bool, typer.Option("--stream-prefill", help="Long prompts are read by the GPU, layers streamed to it.")
+    ] = False,
     picture: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Draw it into this .png or .svg file.", show_default=False)
     ] = None,
@@ -58,7 +61,7 @@ def plan(
     """Say what would lie where, in bytes, with predicted speed and the runners-up. The last line printed is JSON."""
     from server.placement.cost import streaming_break_even
     from server.placement.picture import draw_plan
-    from server.placement.plan import Request, make_plan
+    from server.placement.plan import Request, make_plan, with_stream
     from server.placement.shape import STORED, read_shape
     from server.placement.what_if import parse_what_if, this_machine
     from server.settings import parse_bytes
@@ -81,6 +84,9 @@ def plan(
     positions = context or min(DEFAULT_CONTEXT, shape.max_context)
     request = Request(shape, held, positions, budget, wanted.blocks, wanted.layers, wanted.rows)
     rates = wanted.rates()
+    if stream_prefill:
+        request, why_not = with_stream(request, rates)
+        assumed += filter(None, [why_not])
     found = make_plan(request, rates).json() | {"machine": vars(wanted), "assumed": assumed}
     found["prefill_break_even_tokens"] = None if budget is None else streaming_break_even(shape, request.weights, rates)
     show(found, Console(stderr=True, markup=False))
@@ -150,6 +156,9 @@ def show(found: dict[str, Any], console: Console) -> None:
         soft_wrap=True,
     )
     if (tokens := found["prefill_break_even_tokens"]) is not None:
-        console.print(f"streaming layers to the GPU would read prompts of more than {tokens} tokens sooner; not built")
+        how = f"in {placed['stream_bytes']} bytes of it" if placed["stream_bytes"] else "with --stream-prefill"
+        console.print(
+            f"the GPU reads prompts of more than {tokens} tokens sooner than the CPU, layers streamed to it {how}"
+        )
     for what in found["assumed"]:
         console.print(f"assumed, not measured: {what}", soft_wrap=True)

@@ -41,6 +41,7 @@ def serve(
     kv_cache: KVCache = None,
     drafter_device: DrafterDevice = None,
     vram: Vram = None,
+    stream_prefill: Annotated[bool | None, flag("stream_prefill")] = None,
     host: Annotated[str | None, flag("host")] = None,
     port: Annotated[int | None, flag("port")] = None,
     threads: Threads = None,

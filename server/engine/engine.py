@@ -189,9 +189,13 @@ class Engine:
                 self.counts.prompt_tokens += sequence.num_prompt
                 self.counts.cached_tokens += sequence.num_rows
         start = sequence.num_rows
-        chunk = sequence.token_ids[start : start + self.scheduler.chunk_rows(sequence)]
+        block = self.target.info.stream_block
+        chunk = sequence.token_ids[start : start + self.scheduler.chunk_rows(sequence, block)]
+        is_block = start == sequence.streamed < sequence.streamable(block)
         result = self.target.prefill(PrefillChunk(sequence.slot, chunk))
         sequence.read(len(chunk))
+        if is_block and self.target.info.stream_block:  # else its device failed, and the CPU read it
+            sequence.streamed = sequence.num_rows
         if self.prefixes is not None:
             self.prefixes.extend(sequence, result.features)
             self.prefixes.keep(sequence)  # at once: a whole prompt's pages would hold up those that decode
@@ -204,7 +208,8 @@ class Engine:
             self.drafting.catch_up()
         seconds = time.perf_counter() - started
         self.counts.prefill_s += seconds
-        self.scheduler.pace.record(len(chunk), seconds)
+        if not is_block:
+            self.scheduler.pace.record(len(chunk), seconds)
         return events
 
     def _begin_answer(self, sequence: RunningSequence, result: Prefilled) -> list[Event]:

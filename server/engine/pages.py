@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+STREAMED = -1  # before the tokens of a page that a device read
+
 
 @dataclass(eq=False)
 class Page:
@@ -25,7 +27,10 @@ class Page:
 
 
 class PageTree:
-    """At most ``limit_bytes`` of pages. A salt keeps the texts of one client apart from everybody else's."""
+    """At most ``limit_bytes`` of pages. A salt keeps the texts of one client apart from everybody else's.
+
+    streamed: tokens from a text's beginning whose rows a device read; the pages of those are kept apart from others.
+    """
 
     def __init__(self, page_size: int, limit_bytes: int) -> None:
         self.page_size = page_size
@@ -36,11 +41,11 @@ class PageTree:
         # of all is always the end of a text, and can go.
         self.by_use: OrderedDict[Page, None] = OrderedDict()
 
-    def find(self, token_ids: Sequence[int], salt: str = "") -> list[Page]:
+    def find(self, token_ids: Sequence[int], salt: str = "", streamed: int = 0) -> list[Page]:
         """The pages of the longest known beginning, in order."""
         found: list[Page] = []
         node = self.roots.get(salt)
-        for key in self._keys(token_ids):
+        for key in self._keys(token_ids, streamed):
             node = None if node is None else node.children.get(key)
             if node is None:
                 break
@@ -48,11 +53,13 @@ class PageTree:
         self._use(found)
         return found
 
-    def add(self, token_ids: Sequence[int], read: Callable[[int], tuple[Any, int]], salt: str = "") -> None:
+    def add(
+        self, token_ids: Sequence[int], read: Callable[[int], tuple[Any, int]], salt: str = "", streamed: int = 0
+    ) -> None:
         """Add the whole pages of a text; ``read(start)`` gives content and bytes of a page that is not there yet."""
         node = self.roots.setdefault(salt, Page(None, 0, None, ()))
         path: list[Page] = []
-        for number, key in enumerate(self._keys(token_ids)):
+        for number, key in enumerate(self._keys(token_ids, streamed)):
             child = node.children.get(key)
             if child is None:
                 content, num_bytes = read(number * self.page_size)
@@ -87,9 +94,10 @@ class PageTree:
         """Pages of all texts."""
         return len(self.by_use)
 
-    def _keys(self, token_ids: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    def _keys(self, token_ids: Sequence[int], streamed: int) -> Iterator[tuple[int, ...]]:
         for start in range(0, len(token_ids) - self.page_size + 1, self.page_size):
-            yield tuple(token_ids[start : start + self.page_size])
+            mark = (STREAMED,) if start + self.page_size <= streamed else ()
+            yield (*mark, *token_ids[start : start + self.page_size])
 
     def _use(self, path: Sequence[Page]) -> None:
         """The pages of a text, from its beginning, are the ones used last."""

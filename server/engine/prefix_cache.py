@@ -4,7 +4,7 @@ Pages are shared by all requests that begin alike; a hit copies them into the re
 for a thousand tokens where reading those would take seconds. The text stays the same to the last bit. Where rows do not
 depend on what stands beside them (``TargetInfo.exact_rows``), any page will do, of answers too; elsewhere a page is a
 whole prefill chunk, so that what follows a hit is computed in the very chunks that it would have been, and only prompts
-are kept.
+are kept. Pages of blocks that a device read (``TargetInfo.stream_block``) are for prompts whose same blocks it reads.
 """
 
 from __future__ import annotations
@@ -47,12 +47,17 @@ class PrefixCache:
     def restore(self, sequence: RunningSequence) -> Tensor | None:
         """Fill an empty slot with what is known of its text, all but the last token at most; its features."""
         text = sequence.token_ids[: sequence.num_readable - 1]
-        found = self.pages.find(text, sequence.request.cache_salt)
+        block, size = self.target.info.stream_block, self.pages.page_size
+        streamable = sequence.streamable(block)
+        found = self.pages.find(text, sequence.request.cache_salt, streamable)
+        if len(found) * size < streamable:  # the device takes up where a block begins
+            found = found[: len(found) * size // block * block // size]
         if not found:
             return None
         for page in found:
             self.target.write_rows(sequence.slot, page.content.rows)
-        sequence.num_rows = len(found) * self.pages.page_size
+        sequence.num_rows = len(found) * size
+        sequence.streamed = min(sequence.num_rows, streamable)
         if not sequence.num_output:
             sequence.stats.cached = sequence.num_rows
         return torch.cat([page.content.features for page in found])
@@ -73,7 +78,7 @@ class PrefixCache:
             page = CachedRows(self.target.read_rows(slot, start, start + size), features)
             return page, page.num_bytes
 
-        self.pages.add(sequence.token_ids[:num_rows], read, sequence.request.cache_salt)
+        self.pages.add(sequence.token_ids[:num_rows], read, sequence.request.cache_salt, sequence.streamed)
 
     def release(self, slot: int) -> None:
         """A request has left its slot."""

@@ -90,8 +90,13 @@ class Scheduler:
         reading = (s for s in self.running.values() if s.status is Status.PREFILLING)
         return min(reading, key=_urgency, default=None)
 
-    def chunk_rows(self, sequence: RunningSequence) -> int:
-        """Tokens of its next chunk: as many as are read in ``CHUNK_S``, or up to the next fixed border."""
+    def chunk_rows(self, sequence: RunningSequence, stream_block: int = 0) -> int:
+        """Tokens of its next chunk: as many as are read in ``CHUNK_S``, or up to the next fixed border.
+
+        A whole block of a prompt whose blocks before were streamed to a device is one chunk.
+        """
+        if sequence.num_rows == sequence.streamed < sequence.streamable(stream_block):
+            return stream_block
         fixed = self.limits.fixed_chunk
         if fixed is not None:
             rows = fixed - sequence.num_rows % fixed
@@ -147,7 +152,7 @@ class Scheduler:
         slot = sequence.slot
         del self.running[sequence.request_id]
         self.free_slots.append(slot)
-        sequence.held_slot, sequence.num_rows, sequence.reserved = None, 0, 0
+        sequence.held_slot, sequence.num_rows, sequence.streamed, sequence.reserved = None, 0, 0, 0
         return slot
 
     def _rows_of(self, sequence: RunningSequence) -> int:

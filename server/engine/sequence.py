@@ -25,12 +25,12 @@ class Status(enum.Enum):
 class RunningSequence:
     """Everything the engine knows of one request, from submission to its end.
 
-    token_ids: every committed token, prompt first; num_rows: tokens whose rows the target holds; reserved: rows of the
-    pool that are kept for it; seed: of its sampling, drawn when the request names none; held_slot: None while it waits
-    and once it has ended; drafts: whether it is drafted for, as it asked and until its rows in the drafter are spoilt;
-    num_ranked: tokens of its prompt whose log-probabilities were told; pooled: the sum of its last features so far;
-    urgency: the scheduler's order, the smallest first; penalties: what its tokens take from the logits; record: how its
-    drafts fared.
+    token_ids: every committed token, prompt first; num_rows: tokens whose rows the target holds; streamed: of those,
+    the first ones that a device read in whole blocks; reserved: rows of the pool that are kept for it; seed: of its
+    sampling, drawn when the request names none; held_slot: None while it waits and once it has ended; drafts: whether
+    it is drafted for, as it asked and until its rows in the drafter are spoilt; num_ranked: tokens of its prompt whose
+    log-probabilities were told; pooled: the sum of its last features so far; urgency: the scheduler's order, the
+    smallest first; penalties: what its tokens take from the logits; record: how its drafts fared.
     """
 
     request: Request
@@ -41,6 +41,7 @@ class RunningSequence:
     status: Status = Status.WAITING
     held_slot: int | None = None
     num_rows: int = 0
+    streamed: int = 0
     reserved: int = 0
     num_ranked: int = 0
     pooled: Any = None
@@ -90,6 +91,10 @@ class RunningSequence:
     def num_readable(self) -> int:
         """Tokens to read before it decodes: its prompt, or all but the newest token where it has begun to answer."""
         return len(self.token_ids) - 1 if self.num_output else self.num_prompt
+
+    def streamable(self, block: int) -> int:
+        """Tokens of its prompt in whole blocks: of the prompt alone, so that nothing else decides who reads them."""
+        return self.num_prompt // block * block if block else 0
 
     def read(self, num_tokens: int) -> None:
         """The target holds so many more rows of its text; behind the last one to read it decodes."""

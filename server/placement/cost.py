@@ -20,7 +20,9 @@ REACHED_SHARE = 0.7
 TORCH_ROWS_FACTOR = 2.42
 GPU_CALL_MS = 0.2  # a drafter's level on the GPU: launches, and the choice of tokens
 CPU_CALL_MS = 0.05
-PASS_MS = 0.3  # of a pass beside layers and head: rows put together, embedded, handed out (measured on two cores)
+# Of a round beside layers, head and drafting, measured on two cores: rows put together, embedded and handed out; what
+# the engine does with them.
+PASS_MS, ROUND_MS = 0.2, 0.1
 # Acceptance length at 16 rows by number of blocks: five and six are the paper's (HumanEval), the others assumed.
 ACCEPTANCE = {0: 1.0, 1: 5.0, 2: 5.3, 3: 5.55, 4: 5.75, 5: 5.9, 6: 5.98}
 TRIMMED_LOSS = 0.05  # of the drafted tokens, where a trimmed head cannot draft all of them (assumed)
@@ -28,11 +30,20 @@ ACCEPTANCE_ROWS, ROW_DECAY = 16, 0.83  # a further row is worth that share of th
 
 
 @dataclass(frozen=True)
+class MeasuredCosts:
+    """Milliseconds by rows of one layer and of the head, and of a pass and of a round beside those."""
+
+    layer_ms: Mapping[int, float]
+    head_ms: Mapping[int, float]
+    pass_ms: float
+    round_ms: float
+
+
+@dataclass(frozen=True)
 class Rates:
     """A machine as costs see it; the bus is the GPU's. ``native``: our kernels, else torch's eager products.
 
-    acceptance: the acceptance length at 16 rows where it is known, instead of the assumption; layer_ms and head_ms:
-    milliseconds of one layer and of the head by rows, where they were measured, instead of the roofline.
+    acceptance: the acceptance length at 16 rows where it is known, instead of the assumption.
     """
 
     stream_gb_per_s: float
@@ -43,8 +54,6 @@ class Rates:
     bus_latency_us: float = 20.0
     native: bool = True
     acceptance: float | None = None
-    layer_ms: Mapping[int, float] | None = None
-    head_ms: Mapping[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ def predict(shape: TargetShape, weights: str, context: int, rates: Rates, choice
     draft = draft_ms(shape, context, rates, choice)
     accepted = acceptance_length(choice, rates, shape.vocab_size)
     transfer = transfer_ms(shape, rates, choice, accepted)
-    seconds = (verify + draft + transfer) / 1e3
+    seconds = (verify + draft + transfer + ROUND_MS) / 1e3
     return Prediction(accepted / seconds, verify, draft, transfer, accepted)
 
 
@@ -97,19 +106,24 @@ def verify_ms(shape: TargetShape, weights: str, context: int, rates: Rates, choi
 def cpu_ms(
     shape: TargetShape, weights: str, context: int, rates: Rates, cpu_layers: int, has_head: bool, rows: int
 ) -> float:
-    """The CPU's layers, and the head where it is there: as measured, else bound by memory or by arithmetic."""
-    if rates.layer_ms is not None and rates.head_ms is not None:
-        return PASS_MS + cpu_layers * between(rates.layer_ms, rows) + has_head * between(rates.head_ms, rows)
-    parameters = cpu_layers * shape.layer_parameters + (shape.head_parameters if has_head else 0)
+    """The CPU's layers, and the head where it is there: bound by memory or by arithmetic."""
+    layers = cpu_layers * shape.layer_parameters
+    parameters = layers + has_head * shape.head_parameters
+    num_bytes = layers * shape.weight_bytes(weights) + has_head * shape.head_bytes(weights)
     kv_bytes = context * shape.kv_bytes(cpu_layers, weights)
-    streaming = (parameters * shape.weight_bytes(weights) + kv_bytes) / rates.stream_gb_per_s / 1e6
+    streaming = (num_bytes + kv_bytes) / rates.stream_gb_per_s / 1e6
     if not rates.native:
-        return streaming * (1.0 if rows == 1 else TORCH_ROWS_FACTOR)
+        return PASS_MS + streaming * (1.0 if rows == 1 else TORCH_ROWS_FACTOR)
     peak = rates.dot_gmac_per_s * DOT_SHARE[weights] * REACHED_SHARE
-    return max(streaming, rows * parameters / peak / 1e6)
+    return PASS_MS + max(streaming, rows * parameters / peak / 1e6)
 
 
-def between(measured: Mapping[int, float], rows: int) -> float:
+def measured_ms(costs: MeasuredCosts, num_layers: int, rows: float) -> float:
+    """A pass on the CPU alone, from what was measured of its parts instead of the roofline."""
+    return costs.pass_ms + num_layers * between(costs.layer_ms, rows) + between(costs.head_ms, rows)
+
+
+def between(measured: Mapping[int, float], rows: float) -> float:
     """Linear between measured numbers of rows, and on along the last two beyond them."""
     known = sorted(measured)
     place = min(max(bisect_left(known, rows), 1), len(known) - 1)
@@ -131,14 +145,14 @@ def draft_ms(shape: TargetShape, context: int, rates: Rates, choice: Choice) -> 
 
 
 def streaming_break_even(shape: TargetShape, weights: str, rates: Rates) -> int | None:
-    """Prompt tokens from which on a GPU, layers streamed to it in fp16, would read a prompt sooner than the CPU.
+    """Prompt tokens from which on a GPU, to which packed layers are streamed, reads a prompt sooner than the CPU.
 
-    None without a GPU, and where the CPU is always first. Prompts are read by the CPU so far.
+    None without a GPU, and where the CPU is always first.
     """
     if not rates.gpu_tflops:
         return None
     parameters = shape.num_layers * shape.layer_parameters
-    bus_ms = parameters * FP16 / rates.bus_gb_per_s / 1e6
+    bus_ms = parameters * shape.weight_bytes(weights) / rates.bus_gb_per_s / 1e6
     cpu_token_ms = parameters / (rates.dot_gmac_per_s * DOT_SHARE[weights] * REACHED_SHARE) / 1e6
     gpu_token_ms = 2 * parameters / rates.gpu_tflops / 1e9
     return math.ceil(bus_ms / (cpu_token_ms - gpu_token_ms)) if cpu_token_ms > gpu_token_ms else None

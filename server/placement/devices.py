@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,13 @@ import torch
 from kernels.native import library
 
 CPU = torch.device("cpu")
+# How drivers and their libraries fail, where torch has no type for it. A mistake in a program, shapes that do not fit
+# or tensors on two devices, is a plain RuntimeError too, and names a device at most as cuda:0.
+FAILURE = re.compile(
+    r"\b(CUDA|HIP|cuDNN|NCCL|Triton) (driver |unknown )?error|\bCUDA (driver|initialization)|out of memory"
+    r"|\bC(UBLAS|UDNN|USOLVER|USPARSE|UFFT)_STATUS_|NVIDIA driver|No CUDA GPUs|NVML",
+    re.IGNORECASE,
+)
 
 
 class PlacementError(ValueError):
@@ -46,6 +54,13 @@ class Card:
     def layers(self) -> Placement:
         """bf16 where the device computes it, since activations of large models may leave fp16's range."""
         return Placement(self.device, self.layer_dtype)
+
+
+def is_device_failure(error: BaseException) -> bool:
+    """Whether a device or its driver failed: no memory, an error of its own, gone. Mistakes of a program are not."""
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and FAILURE.search(str(error)) is not None
 
 
 def on_cpu() -> Placement:

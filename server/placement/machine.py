@@ -53,6 +53,7 @@ class Gpu:
     from_gb_per_s: float
     to_latency_us: float
     from_latency_us: float
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def measure_machine() -> Machine:
         available_gb=round(available_bytes() / 1e9, 1),
         stream_gb_per_s=round(stream, 1),
         dot_gmac_per_s=None if dots is None else round(dots, 1),
-        gpus=[measure_gpu(torch.device("cuda", index)) for index in range(torch.cuda.device_count())],
+        gpus=measure_gpus(),
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         torch=torch.__version__,
@@ -277,6 +278,23 @@ def torch_stream_gb_per_s(seconds: float = 0.3, num_bytes: int = STREAM_BYTES) -
     return matrix.numel() * 4 / best / 1e9
 
 
+def measure_gpus() -> list[Gpu]:
+    """Every CUDA device; one that fails, or has no memory left to measure it in, is left out with a warning."""
+    import torch
+
+    from server.placement.devices import is_device_failure
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        try:
+            found.append(measure_gpu(torch.device("cuda", index)))
+        except RuntimeError as error:
+            if not is_device_failure(error):
+                raise
+            logger.warning("cuda:%d cannot be measured: %s: %s", index, type(error).__name__, error)
+    return found
+
+
 def measure_gpu(device: torch.device) -> Gpu:
     """A CUDA device's memory, and its bus each way."""
     import torch
@@ -318,4 +336,5 @@ def measure_gpu(device: torch.device) -> Gpu:
         from_gb_per_s=round(TRANSFER_BYTES / seconds(TRANSFER_BYTES, fetch) / 1e9, 2),
         to_latency_us=round(seconds(LATENCY_BYTES, send) * 1e6, 1),
         from_latency_us=round(seconds(LATENCY_BYTES, fetch) * 1e6, 1),
+        index=device.index or 0,
     )

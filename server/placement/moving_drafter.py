@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from drafters.drafter import Drafter, DraftState, Observation
 from drafters.proposal import Budget, Proposal
-from server.placement.devices import Placement
+from server.placement.devices import Placement, is_device_failure
 from server.placement.recovery import Recovery
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class MovingDrafter:
         self.loading: tuple[Placement, Future[Drafter]] | None = None
         try:
             self.current = make(there)
-        except RuntimeError as error:  # out of memory and every error of a device are such
+        except RuntimeError as error:
             self._say(error)
             self.place, self.current = here, make(here)
         self.name, self.feature_layers = self.current.name, self.current.feature_layers
@@ -121,6 +121,9 @@ class MovingDrafter:
         logger.info("the drafter is on %s", place.device)
 
     def _say(self, error: RuntimeError) -> None:
+        """Pause and tell, where it is the device that failed."""
+        if not is_device_failure(error):
+            raise error
         self.recovery.failed(f"{type(error).__name__}: {error}", self.now())
         logger.warning(
             "%s failed (%s); the drafter goes on on the CPU, and the device is tried again when no request runs, after "

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from server.placement.cost import Choice, Prediction, Rates, predict, verify_ms
+from server.placement.cost import ROUND_MS, Choice, Prediction, Rates, predict, streaming_break_even, verify_ms
 from server.placement.shape import FP16, WEIGHT_BYTES, PlanError, TargetShape
 
 MAX_BLOCKS = 6
@@ -20,13 +21,15 @@ DEPTHS = (3, 5, 7)
 TRIMMED_HEAD = 32_768  # tokens that a trimmed head can draft (FR-Spec: a quarter of a large vocabulary loses little)
 WORKSPACE_BYTES = 64 * 2**20  # activations of one round and the allocator's rounding
 NUM_ALTERNATIVES = 3
+BLOCK_STEP, LEAST_BLOCK = 64, 128  # prompts are streamed in blocks of twice the break-even, and a multiple of 64
 
 
 @dataclass(frozen=True)
 class Request:
     """What is to be planned. budget_bytes None: no GPU. A pin fixes a choice that is searched otherwise.
 
-    context: positions of each of ``slots`` requests.
+    context: positions of each of ``slots`` requests; stream_block: positions of a prompt that the GPU reads at once
+    with layers streamed to it, 0: the CPU reads.
     """
 
     shape: TargetShape
@@ -38,6 +41,7 @@ class Request:
     pinned_rows: int | None = None
     pinned_head: int | None = None
     slots: int = 1
+    stream_block: int = 0
 
     def __post_init__(self) -> None:
         self.shape.weight_bytes(self.weights)
@@ -62,7 +66,8 @@ class Placement:
     drafter_bytes: fp16 with the copies of embedding and head, on the CPU int8 without the embedding; gpu_layer_bytes:
     the target's layers on the GPU with the norm, and the whole head where the drafter's copy is trimmed; gpu_kv_bytes:
     keys and values of both; cpu_bytes: all of the target's weights, keys and values of the layers that the CPU
-    computes, what crossed to the others, and the drafter where there is no GPU.
+    computes, what crossed to the others, and the drafter where there is no GPU; stream_bytes: what the CPU's layers
+    pass through on the GPU, with one layer's keys and values and a block's activations.
     """
 
     choice: Choice
@@ -70,13 +75,15 @@ class Placement:
     gpu_layer_bytes: int
     gpu_kv_bytes: int
     cpu_bytes: int
+    stream_bytes: int = 0
 
     @property
     def gpu_bytes(self) -> int:
         """All that must fit into the budget."""
         if not self.choice.on_gpu:
             return 0
-        return self.drafter_bytes + self.gpu_layer_bytes + self.gpu_kv_bytes + WORKSPACE_BYTES
+        placed = self.drafter_bytes + self.gpu_layer_bytes + self.gpu_kv_bytes
+        return placed + self.stream_bytes + WORKSPACE_BYTES
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ class Plan:
                 "gpu_layers": choice.gpu_layers,
                 "gpu_layer_bytes": placed.gpu_layer_bytes,
                 "gpu_kv_bytes": placed.gpu_kv_bytes,
+                "stream_bytes": placed.stream_bytes,
                 "gpu_bytes": placed.gpu_bytes,
                 "cpu_bytes": placed.cpu_bytes,
                 "rows": choice.rows,
@@ -153,6 +161,25 @@ def make_plan(request: Request, rates: Rates) -> Plan:
     return dataclasses.replace(best, alternatives=tuple(others[:NUM_ALTERNATIVES]))
 
 
+def with_stream(request: Request, rates: Rates) -> tuple[Request, str]:
+    """The request with prompts read by the GPU, where that pays and fits; else as it is, and why."""
+    least = streaming_break_even(request.shape, request.weights, rates)
+    block = 0 if least is None else max(BLOCK_STEP * math.ceil(2 * least / BLOCK_STEP), LEAST_BLOCK)
+    streamed = dataclasses.replace(request, stream_block=block)
+    if least is None:
+        reason = "the CPU reads a prompt of any length sooner than layers reach a GPU"
+    elif block > request.context:
+        reason = f"streaming layers to the GPU pays from {block} tokens on, and a prompt has {request.context} at most"
+    else:
+        try:
+            make_plan(streamed, rates)
+        except PlanError as error:
+            reason = f"no room for layers that pass through: {error}"
+        else:
+            return streamed, ""
+    return request, f"--stream-prefill is not followed: {reason}"
+
+
 def choices(request: Request) -> Iterator[Choice]:
     """Every placement worth pricing: blocks, head, layers on the GPU, tree sizes."""
     shape, on_gpu = request.shape, request.budget_bytes is not None
@@ -189,14 +216,29 @@ def place(request: Request, choice: Choice) -> Placement:
     weights = request.weights
     crossed = FP16 * context * shape.hidden_size if choice.gpu_layers else 0
     cached = context * shape.kv_bytes(shape.num_layers - choice.gpu_layers, weights)
-    in_memory = shape.num_parameters * shape.weight_bytes(weights) + cached + crossed
+    in_memory = shape.target_bytes(weights) + cached + crossed
     cpu = round(in_memory)
     if choice.on_gpu:
-        return Placement(choice, drafter, layers, kv, cpu)
+        streams = request.stream_block and choice.gpu_layers < shape.num_layers
+        return Placement(choice, drafter, layers, kv, cpu, stream_bytes(request) if streams else 0)
     return Placement(choice, drafter, 0, 0, cpu + drafter + kv)
+
+
+def stream_bytes(request: Request) -> int:
+    """Two buffers of a packed layer, that layer in fp16, its keys and values of one request, and a block's rows.
+
+    Of a row are counted: its hidden states before and after, what attention and the MLP make of them, and its mask.
+    """
+    shape, block = request.shape, request.stream_block
+    packed = shape.block_parameters * shape.weight_bytes(request.weights) + 2 * 4 * shape.hidden_size
+    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    group = shape.num_heads // shape.num_kv_heads
+    row = 6 * shape.hidden_size + 3 * shape.intermediate_size + 2 * heads + 2 * (group + 1) * request.context
+    kept = 3 * request.context * shape.kv_elements(1)  # the layer's own, and those that come and go
+    return round(2 * packed) + FP16 * (shape.layer_parameters + kept + block * row)
 
 
 def plain_tokens_per_s(request: Request, rates: Rates) -> float:
     """Plain decoding with everything on the CPU: what every speed-up is taken over."""
     alone = Choice(0, request.shape.vocab_size, 0, 1, 0, on_gpu=False)
-    return 1e3 / verify_ms(request.shape, request.weights, request.context, rates, alone, 1)
+    return 1e3 / (ROUND_MS + verify_ms(request.shape, request.weights, request.context, rates, alone, 1))

@@ -1,7 +1,6 @@
 """Where the parts of a server go: from --vram, --drafter-device and the card to places for drafter and layers.
 
-A device changes the speed and never the text, so nothing in here ends a start: what cannot be had is said, and the part
-stays on the CPU.
+Nothing in here ends a start: what cannot be had is said, and the part stays on the CPU.
 """
 
 from __future__ import annotations
@@ -12,16 +11,21 @@ from pathlib import Path
 
 from drafters.checkpoint import NETWORKS, read_config, read_fields
 from server.placement.cost import Rates
-from server.placement.devices import Card, Placement, PlacementError, find_card, on_cpu
+from server.placement.devices import Card, Placement, PlacementError, find_card, is_device_failure, on_cpu
 from server.placement.machine import compute_with, measure_machine
-from server.placement.plan import Plan, Request, make_plan
+from server.placement.plan import Plan, Request, make_plan, with_stream
 from server.placement.shape import STORED, PlanError, TargetShape, read_shape
 from server.placement.what_if import MARGIN_BYTES, this_machine
 from server.targets.checkpoint import stored_weights
+from server.targets.layer_stream import Stream
 from server.targets.upper_layers import Split
 
 logger = logging.getLogger(__name__)
 
+READS = (
+    "--stream-prefill: the GPU reads prompts in blocks of {} tokens; its rounding is not the CPU's, so an answer to "
+    "such a prompt may be in other words than without, or than after the GPU failed"
+)
 SMALL_MODEL_SHARE = 1.25  # of a small language model's file: what it takes with its keys and values
 
 
@@ -41,6 +45,7 @@ class Wanted:
     capacity: int
     rows: int
     threads: int | None = None
+    stream_prefill: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Placed:
     """head_rows: the tokens that the drafter may draft, the first ones of the vocabulary; None: all it knows.
 
     split None: the target is on the CPU. reason: why something is not where it was asked to be; empty where it is.
-    drafter_bytes: what its files take, 0 without one.
+    drafter_bytes: what its files take, 0 without one; stream: where prompts are read, None: on the CPU.
     """
 
     drafter: Placement
@@ -57,24 +62,29 @@ class Placed:
     plan: Plan | None = None
     reason: str = ""
     drafter_bytes: int = 0
+    stream: Stream | None = None
 
 
 def place_parts(wanted: Wanted) -> Placed:
     """Places by the plan that is expected to be fastest with this drafter, within what the card has."""
     try:
-        card = find_card(
-            "auto" if wanted.drafter_device == "cpu" and wanted.vram is not None else wanted.drafter_device
-        )
-        if card is None and wanted.vram is not None:
-            raise PlacementError(f"--vram {wanted.vram} bytes are given, and torch sees no GPU here")
+        asked = "--stream-prefill is" * wanted.stream_prefill
+        asked = asked if wanted.vram is None else f"--vram {wanted.vram} bytes are"
+        card = find_card("auto" if wanted.drafter_device == "cpu" and asked else wanted.drafter_device)
+        if card is None and asked:
+            raise PlacementError(f"{asked} given, and torch sees no GPU here")
     except PlacementError as error:
         return stays_here(str(error))
+    except RuntimeError as error:  # a card that others have filled refuses even to be asked
+        if not is_device_failure(error):
+            raise
+        return stays_here(f"the GPU cannot be used ({type(error).__name__}: {error})")
     return Placed(on_cpu()) if card is None else place_on(card, wanted)
 
 
 def stays_here(reason: str) -> Placed:
     """Everything on the CPU, and why."""
-    logger.warning("%s; everything runs on the CPU, which changes the speed and not the text", reason)
+    logger.warning("%s; everything runs on the CPU", reason)
     return Placed(on_cpu(), reason=reason)
 
 
@@ -92,12 +102,21 @@ def place_on(card: Card, wanted: Wanted) -> Placed:
             shape, weights, min(wanted.capacity, shape.max_context), max(budget, 0), pinned_blocks=blocks,
             pinned_rows=wanted.rows if blocks else None, pinned_head=head_rows, slots=wanted.num_slots,
         )  # fmt: skip
-        plan = make_plan(request, rates_here(card, wanted.threads))
+        rates = rates_here(card, wanted.threads)
+        if wanted.stream_prefill:
+            request, why_not = with_stream(request, rates)
+            reason = "; ".join(filter(None, (reason, why_not)))
+            logger.warning("%s", why_not or READS.format(request.stream_block))
+        plan = make_plan(request, rates)
     except PlanError as error:
         return stays_here(f"{card.name}: {error}")
     split = plan_split(plan, card)
+    streams = plan.placement.stream_bytes > 0
     there = card.drafter if split is None else split.place  # of one type, drafter and layers share the head
-    placed = Placed(there if drafts_there else on_cpu(), plan_head(plan, shape, head_rows), split, plan, reason)
+    placed = Placed(
+        there if drafts_there else on_cpu(), plan_head(plan, shape, head_rows), split, plan, reason,
+        stream=Stream(card.layers, plan.request.stream_block) if streams else None,
+    )  # fmt: skip
     logger.info("%s, budget %.2f GiB: %s", card.name, budget / 2**30, describe(placed))
     return placed
 
@@ -152,4 +171,5 @@ def describe(placed: Placed) -> str:
     layers = "the target on the CPU" if split is None else f"layers from {split.first} on on {split.place.device}"
     taken = "" if plan is None else f", {plan.placement.gpu_bytes} bytes of GPU memory planned"
     head = "" if placed.head_rows is None else f" (its first {placed.head_rows} tokens)"
-    return f"the drafter on {placed.drafter.device}{head}, {layers}{taken}"
+    reads = "" if placed.stream is None else f", prompts read there in blocks of {placed.stream.block}"
+    return f"the drafter on {placed.drafter.device}{head}, {layers}{reads}{taken}"

@@ -12,6 +12,8 @@ from typing import Any
 
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0625, "int4": 0.5625}
 """Bytes of a weight of the products; 8 and 4 bits carry a 16-bit scale for every group of 32."""
+HEAD_BYTES = WEIGHT_BYTES | {"int4": WEIGHT_BYTES["int8"]}
+"""Bytes of a weight of the head, which is never held in 4 bits."""
 STORED = "stored"
 """The weights of a GGUF file with the file's own codes, in the bytes they take there."""
 FP16 = 2
@@ -77,6 +79,17 @@ class TargetShape:
             known = [*WEIGHT_BYTES, *([] if self.stored_bytes is None else [STORED])]
             raise PlanError(f"weights {weights!r} are not known; allowed are {', '.join(known)}")
         return WEIGHT_BYTES[weights]
+
+    def head_bytes(self, weights: str) -> float:
+        """What the head takes, which is read once a pass."""
+        return self.head_parameters * HEAD_BYTES.get(weights, self.weight_bytes(weights))
+
+    def target_bytes(self, weights: str) -> float:
+        """All of the target in memory: layers, norm and head as they are read, and the embedding beside the head, also
+        where they are tied: in 16 bits, in fp32 beside fp32 weights and a file's own codes."""
+        layers = self.num_layers * self.layer_parameters * self.weight_bytes(weights)
+        embedding = self.head_parameters * (4 if weights in ("fp32", STORED) else 2)
+        return layers + self.head_bytes(weights) + embedding + 4 * self.hidden_size
 
     def kv_bytes(self, num_layers: int, weights: str) -> int:
         """Bytes that ``num_layers`` layers on the CPU keep for one position: fp32 beside fp32 weights, else bf16."""

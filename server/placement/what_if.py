@@ -53,11 +53,11 @@ class WhatIf:
 
 
 def this_machine(machine: Machine, card: int = 0) -> WhatIf:
-    """What was measured here; vram is what is free on that card, less a margin, None where there is none."""
+    """What was measured here; vram is what is free on that card, less a margin, None where it was not measured."""
     known = WhatIf(cores=machine.cores, bandwidth=machine.stream_gb_per_s, dots=machine.dot_gmac_per_s)
-    if card >= len(machine.gpus):
+    found = next((gpu for gpu in machine.gpus if gpu.index == card), None)
+    if found is None:
         return known
-    found = machine.gpus[card]
     return dataclasses.replace(
         known,
         vram=max(found.free_bytes - MARGIN_BYTES, 1),

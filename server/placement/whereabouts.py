@@ -13,6 +13,7 @@ from server.placement.moving_drafter import MovingDrafter
 from server.placement.serving import Placed
 from server.placement.shape import STORED, PlanError, read_shape
 from server.targets.checkpoint import stored_weights
+from server.targets.native_target import NativeTarget
 from server.targets.split_target import SplitTarget
 
 
@@ -22,7 +23,7 @@ def target_sizes(folder: Path, weights: str | None, rows: int) -> dict[str, int]
         shape = read_shape(str(folder))
         weights = weights or (STORED if shape.stored_bytes is not None else stored_weights(folder))
         return {
-            "weight_bytes": round(shape.num_parameters * shape.weight_bytes(weights)),
+            "weight_bytes": round(shape.target_bytes(weights)),
             "kv_bytes": rows * shape.kv_bytes(shape.num_layers, weights),
         }
     except PlanError:
@@ -32,7 +33,8 @@ def target_sizes(folder: Path, weights: str | None, rows: int) -> dict[str, int]
 def placement_status(engine: Engine, placed: Placed, sizes: Mapping[str, int]) -> dict[str, Any]:
     """Where drafter and layers are now, and why they are not where they were to be. May be called from any thread.
 
-    ``sizes``: of the target, in bytes. bus_bytes: hidden states and features to an accelerator and from it.
+    ``sizes``: of the target, in bytes. bus_bytes: hidden states and features to an accelerator and from it, and what
+    goes each way where it reads prompts.
     """
     drafter, target = engine.drafting.drafter, engine.target
     here: dict[str, Any] = {"device": "cpu", "layers": target.info.num_layers, "weights": target.info.weights} | dict(
@@ -54,5 +56,9 @@ def placement_status(engine: Engine, placed: Placed, sizes: Mapping[str, int]) -
         found["gpu_layers"] = dataclasses.asdict(target.upper_state)
         here["layers"] -= target.upper_state.layers
         for way, count in target.bus_bytes.items():
+            bus[way] += count
+    if isinstance(target, NativeTarget) and target.prompts is not None:
+        found["prompts"] = target.prompts.state
+        for way, count in found["prompts"]["bus_bytes"].items():
             bus[way] += count
     return found

@@ -19,6 +19,7 @@ from server.targets.gguf.configuration import BeyondNative, read_configuration
 from server.targets.gguf.header import open_gguf
 from server.targets.gguf.loading import load_dequantised, load_gguf_target, why_not_native
 from server.targets.gguf.weights import GGUFWeights
+from server.targets.layer_stream import Stream
 from server.targets.llama_cpp.library import INSTALL
 from server.targets.llama_cpp.memory import context_and_cache
 from server.targets.llama_cpp.target import LlamaCppTarget
@@ -84,9 +85,10 @@ def layers_reason(path: Path) -> str | None:
 
 def load_target(
     path: Path, weights: str | None, num_slots: int, capacity: int, threads: int | None, kv_cache: str | None = None,
-    engine: str | None = None, gpu_layers: int = 0, split: Split | None = None,
+    engine: str | None = None, gpu_layers: int = 0, split: Split | None = None, stream: Stream | None = None,
 ) -> Target:  # fmt: skip
-    """The target with ``capacity`` rows a slot; ``threads`` None takes every usable core; ``split`` cuts a native one.
+    """The target with ``capacity`` rows a slot; ``threads`` None takes every usable core; ``split`` cuts a native one,
+    ``stream`` reads its prompts on a device.
 
     Errors: TargetError, PackedFormatError.
     """
@@ -94,21 +96,25 @@ def load_target(
         return LlamaCppTarget.load(path, num_slots, capacity, compute_with(threads), kv_cache, gpu_layers)
     if gpu_layers:
         raise TargetError(f"--gpu-layers is llama.cpp's, and {path.name} is computed by the native layers, on the CPU")
-    return load_own_target(path, weights, num_slots, capacity, threads, kv_cache, split)
+    return load_own_target(path, weights, num_slots, capacity, threads, kv_cache, split, stream)
 
 
 def load_own_target(
     path: Path, weights: str | None, num_slots: int, capacity: int, threads: int | None, kv_cache: str | None = None,
-    split: Split | None = None,
+    split: Split | None = None, stream: Stream | None = None,
 ) -> TorchTarget:  # fmt: skip
     """The target on the native layers, else on transformers'. Errors: TargetError, PackedFormatError."""
     compute_with(threads)
     load = load_gguf_target if is_gguf(path) else load_folder
-    create: CreateNative = NativeTarget if split is None else functools.partial(SplitTarget, split=split)
+    create: CreateNative = functools.partial(NativeTarget, stream=stream)
+    if split is not None:
+        create = functools.partial(SplitTarget, split=split, stream=stream)
     target = load(path, weights, num_slots, capacity, kv_cache, create)
     if isinstance(target, NativeTarget):
         # The heavy work has a pool of its own; torch's threads would only fight it for the cores.
         torch.set_num_threads(1)
+    elif split is not None or stream is not None:
+        logger.warning("%s does not run on the native layers, so a GPU gets none of its layers", path.name)
     slots = target.slots
     logger.info(
         "KV cache: %s, %d bytes a position, %.1f MiB for a slot of %d positions, %d slots",

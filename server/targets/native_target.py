@@ -22,6 +22,7 @@ from kernels.decoder_layer import LayerPass, LayerStack, UnsupportedLayer, decod
 from kernels.linear_lowbit import PackedWeight, dequantise, linear
 from kernels.tree_attention import Segment
 from server.targets.checkpoint import check_files, stored_weights
+from server.targets.layer_stream import LayerStream, PromptStream, Stream
 from server.targets.packed_model import (
     BITS,
     PackedModel,
@@ -84,20 +85,30 @@ class NativeTarget(TorchTarget):
     """A ``TorchTarget`` whose decoder layers and head run natively. Hidden states are fp32 between the layers."""
 
     def __init__(
-        self, packed: PackedModel, name: str, num_slots: int, capacity: int, kv_cache: str | None = None
-    ) -> None:
+        self, packed: PackedModel, name: str, num_slots: int, capacity: int, kv_cache: str | None = None,
+        stream: Stream | None = None,
+    ) -> None:  # fmt: skip
+        """``stream``: where blocks of prompts are read instead of here, which changes their last bits."""
         super().__init__(packed.model, name, packed.weights, num_slots, capacity, kv_cache)
         self.head = NativeHead(packed.model, packed.head)
         self.packed_head = packed.head
         self.tied = packed.tied
         base = packed.model.base_model
         layers: nn.ModuleList = base.layers
+        modules = list(layers)
         for index in range(len(layers)):
             layers[index] = nn.Identity()
         self.stack = LayerStack(packed.layers)
         self.norm_weight, self.norm_epsilon = base.norm.weight.detach().float().clone(), base.norm.variance_epsilon
         self.angles = RotaryAngles(base.rotary_emb, capacity)
         self.info = dataclasses.replace(self.info, exact_rows=self.angles.table is not None)
+        self.prompts: PromptStream | None = None
+        if stream is not None:
+            place = stream.place
+            self.prompts = PromptStream(
+                lambda: LayerStream(self.stack.layers, modules, place, self.angles, capacity), stream
+            )
+            self.info = dataclasses.replace(self.info, stream_block=self.prompts.block)
 
     @classmethod
     def load(
@@ -135,6 +146,11 @@ class NativeTarget(TorchTarget):
 
     def _run(self, hidden: Tensor, row_pass: LayerPass, layers: range) -> None:
         """Rows through these layers, in place; wanted inputs of layers are kept."""
+        if self.prompts is not None and layers.start == 0:
+            was_read = self.prompts.read(hidden, row_pass, layers, self.tap)
+            self.info = dataclasses.replace(self.info, stream_block=self.prompts.block)
+            if was_read:
+                return
         done = layers.start
         for index in sorted(self.tap.wanted.keys() & set(layers)):
             decoder_layers(hidden, self.stack, row_pass, range(done, index))

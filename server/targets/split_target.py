@@ -1,6 +1,6 @@
 """A native target cut in two: the first layers on the CPU, the last ones, the norm and the head on an accelerator.
 
-The text survives the accelerator. Main memory keeps every layer, and the hidden states that went up for each committed
+Requests survive the accelerator. Main memory keeps every layer, and the hidden states that went up for each committed
 position; when the device fails (no memory, an error, gone), the layers' keys and values are computed from those here,
 the pass is run again on the CPU alone, and no request notices more than the time it takes. While no request runs the
 device is tried again, after a pause that doubles.
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from kernels.decoder_layer import LayerPass, decoder_layers, rms_norm
 from kernels.tree_attention import Segment, causal_segment
-from server.placement.devices import Placement
+from server.placement.devices import Placement, is_device_failure
 from server.placement.recovery import Recovery
+from server.targets.layer_stream import Stream
 from server.targets.native_target import NativeTarget
 from server.targets.packed_model import PackedModel
 from server.targets.target import PrefillChunk, Prefilled, Verified, VerifyRows, share_out
@@ -65,11 +66,11 @@ class SplitTarget(NativeTarget):
 
     def __init__(
         self, packed: PackedModel, name: str, num_slots: int, capacity: int, kv_cache: str | None, split: Split,
-        now: Callable[[], float] = time.monotonic,
+        stream: Stream | None = None, now: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         """``now``: a clock in seconds. A device that cannot take the layers leaves them on the CPU, with a warning."""
         modules = list(packed.model.base_model.layers)
-        super().__init__(packed, name, num_slots, capacity, kv_cache)
+        super().__init__(packed, name, num_slots, capacity, kv_cache, stream)
         self.split = split
         self.make: Callable[[], UpperLayers] = lambda: UpperLayers(
             packed, modules, split, self.angles, num_slots, capacity
@@ -227,7 +228,7 @@ class SplitTarget(NativeTarget):
         """What the device gives; None where it failed, and then everything is on the CPU."""
         try:
             return work()
-        except RuntimeError as error:  # out of memory and every error of a device are such
+        except RuntimeError as error:
             self._lose(error)
             for slot, length in enumerate(self.slots.lengths):
                 if length:
@@ -242,10 +243,13 @@ class SplitTarget(NativeTarget):
             self._lose(error)
 
     def _lose(self, error: RuntimeError) -> None:
+        """Go on without the device, where it is that which failed."""
+        if not is_device_failure(error):
+            raise error
         self.upper = None
         self.recovery.failed(f"{type(error).__name__}: {error}", self.now())
         logger.warning(
-            "%s failed (%s); layers %d to %d go on on the CPU, the text is the same, and the device is tried again "
-            "when no request runs, after %.0f s at the earliest", self.split.place.device, self.recovery.reason,
+            "%s failed (%s); layers %d to %d go on on the CPU, whose rounding may change words; the device is tried "
+            "again when no request runs, after %.0f s at the earliest", self.split.place.device, self.recovery.reason,
             self.split.first, self.info.num_layers - 1, self.recovery.pause_s,
         )  # fmt: skip

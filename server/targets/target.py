@@ -24,7 +24,8 @@ class TargetInfo:
     context_length: positions its weights allow; num_parameters: tied weights counted once; feature_layers: the
     features it can give, each as wide as ``hidden_size``: ``last``, the vector the LM head consumes, and EAGLE-3's
     ``low``, ``mid`` and ``high``, where there are layers enough; exact_rows: a row is the same to the last bit whatever
-    runs beside it and in whatever pieces the text came.
+    runs beside it and in whatever pieces the text came; stream_block: a prompt's whole blocks of so many positions are
+    read by a device, to be given as one chunk each, 0 where none are.
     """
 
     name: str
@@ -37,6 +38,7 @@ class TargetInfo:
     weights: str
     feature_layers: tuple[str, ...] = ("last",)
     exact_rows: bool = False
+    stream_block: int = 0
 
 
 @dataclass(frozen=True)

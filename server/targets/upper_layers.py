@@ -74,6 +74,24 @@ class Staging:
         return buffer[:size]
 
 
+class DeviceAngles:
+    """A target's rotary angles on a device; a table of all positions is there already, where there is one."""
+
+    def __init__(self, angles: Any, place: Placement) -> None:
+        self.angles, self.place = angles, place
+        table = angles.table
+        self.table = None if table is None else tuple(part.to(place.device, place.dtype) for part in table)
+
+    def __call__(self, positions: list[int]) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [1, rows, head size] of each position."""
+        cosine, sine, rows = self.angles(positions)
+        if self.table is not None:
+            cosine, sine = self.table
+        index = torch.tensor(rows, device=self.place.device)
+        cosine, sine = (part.to(self.place.device, self.place.dtype)[index][None] for part in (cosine, sine))
+        return cosine, sine
+
+
 class UpperLayers:
     """Layers on the device, filled one by one: beside what it keeps, the device holds nothing while it loads."""
 
@@ -91,9 +109,7 @@ class UpperLayers:
         Errors: whatever the device raises where it is full or gone.
         """
         self.device, self.dtype, self.first = split.place.device, split.place.dtype, split.first
-        self.angles = angles
-        table = angles.table
-        self.table = None if table is None else tuple(part.to(self.device, self.dtype) for part in table)
+        self.angles = DeviceAngles(angles, split.place)
         self.staging = Staging(self.device)
         base = packed.model.base_model
         self.layers: list[Any] = []
@@ -103,7 +119,7 @@ class UpperLayers:
             unpack_decoder_layer(layer, module, self.dtype)
             self.layers.append(module.to(self.device))
         self.norm = copy.deepcopy(base.norm).to(self.device, self.dtype)
-        self.head = dequantise(packed.head).to(self.dtype).to(self.device)
+        self.head = dequantise(packed.head, self.dtype).to(self.device)
         one = packed.layers[0]
         self.slots = KVSlots(
             num_slots, capacity, len(self.layers), one.num_kv_heads, one.head_dim, self.dtype, self.device
@@ -113,7 +129,7 @@ class UpperLayers:
         """Rows [rows, hidden] fp32 of the CPU through the layers and the norm."""
         crossed = self.staging.up(hidden, self.dtype)  # the crossing: the only line where hidden states go up
         row_pass = RowPass(self.slots, segments)
-        turns = self._turns(positions)
+        turns = self.angles(positions)
         states = crossed[None]
         for number, layer in enumerate(self.layers):
             tap.record(self.first + number, states[0])
@@ -121,14 +137,6 @@ class UpperLayers:
         last = self.norm(states)[0]
         here = self.staging.down(last).to(torch.float32, copy=True)
         return UpperPass(last, here, tap.features(here))
-
-    def _turns(self, positions: list[int]) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each row on the device; a table of all positions is there already, where there is one."""
-        cosine, sine, rows = self.angles(positions)
-        if self.table is not None:
-            cosine, sine = self.table
-        index = torch.tensor(rows, device=self.device)
-        return tuple(part.to(self.device, self.dtype)[index][None] for part in (cosine, sine))  # type: ignore[return-value]
 
     def greedy(self, last: Tensor) -> list[int]:
         """The head's choice for each row of a pass's ``last``."""

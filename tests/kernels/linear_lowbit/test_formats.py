@@ -75,7 +75,7 @@ def test_the_largest_sums_of_a_group_stay_exact(
 
 
 @pytest.mark.skipif(not SETS, reason="the native kernels are not built")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 1000), rows=st.integers(2, 70), out=st.integers(1, 70), blocks=st.integers(1, 3),
     format=st.sampled_from(FORMATS), name=st.sampled_from(SETS or [""]),

@@ -46,7 +46,7 @@ def test_native_equals_the_reference(
 
 
 @needs_native
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 1000), rows=st.integers(1, 70), out=st.integers(1, 130), chunks=st.integers(1, 9),
     format=st.sampled_from(FORMATS), name=st.sampled_from(SETS or [""]),

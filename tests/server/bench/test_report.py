@@ -9,11 +9,12 @@ import pytest
 
 from doubles import LetterCodec, OracleDrafter, tiny_llama
 from server.bench.prompts import Prompt
-from server.bench.report import BenchError, BenchOptions, measure
+from server.bench.report import BenchError, BenchOptions, measure, predicted_json
 from server.bench.simulated import chain_length
 from server.commands.bench import check_lossless, show
 from server.engine.engine import Engine, EngineOptions
 from server.engine.request import SamplingParams
+from server.placement.cost import MeasuredCosts
 from server.targets.torch_target import TorchTarget
 
 PROMPTS = [Prompt("text", text="hello"), Prompt("chat", turns=("hi", "more")), Prompt("long", text="x" * 130)]
@@ -47,7 +48,21 @@ def test_report_has_the_promised_keys(report: dict[str, Any]) -> None:
     assert {"tokens_per_s", "acceptance_length"} | shares <= set(report["dovetail"])
     assert sum(report["dovetail"][share] for share in shares) == pytest.approx(1, abs=0.01)
     assert {"1", "8", "16"} <= set(report["verify_ms"])
+    assert report["predicted"] is None, "its layers are not the native ones"
     assert json.loads(json.dumps(report))["conditions"]["texts"] == 3
+
+
+def test_a_prediction_is_made_of_the_rounds_as_they_were(engine: Engine) -> None:
+    drafted = Engine(engine.target, None, engine.options)
+    drafted.clock.rounds, drafted.clock.draft_s, drafted.clock.other_s = 4, 0.006, 0.002
+    drafted.counts.rounds_of.update({1: 3, 8: 1})
+    layers = engine.target.info.num_layers
+    costs = [MeasuredCosts({1: layer_ms, 8: 2 * layer_ms}, {1: 3.0, 8: 5.0}, 0.2, 0.1) for layer_ms in (1.0, 1.5)]
+    found = predicted_json(costs, drafted, 2.0)
+    assert found is not None and found["verify_ms"] == {"1": 3.2 + layers, "8": 5.2 + 2 * layers}
+    assert found["plain_tokens_per_s"] == pytest.approx(1e3 / (3.3 + 1.5 * layers), abs=1e-3)
+    rounds_ms = 3 * (3.2 + 1.5 * layers) + 5.2 + 3 * layers + 8
+    assert found["tokens_per_s"] == pytest.approx(1e3 * 8 / rounds_ms, abs=1e-3)
 
 
 def test_every_contestant_gave_the_targets_text(report: dict[str, Any]) -> None:

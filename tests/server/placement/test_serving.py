@@ -1,5 +1,6 @@
 """Serving places its parts by --vram and goes on wherever it can, on a fake card."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from server.engine.completion import generate
 from server.engine.engine import Engine
 from server.engine.request import Request, SamplingParams
 from server.launch import load_parts
-from server.placement import serving
+from server.placement import plan, serving
 from server.placement.cost import Rates
 from server.placement.devices import Card, Placement, PlacementError, find_card, on_cpu
 from server.placement.moving_drafter import MovingDrafter
@@ -106,6 +107,33 @@ def test_a_plan_is_executed_within_its_budget_and_the_text_is_the_cpus(
     assert layers[0] < layers[1] == 4, "more memory, more layers"
 
 
+def test_prompts_are_read_on_the_card_where_that_is_asked_for(
+    folder: Path, card: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def without_layers(request: plan.Request, rates: Rates) -> plan.Plan:
+        return plan.make_plan(dataclasses.replace(request, pinned_layers=0), rates)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(serving, "make_plan", without_layers)
+    prompt = [i % 60 for i in range(150)]
+
+    def answer(engine: Engine) -> tuple[int, ...]:
+        return generate(engine, [Request("long", prompt, 10, GREEDY)])["long"].token_ids
+
+    want = answer(load_parts(settings(folder, None, drafter_device="cpu", context=200))[0])
+    card(4 * GIB)
+    with fake_device() as device:
+        engine, placed = load_parts(settings(folder, None, context=200, stream_prefill=True))
+        assert placed.plan is not None and placed.plan.placement.stream_bytes > 0
+        assert placed.stream is not None and placed.stream.block == engine.target.info.stream_block == 128
+        assert "in blocks of 128 tokens; its rounding is not the CPU's" in caplog.text
+        assert answer(engine) == want and device.up_bytes > 0
+        prompts = placement_status(engine, placed, {})["prompts"]
+        assert prompts["block"] == 128 and prompts["bus_bytes"]["down"] > 0 and not prompts["reason"]
+    assert place_parts(wanted(folder, None, None)).stream is None
+
+
 @pytest.mark.parametrize(
     ("free", "vram", "reason"),
     [
@@ -135,6 +163,17 @@ def test_without_a_card_the_service_starts_all_the_same(
     placed = place_parts(wanted(folder, drafter, vram, device))
     assert placed.drafter.device.type == "cpu" and placed.split is None
     assert (reason in placed.reason) and bool(placed.reason) == bool(reason)
+
+
+def test_a_card_that_others_have_filled_is_left_alone(
+    folder: Path, drafter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(name: str) -> Card:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(serving, "find_card", full)
+    placed = place_parts(wanted(folder, drafter, GIB))
+    assert placed.drafter.device.type == "cpu" and "OutOfMemoryError: CUDA out of memory" in placed.reason
 
 
 def test_a_card_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +255,7 @@ def test_requests_that_lost_their_drafter_are_not_drafted_for_and_new_ones_are()
 
     class Dying(OracleDrafter):
         def observe(self, batch: object) -> None:
-            raise RuntimeError("no more memory")
+            raise torch.OutOfMemoryError("no more memory")
 
     there, here = Placement(DEVICE, torch.float16), on_cpu()
     known = [[1, 2, 3, 4]]

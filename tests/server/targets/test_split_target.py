@@ -104,7 +104,7 @@ def test_inner_features_of_both_sides_are_the_same(save_model: Callable[..., Pat
         assert torch.allclose(*features, atol=1e-4)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     st.integers(0, LAYERS - 1), st.integers(1, 1500), st.booleans(), st.sampled_from([0, 10**6]), st.booleans()
 )  # fmt: skip
@@ -140,6 +140,31 @@ def test_a_device_comes_back_when_it_works_and_no_request_runs(
         moment[0] = 4.0
         assert run(target, None, SAMPLING[0]) == texts[0]
         assert target.upper is not None and target.upper_state.layers == 2 and not target.recovery.reason
+
+
+def test_a_card_that_others_fill_while_it_serves_is_left_and_taken_again(
+    folder: Path, texts: list[list[tuple[int, ...]]]
+) -> None:
+    moment = [0.0]
+    with fake_device() as device:
+        target = split_target(folder, 1)
+        target.now = lambda: moment[0]
+        assert run(target, None, SAMPLING[0]) == texts[0] and target.upper is not None
+        device.limit = device.used
+        assert run(target, oracle(texts[1]), SAMPLING[1]) == texts[1]
+        assert target.upper_state.layers == 0 and "out of memory" in target.upper_state.reason
+        device.limit, moment[0] = 1 << 40, 2.0
+        assert run(target, None, SAMPLING[0]) == texts[0] and target.upper_state.layers == LAYERS - 1
+
+
+def test_a_mistake_in_the_layers_is_not_taken_for_a_lost_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_device():
+        target = split_target(folder, 2)
+        assert target.upper is not None
+        monkeypatch.setattr(target.upper, "norm", torch.nn.Linear(5, 5).to(DEVICE))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            target.prefill(PrefillChunk(0, [1, 2]))
+        assert target.upper_state.layers == 2 and not target.upper_state.reason
 
 
 def test_a_device_that_is_too_small_leaves_the_layers_where_they_are(
