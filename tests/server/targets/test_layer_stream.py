@@ -88,7 +88,7 @@ def test_a_block_read_there_gives_what_the_cpu_gives_up_to_rounding(
         assert there.prompts is not None and there.prompts.layers is not None
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(st.integers(1, 110), st.integers(0, 110), st.booleans(), st.integers(0, 2))
 def test_an_answer_depends_on_the_prompt_alone(
     folder: Path, length: int, shared: int, is_split: bool, neighbours: int
@@ -145,7 +145,7 @@ def test_only_whole_blocks_of_a_prompt_go_up_and_every_byte_is_counted(folder: P
         assert device.down_bytes - down == counted["down"]
 
 
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(st.integers(1, 700), st.sampled_from([0, 10**7]))
 def test_a_device_that_dies_while_it_reads_leaves_the_prompt_to_the_cpu(
     folder: Path, later: int, cache_bytes: int
