@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import functools
 import logging
+import os
 import signal
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
@@ -36,6 +40,7 @@ from server.vision.worker import VisionWorker
 
 logger = logging.getLogger(__name__)
 
+M_ARENA_MAX, NUM_ARENAS = -8, 2  # of glibc's malloc.h
 FINISH_S = 5  # what connections get to take their last bytes once the engine has stopped
 
 
@@ -144,6 +149,7 @@ def serve(settings: Settings, load: Load | None, vision: VisionWorker | None = N
     Errors: ListenError before anything is loaded, whatever loading a model raised, KeyboardInterrupt where Ctrl-C came
     before the models were there.
     """
+    share_arenas()
     if open_to_all(settings):
         logger.warning("listening on %s without an API key: anyone who reaches it can use it", settings.host)
     sockets = bind_sockets(settings.host, settings.port)
@@ -182,6 +188,17 @@ def bind_sockets(host: str, port: int) -> list[socket.socket]:
             raise ListenError(f"port {port} of {host} is taken; choose another with --port (0: a free one)") from error
         raise ListenError(f"{host}, port {port} cannot be listened on: {error.strerror}") from error
     return sockets
+
+
+def share_arenas() -> None:
+    """Have all threads allocate from a few heaps.
+
+    glibc gives eight to a processor, each of which keeps what its busiest moment took: under load the server's memory
+    grew by a tenth for it. The variable ``MALLOC_ARENA_MAX`` goes before; other C libraries have no such heaps.
+    """
+    if sys.platform == "linux" and "MALLOC_ARENA_MAX" not in os.environ:
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).mallopt(M_ARENA_MAX, NUM_ARENAS)
 
 
 @contextmanager

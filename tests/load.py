@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 START_S = 300.0
 PROMPTS = [f"{start} {n}" for start in ("def mean", "import os", "The sum of", "class Tree") for n in range(6)]
 LENGTHS = (3, 6, 10)
+MAX_FILL_BYTES = 2**26
 MIX = {"whole": 40, "stream": 25, "leave": 14, "nonsense": 12, "slow": 5, "look": 4}
 NONSENSE: tuple[tuple[bytes, str], ...] = (
     (b'{"model": "tiny", ', "application/json"), (b"\xff\xfe\x00", "application/json"),
@@ -74,6 +75,15 @@ class Client:
             for length in LENGTHS:
                 answer = await self.ask(completion(prompt, length, speculative={"enabled": False}))
                 self.references[prompt, length] = json.loads(answer.body)["choices"][0]["text"]
+
+    async def fill_cache(self) -> None:
+        """Have the server keep as many prompts as it will: that memory has a bound of its own and is no leak."""
+        last, held = -1.0, 0.0
+        while held > last and held < MAX_FILL_BYTES:
+            for _ in range(8):
+                await self.ask(completion(f"{self.random.random()} " * 20, 1))
+            text = (await self.ask(None, path="/metrics")).body.decode()
+            last, held = held, float(text.split("\ndovetail_prefix_cache_bytes ")[1].split("\n")[0])
 
     async def one(self) -> None:
         """One call of the mix; refusals that ask to come back are counted, and followed."""
@@ -234,10 +244,11 @@ async def drive(
     port: int, pid: int, *, at_once: int, requests: int | None = None, seconds: float = 1e9, rest_s: float = 0.0,
     warm_up: int = 500, seed: int = 0, keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The load, and what came of it. Memory is looked at behind ``warm_up`` requests and at the end; ``keep`` is given
-    what is known every ten seconds."""
+    """The load, and what came of it. Memory is looked at behind ``warm_up`` requests with a full prefix cache, and at
+    the end; ``keep`` is given what is known every ten seconds."""
     client = Client(port, seed)
     await client.learn()
+    await client.fill_cache()
     await share(client, at_once, warm_up, 1e9, 0)
     client.tally = Tally()
     before, started = resident_bytes(pid), time.monotonic()

@@ -389,8 +389,8 @@ class Serving:
             self.on_failure(error)
 
 
-def serving_of(request: HttpRequest) -> Serving:
-    """Route dependency."""
+async def serving_of(request: HttpRequest) -> Serving:
+    """Route dependency; a plain function would be called in a thread of its own, for every request."""
     serving: Serving = request.app.state.serving
     return serving
 

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +35,27 @@ def test_a_drafter_that_fits_no_longer_is_refused_by_name(tmp_path: Path, fields
     DrafterRoom(4, 4096, 16384, 1.1 * 2**20 + 16384 * row_bytes).check(folder, fields, torch.device("cpu"))
     with pytest.raises(DrafterError, match=r"drafter my-drafter takes 9 MiB on cpu with 4 requests .* 8 MiB are left"):
         DrafterRoom(4, 4096, 16384, 2**20 * 8.4).check(folder, fields, torch.device("cpu"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heaps")
+def test_threads_allocate_from_few_heaps() -> None:
+    code = """
+import ctypes, sys, threading
+from server.app import share_arenas
+share_arenas()
+held, gate = [], threading.Barrier(12)
+def work():
+    gate.wait()
+    held.append(bytearray(100_000))
+    gate.wait()
+threads = [threading.Thread(target=work) for _ in range(12)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+libc = ctypes.CDLL(None)
+libc.fdopen.restype = ctypes.c_void_p
+libc.malloc_info(0, ctypes.c_void_p(libc.fdopen(1, b"w")))
+libc.fflush(None)
+"""
+    own = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+    answer = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True, check=True)
+    assert 1 <= answer.stdout.count("<heap nr=") <= 2

@@ -84,7 +84,7 @@ def vision_pid(pid: int) -> int | None:
 
 
 def test_five_minutes_of_everything_at_once() -> None:
-    with load.server("tiny", "--max-seqs", "8", "--cache", "32MiB") as (port, pid):
+    with load.server("tiny", "--max-seqs", "8", "--cache", "16MiB") as (port, pid):
         report = asyncio.run(load.drive(port, pid, at_once=200, seconds=300, warm_up=300))
     assert report["mismatches"] == [] and report["odd"] == [] and report["left_running"] == 0
     assert set(report["statuses"]) <= {"200", "400", "404", "415", "429", "503"}

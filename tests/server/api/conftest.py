@@ -1,5 +1,6 @@
 """Clients of the app: in process, and over a socket."""
 
+import asyncio
 import functools
 import json
 import threading
@@ -86,7 +87,7 @@ def connect(
             ) as client,
         ):
             while ready and (await client.get("/health")).status_code != 200:
-                pass
+                await asyncio.sleep(0)  # what the thread that loads has to tell
             client.app = app  # type: ignore[attr-defined]
             yield client
 

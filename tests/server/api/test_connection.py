@@ -71,6 +71,14 @@ class Unread(asyncio.Transport):
         return False
 
 
+def test_a_body_that_does_not_come_is_told_and_cut(listen, make_model, monkeypatch):
+    monkeypatch.setattr("server.api.gate.BODY_DEADLINE_S", 0.2)
+    with listen(make_model()) as (url, _), connected(url) as connection:
+        connection.sendall(HEAD + b"content-length: 100\r\n\r\n{")
+        answer = answer_of(connection)
+    assert answer.startswith(b"HTTP/1.1 408 ") and b'"code":"timeout"' in answer
+
+
 @pytest.mark.anyio
 async def test_an_answer_that_is_not_read_is_cut(make_settings):
     server = DrainingServer(make_settings(send_timeout_s=0.05), lambda *_: None)
