@@ -51,7 +51,7 @@ faces: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/*/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(PIP) --editable '.[train,vision,video,dev]'
+	$(PIP) --editable '.[train,vision,video,otel,dev]'
 	$(MODEL)
 	touch $@
 
