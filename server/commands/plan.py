@@ -14,6 +14,7 @@ from server.commands.options import check_folder
 
 if TYPE_CHECKING:
     from server.placement.machine import Machine
+    from server.placement.what_if import WhatIf
 
 DEFAULT_CONTEXT = 2048
 
@@ -63,20 +64,12 @@ def plan(
     from server.placement.picture import draw_plan
     from server.placement.plan import Request, make_plan, with_stream
     from server.placement.shape import STORED, read_shape
-    from server.placement.what_if import parse_what_if, this_machine
     from server.settings import parse_bytes
 
     check_picture(picture)
     shape = read_shape(target)
     asked = None if vram is None else parse_budget(parse_bytes, vram)
-    if what_if is not None:
-        wanted, assumed = parse_what_if(what_if), []
-    else:
-        from server.placement.machine import compute_with, measure_machine
-
-        compute_with()
-        machine = measure_machine()
-        wanted, assumed = this_machine(machine), assumptions(machine, asked)
+    wanted, assumed = described(what_if) if what_if is not None else measured(asked)
     budget = asked if asked is not None else wanted.vram
     if what_if is not None and asked is not None and wanted.vram is not None and asked > wanted.vram:
         raise typer.BadParameter(f"{vram} is more than the card's {wanted.vram} bytes", param_hint="--vram")
@@ -93,6 +86,23 @@ def plan(
     if picture is not None:
         draw_plan(found, picture)
     typer.echo(json.dumps(found))
+
+
+def described(what_if: str) -> tuple[WhatIf, list[str]]:
+    """The machine of ``--what-if``, of which nothing is assumed. Errors: typer.BadParameter."""
+    from server.placement.what_if import parse_what_if
+
+    return parse_what_if(what_if), []
+
+
+def measured(asked: int | None) -> tuple[WhatIf, list[str]]:
+    """This machine, and what of a plan for it is not measured. Errors: typer.BadParameter beyond its card."""
+    from server.placement.machine import compute_with, measure_machine
+    from server.placement.what_if import this_machine
+
+    compute_with()
+    machine = measure_machine()
+    return this_machine(machine), assumptions(machine, asked)
 
 
 def check_picture(file: Path | None) -> None:

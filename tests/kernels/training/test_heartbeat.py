@@ -19,7 +19,9 @@ def test_a_line_says_how_far_and_how_long() -> None:
     assert [duration(s) for s in (0, 99, 100, 11_100)] == ["0 s", "99 s", "2 min", "3 h 05 min"]
 
 
-def test_lines_come_while_nothing_else_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_come_while_nothing_else_happens(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(heartbeat, "INTERVAL_S", 0.001)
     came = threading.Event()
     lines: list[str] = []
@@ -31,7 +33,7 @@ def test_lines_come_while_nothing_else_happens(monkeypatch: pytest.MonkeyPatch) 
                 came.set()
 
     listener = Listener()
-    monkeypatch.setattr(heartbeat.logger, "level", logging.INFO)
+    caplog.set_level(logging.INFO, heartbeat.logger.name)
     heartbeat.logger.addHandler(listener)
     try:
         with Heartbeat("loading the target"):

@@ -3,6 +3,7 @@
 import json
 import threading
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 from tiny_detector import DETECTIONS, as_part, b64, encoded, halves
@@ -30,7 +31,8 @@ async def test_bodies_are_parsed_and_decoded_in_threads_of_their_own(connect, wo
     image = encoded(halves())
     async with connect(None, vision=worker) as client:
         parsed = threading.local()
-        monkeypatch.setattr(upload.json, "loads", lambda *a, **k: setattr(parsed, "here", True) or loads(*a, **k))
+        watched = SimpleNamespace(loads=lambda *a, **k: setattr(parsed, "here", True) or loads(*a, **k))
+        monkeypatch.setattr(upload, "json", watched)  # the reader's own: answers are parsed in this thread too
         assert (await client.post(DETECTIONS, json={"image": b64(image)})).status_code == 200
         assert not hasattr(parsed, "here"), "the event loop's thread parsed it"
         form = {"image": (None, b64(image))}

@@ -195,7 +195,7 @@ def test_a_detector_starts_from_one_of_other_classes(detector_recipe: Recipe, tm
     ({"model": {**YOLO, "anchors": [[1.0]]}}, r"model\.anchors must be pairs"),
     ({"model": YOLO, "data": {"image_size": 100}}, "image_size is 100"),
     ({"mining": {"regions": "hard"}}, r"mining\.regions is 'hard'; allowed are none, random, ohem, s-ohem"),
-    ({"mining": {"map": "ohem"}}, r"mining\.map is 'ohem'; allowed are none, lrm, focal"),
+    ({"mining": {"map": "ohem"}}, r"mining\.map is 'ohem'; allowed are none, random, lrm, focal"),
     ({"task": {"ema_decay": 1.0}}, r"task\.ema_decay is 1\.0"),
     ({"augmentation": {"expand": 0.5}}, "expand is 0.5"),
     ({"data": {"kind": "zip"}}, r"data\.kind is 'zip'"),
