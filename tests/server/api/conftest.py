@@ -87,7 +87,9 @@ def connect(
             ) as client,
         ):
             while ready and (await client.get("/health")).status_code != 200:
-                await asyncio.sleep(0)  # what the thread that loads has to tell
+                await asyncio.sleep(
+                    0.01
+                )  # without a pause this loop holds the interpreter, which the thread that loads needs
             client.app = app  # type: ignore[attr-defined]
             yield client
 
