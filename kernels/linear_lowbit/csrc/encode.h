@@ -1,5 +1,5 @@
-// Activation rows into the number format of a weight. One source for every instruction set: each compiles it under its own
-// target attribute, and plain loops over 32 columns are what compilers vectorise well.
+// Activation rows into the number format of a weight: the plain loops, which are the reference, each instruction set compiling
+// them under its own target attribute. AVX-512 encodes whole numbers in vectors of its own, to the same bits.
 #pragma once
 
 #include <cstring>

@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
-def compare(x: torch.Tensor, w: torch.Tensor, stride: int, padding: int) -> None:
+def assert_equals_reference(x: torch.Tensor, w: torch.Tensor, stride: int, padding: int) -> None:
     tolerance = TOLERANCE[x.dtype]
     x, w = x.to(DEVICE).requires_grad_(), w.to(DEVICE).requires_grad_()
     ours, expected = depthwise_conv2d(x, w, stride, padding), reference(x.double(), w.double(), stride, padding)
@@ -31,24 +31,26 @@ def compare(x: torch.Tensor, w: torch.Tensor, stride: int, padding: int) -> None
 ])  # fmt: skip
 def test_output_and_gradients(kernel: int, stride: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    compare(torch.randn(2, 3, 7, 9, dtype=dtype), torch.randn(3, 1, kernel, kernel, dtype=dtype), stride, kernel // 2)
+    assert_equals_reference(
+        torch.randn(2, 3, 7, 9, dtype=dtype), torch.randn(3, 1, kernel, kernel, dtype=dtype), stride, kernel // 2
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 57])
 def test_channel_counts(channels: int) -> None:
-    compare(torch.randn(1, channels, 4, 4).double(), torch.randn(channels, 1, 3, 3).double(), 2, 1)
+    assert_equals_reference(torch.randn(1, channels, 4, 4).double(), torch.randn(channels, 1, 3, 3).double(), 2, 1)
 
 
 @pytest.mark.parametrize(("side", "padding", "stride"), [(20, 1, 1), (3, 0, 1), (1, 1, 2), (6, 0, 2)])
 def test_edges(side: int, padding: int, stride: int) -> None:
     """More pixels than one program takes, no padding, a single pixel, and input pixels no output reads."""
     assert side < 20 or side * side > PIXELS_PER_PROGRAM
-    compare(torch.randn(2, 2, side, side).double(), torch.randn(2, 1, 3, 3).double(), stride, padding)
+    assert_equals_reference(torch.randn(2, 2, side, side).double(), torch.randn(2, 1, 3, 3).double(), stride, padding)
 
 
 def test_strided_input_and_repeatable_gradients() -> None:
     x = torch.randn(2, 6, 6, 4, dtype=torch.float64).permute(0, 3, 1, 2)
-    compare(x, torch.randn(4, 1, 3, 3, dtype=torch.float64), 1, 1)
+    assert_equals_reference(x, torch.randn(4, 1, 3, 3, dtype=torch.float64), 1, 1)
     w = torch.randn(4, 1, 3, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
     x = x.to(DEVICE)
     first, second = (torch.autograd.grad(depthwise_conv2d(x, w, 1, 1).sum(), w)[0] for _ in range(2))

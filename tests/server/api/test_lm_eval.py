@@ -26,29 +26,26 @@ DOCS = [
     {"question": "The sum of 2 and 3 is", "choices": ["5.", "seven", "not known to anyone in this room"], "answer": 0},
     {"question": "import os\n\n\nprint(os.path", "choices": [".join(a, b))", "🌍)", "= 3"], "answer": 0},
 ]
-CHOOSING = """
-task: choosing
+BOTH = """
 dataset_path: json
 dataset_kwargs: {data_files: {test: FILE}}
 test_split: test
-output_type: multiple_choice
 doc_to_text: "{{question}}"
+metadata: {version: 1}
+"""
+CHOOSING = """
+task: choosing
+output_type: multiple_choice
 doc_to_choice: "{{choices}}"
 doc_to_target: answer
 metric_list: [{metric: acc}]
-metadata: {version: 1}
 """
 GOING_ON = """
 task: going_on
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
 output_type: generate_until
-doc_to_text: "{{question}}"
 doc_to_target: "{{choices[0]}}"
 generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 24, do_sample: false, temperature: 0}
 metric_list: [{metric: exact_match}]
-metadata: {version: 1}
 """
 
 
@@ -57,7 +54,7 @@ def run(url: str, folder: Path) -> dict[str, list[dict]]:
     file = folder / "docs.jsonl"
     file.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS), encoding="utf-8")
     for name, task in (("choosing", CHOOSING), ("going_on", GOING_ON)):
-        (folder / f"{name}.yaml").write_text(task.replace("FILE", os.fspath(file)), encoding="utf-8")
+        (folder / f"{name}.yaml").write_text((task + BOTH).replace("FILE", os.fspath(file)), encoding="utf-8")
     model = f"model=tiny,base_url={url}/v1/completions,tokenizer_backend=remote,max_length=256,num_concurrent=1"
     command = [COMMAND, "--model", "local-completions", "--model_args", model, "--tasks", "choosing,going_on",
                "--include_path", folder, "--output_path", folder / "out", "--log_samples"]  # fmt: skip
