@@ -19,7 +19,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,8 +63,9 @@ class Answer:
 class Client:
     """One request a connection, over plain sockets: the machine's time belongs to the server."""
 
-    def __init__(self, port: int, seed: int) -> None:
+    def __init__(self, port: int, seed: int, lengths: Sequence[int] = LENGTHS) -> None:
         self.port = port
+        self.lengths = lengths
         self.random = random.Random(seed)
         self.tally = Tally()
         self.references: dict[tuple[str, int], str] = {}
@@ -72,7 +73,7 @@ class Client:
     async def learn(self) -> None:
         """The reference texts, one request at a time."""
         for prompt in PROMPTS:
-            for length in LENGTHS:
+            for length in self.lengths:
                 answer = await self.ask(completion(prompt, length, speculative={"enabled": False}))
                 self.references[prompt, length] = json.loads(answer.body)["choices"][0]["text"]
 
@@ -242,11 +243,12 @@ def wait_until_healthy(port: int, process: subprocess.Popen[bytes]) -> None:
 
 async def drive(
     port: int, pid: int, *, at_once: int, requests: int | None = None, seconds: float = 1e9, rest_s: float = 0.0,
-    warm_up: int = 500, seed: int = 0, keep: Callable[[dict[str, Any]], None] = lambda report: None,
+    warm_up: int = 500, seed: int = 0, lengths: Sequence[int] = LENGTHS,
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:  # fmt: skip
     """The load, and what came of it. Memory is looked at behind ``warm_up`` requests with a full prefix cache, and at
     the end; ``keep`` is given what is known every ten seconds."""
-    client = Client(port, seed)
+    client = Client(port, seed, lengths)
     await client.learn()
     await client.fill_cache()
     await share(client, at_once, warm_up, 1e9, 0)
@@ -323,6 +325,9 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=200)
     parser.add_argument("--rest", type=float, default=0.0, help="seconds a caller waits between two requests")
     parser.add_argument("--warm-up", type=int, default=500)
+    parser.add_argument(
+        "--lengths", default=",".join(map(str, LENGTHS)), help="tokens of the answers that are compared"
+    )
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("arguments", nargs="*", help="of the server, behind --", default=["tiny"])
@@ -336,7 +341,7 @@ def main() -> None:
         report = asyncio.run(
             drive(
                 port, pid, at_once=given.at_once, requests=given.requests, seconds=given.seconds, rest_s=given.rest,
-                warm_up=given.warm_up, keep=keep,
+                warm_up=given.warm_up, lengths=[int(length) for length in given.lengths.split(",")], keep=keep,
             )
         )  # fmt: skip
     keep(report)

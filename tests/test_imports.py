@@ -20,7 +20,7 @@ KINDS = "vision/serving/kinds/"  # found by their folder, so that no import name
 LIGHT = [
     "server.cli", "server.settings", "server.placement.machine", "server.app", "server.text", "server.api",
     "server.engine.request", "server.engine.scheduler", "server.engine.sequence",
-    "server.engine.pages", "server.engine.completion",
+    "server.engine.pages", "server.engine.completion", "server.cluster.conversation", "server.cluster.call",
 ]  # fmt: skip
 
 
