@@ -105,6 +105,6 @@ class Runner {
 };
 
 // Rows that a thread takes at a time where each costs as much as copying `values` floats a few times over.
-inline int64_t row_grain(int64_t values) { return values < 16384 ? 16384 / values : 1; }
+inline int64_t row_grain(int64_t values) { return values < 4096 ? 4096 / values : 1; }
 
 }  // namespace dovetail

@@ -175,14 +175,17 @@ void Pool::account(uint64_t kind, Clock::duration took) {
 }
 
 void Pool::start(int64_t items, int64_t grain, Call call, void* context) {
-  items_ = items;
   grain_ = grain;
   call_ = call;
   context_ = context;
-  next_.store(0, std::memory_order_relaxed);
+  num_shares_ = std::min<int>(active_, kShares);
+  for (int i = 0; i < num_shares_; ++i) {
+    shares_[i].next.store(items * i / num_shares_, std::memory_order_relaxed);
+    shares_[i].end = items * (i + 1) / num_shares_;
+  }
   gate_.store(((gate_.load(std::memory_order_relaxed) & ~(kLoop - 1)) + kLoop) | kOpen);  // sequentially consistent: against parked_
   if (parked_.load() > 0) wake(gate_, kWorkers);
-  work();
+  work(0);
   if ((gate_.fetch_and(~kOpen, std::memory_order_acq_rel) & kInside) != 0) wait_for_workers();
   lap(Part::kWaiting);
 }
@@ -198,12 +201,15 @@ void Pool::wait_for_workers() {
   gate_.fetch_and(~kWaiting, std::memory_order_relaxed);
 }
 
-void Pool::work() {
+void Pool::work(int thread) {
   lap(Part::kWaiting);
-  for (;;) {
-    const int64_t begin = next_.fetch_add(grain_, std::memory_order_relaxed);
-    if (begin >= items_) return;
-    call_(context_, begin, std::min(begin + grain_, items_));
+  for (int i = 0; i < num_shares_; ++i) {
+    Share& share = shares_[(thread + i) % num_shares_];
+    for (;;) {
+      const int64_t begin = share.next.fetch_add(grain_, std::memory_order_relaxed);
+      if (begin >= share.end) break;
+      call_(context_, begin, std::min(begin + grain_, share.end));
+    }
   }
 }
 
@@ -227,7 +233,7 @@ void Pool::serve(int index, uint32_t generation) {
     }
     seen = gate / kLoop;
     if ((gate & kOpen) == 0) continue;
-    work();
+    work(index);
     const uint32_t before = gate_.fetch_sub(1, std::memory_order_acq_rel);
     if ((before & kWaiting) != 0 && (before & kInside) == 1) wake(gate_, kCaller);
   }

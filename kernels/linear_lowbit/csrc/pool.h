@@ -2,7 +2,8 @@
 //
 // The caller works too, items are claimed one by one, and a loop ends when its items are done, not when every thread has been
 // there: a worker that the operating system keeps off the processor delays nobody unless it holds an item, and then only by that
-// item. Whoever waits spins for about as long as an item takes and then sleeps in the kernel: a thread that spins while its
+// item. Each thread begins with a run of items of its own, the same ones in every loop of as many, and helps the others when it is
+// through: so it reads memory onwards, where what was asked for ahead is its own to use. Whoever waits spins for about as long as an item takes and then sleeps in the kernel: a thread that spins while its
 // partner is off the processor uses up its own share of it for nothing, one that sleeps is let in as soon as there is work.
 #pragma once
 
@@ -47,7 +48,7 @@ class Pool {
   // What follows is for the holder of the turn.
   int threads() const { return active_; }  // that take part
 
-  // Calls body(begin, end) over [0, items) in pieces of `grain`, on any threads, each item once.
+  // Calls body(begin, end) over [0, items) in pieces of at most `grain`, on any threads, each item once.
   template <typename Body>
   void run(int64_t items, int64_t grain, Body& body) {
     if (active_ <= 1 || items <= grain) {
@@ -68,6 +69,13 @@ class Pool {
   static constexpr uint32_t kInside = kWaiting - 1;
 
   static constexpr int kKinds = 64;
+  static constexpr int kShares = 64;  // more threads than that share shares
+
+  // A run of items that one thread begins with.
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
 
   // The shortest time that turns of a kind have taken lately.
   struct Expected {
@@ -82,7 +90,7 @@ class Pool {
   };
 
   void start(int64_t items, int64_t grain, Call call, void* context);
-  void work();
+  void work(int thread);
   void wait_for_workers();
   void serve(int index, uint32_t generation);
   uint32_t await(uint32_t seen);
@@ -91,11 +99,11 @@ class Pool {
   void account(uint64_t kind, Clock::duration took);
 
   alignas(64) std::atomic<uint32_t> gate_{0};
-  alignas(64) std::atomic<int64_t> next_{0};
+  Share shares_[kShares];
   alignas(64) std::atomic<int> parked_{0};
   std::atomic<uint32_t> generation_{0};  // a resize ends the workers of the generation before
   std::atomic<int> active_{1};
-  int64_t items_ = 0;
+  int num_shares_ = 1;
   int64_t grain_ = 1;
   Call call_ = nullptr;
   void* context_ = nullptr;
