@@ -23,9 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from server.targets.llama_cpp.library import ContextOptions, LlamaCppError, try_out
+
 OURS, LLAMA_CPP, TRANSFORMERS = "dovetail", "llama.cpp", "transformers"
 PEERS = (LLAMA_CPP, TRANSFORMERS)
 HOST = "127.0.0.1"
+PLAIN_LLAMA_CPP = """
+import runpy
+from server.bench.contestants import default_parameters
+with default_parameters(use_extra_bufts=False):
+    runpy.run_module("llama_cpp.server", run_name="__main__")
+"""
 START_TIMEOUT_S, ANSWER_TIMEOUT_S, POLL_S = 120.0, 120.0, 0.2
 
 Count = Callable[[str], int]
@@ -68,16 +76,28 @@ def contender(name: str, target: Path, ours: Sequence[str], threads: int, contex
             raise ServerUnavailable(f"{', '.join(missing)} is missing; pip install 'llama-cpp-python[server]'")
         if not target.is_file():
             raise ServerUnavailable("its server reads GGUF files alone; name one, or write one with `dovetail convert`")
-        options = f"--model {target} --n_ctx {context} --n_threads {threads} --n_threads_batch {threads}".split()
-        # Unless told otherwise a new request ends the one that is being answered.
-        command = (sys.executable, "-m", "llama_cpp.server", *options, "--interrupt_requests", "false")
-        return Contender(name, command, "target")
+        return Contender(name, llama_cpp_server(target, threads, context), "target")
     if name == TRANSFORMERS:
         if target.is_file():
             raise ServerUnavailable("its server reads no GGUF file; transformers=FOLDER names the same weights for it")
         command = (sys.executable, "-m", "transformers.cli.transformers", "serve", str(target), "--device", "cpu")
         return Contender(name, command, str(target))
     raise ServerUnavailable(f"known are {', '.join(PEERS)}")
+
+
+def llama_cpp_server(target: Path, threads: int, context: int) -> tuple[str, ...]:
+    """llama-cpp-python's server; with llama.cpp's plain products where the machine does not allow its fastest.
+
+    Errors: ServerUnavailable where llama.cpp cannot run the file.
+    """
+    try:
+        possible = try_out(target, ContextOptions(context, 1, threads))
+    except LlamaCppError as error:
+        raise ServerUnavailable(f"llama.cpp cannot run {target.name}: {error}") from error
+    start = ("-m", "llama_cpp.server") if possible.rearranged else ("-c", PLAIN_LLAMA_CPP)
+    options = f"--n_ctx {context} --n_threads {threads} --n_threads_batch {threads}".split()
+    # Unless told otherwise a new request ends the one that is being answered.
+    return (sys.executable, *start, "--model", str(target), *options, "--interrupt_requests", "false")
 
 
 def installed(module: str) -> bool:
