@@ -35,12 +35,14 @@ FINISHED, INTERRUPTED, FAILED, NOT_RUN = "finished", "interrupted", "failed", "N
 class StudyOptions:
     """What varies: ``variants`` are named tables laid over the recipe, each is trained with every seed.
 
-    ``comparisons`` are tables of ``Comparison``, read before anything is trained.
+    ``comparisons`` are tables of ``Comparison``, read before anything is trained. ``beside`` names what a study's own
+    evaluation measures without training it; comparisons may name it too.
     """
 
     variants: dict[str, Any]
     seeds: tuple[int, ...] = (0,)
     comparisons: tuple[dict[str, Any], ...] = ()
+    beside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.variants or not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -51,9 +53,10 @@ class StudyOptions:
             if not isinstance(tables, dict) or not all(isinstance(table, dict | list) for table in tables.values()):
                 raise RecipeError(f"study.variants.{name} must hold tables, as in {name}.training.learning_rate = 0.1")
         for each in self.parsed_comparisons:
-            if unknown := {each.variant, each.against} - set(self.variants):
+            known = [*self.variants, *self.beside]
+            if unknown := {each.variant, each.against} - set(known):
                 raise RecipeError(
-                    f"study.comparisons names {', '.join(sorted(unknown))}; the variants are {', '.join(self.variants)}"
+                    f"study.comparisons names {', '.join(sorted(unknown))}; the variants are {', '.join(known)}"
                 )
 
     @property

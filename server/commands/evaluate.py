@@ -21,6 +21,15 @@ Images = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Fold
 Kind = Annotated[str, typer.Option(help="How the data lie: folder, cifar10, cifar100 or idx.")]
 Split = Annotated[str, typer.Option(help="Split to measure on.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+StudyRecipe = Annotated[
+    Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe with [[study.comparisons]].")
+]
+StudyFolder = Annotated[
+    Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)
+]
+ChannelOrder = Annotated[str, typer.Option(help="Of an .onnx recogniser: rgb or bgr.")]
+Mean = Annotated[float, typer.Option(help="Of an .onnx recogniser, on 0 to 255.")]
+Std = Annotated[float, typer.Option(help="Of an .onnx recogniser, on 0 to 255.")]
 
 
 app.command("drafter")(evaluate_drafter)
@@ -190,13 +199,9 @@ def evaluate_study(
 
 @app.command("paired-study")
 def evaluate_paired_study(
-    recipe: Annotated[
-        Path, typer.Argument(exists=True, dir_okay=False, help="TOML recipe with [[study.comparisons]].")
-    ],
+    recipe: StudyRecipe,
     json_file: Annotated[Path, typer.Option("--json", dir_okay=False, help="Report; the plot lies beside it.")],
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of the study, instead of the recipe's.", show_default=False)
-    ] = None,
+    output: StudyFolder = None,
 ) -> None:
     """Verdicts of a finished study: mean gain over paired seeds with its 95 % interval, or why there is none.
 
@@ -211,6 +216,35 @@ def evaluate_paired_study(
     report = write_paired(
         study, f"dovetail eval paired-study {recipe.as_posix()} --json {json_file.as_posix()}", json_file
     )
+    typer.echo(markdown(report), err=True)
+    typer.echo(json.dumps(report))
+
+
+@app.command("face-quality-study")
+def evaluate_face_quality_study(
+    recipe: StudyRecipe,
+    judge: Annotated[Path, typer.Argument(exists=True, help="Whose errors: a recognition network, not the labels'.")],
+    json_file: Annotated[Path, typer.Option("--json", help="Report; plots are drawn beside it.", show_default=False)],
+    fmr: Annotated[float, typer.Option(min=0, max=1, help="False match rate that sets the threshold.")] = 1e-2,
+    channel_order: ChannelOrder = "rgb",
+    mean: Mean = 127.5,
+    std: Std = 127.5,
+    output: StudyFolder = None,
+) -> None:
+    """Verdicts of a study of face-quality scorers on folds of people, each measured on the people it has not seen."""
+    from kernels.training.options import load_recipe
+    from kernels.training.paired_report import markdown
+    from kernels.training.study import expand
+    from vision.face_quality.recognition import RecogniserOptions, load_recogniser
+    from vision.tasks.face_quality_study import evaluate_folds
+
+    tables = load_recipe(recipe)
+    network = load_recogniser(RecogniserOptions(str(judge), mean, std, channel_order))
+    command = (
+        f"dovetail eval face-quality-study {recipe.as_posix()} {judge.as_posix()} --fmr {fmr:g} "
+        f"--channel-order {channel_order} --mean {mean:g} --std {std:g} --json {json_file.as_posix()}"
+    )
+    report = evaluate_folds(tables, expand(tables, output), network, fmr, command, json_file)
     typer.echo(markdown(report), err=True)
     typer.echo(json.dumps(report))
 
@@ -231,9 +265,9 @@ def evaluate_face_quality(
     pristine_split: Annotated[
         str | None, typer.Option(help="Split that the naturalness baseline is fitted to.", show_default=False)
     ] = None,
-    channel_order: Annotated[str, typer.Option(help="Of an .onnx recogniser: rgb or bgr.")] = "rgb",
-    mean: Annotated[float, typer.Option(help="Of an .onnx recogniser, on 0 to 255.")] = 127.5,
-    std: Annotated[float, typer.Option(help="Of an .onnx recogniser, on 0 to 255.")] = 127.5,
+    channel_order: ChannelOrder = "rgb",
+    mean: Mean = 127.5,
+    std: Std = 127.5,
     output: Annotated[Path | None, typer.Option(help="Folder for report and plots.", show_default=False)] = None,
 ) -> None:
     """How well a face-quality scorer predicts recognition errors, beside scores that need no training."""

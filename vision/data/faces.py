@@ -22,6 +22,7 @@ from vision.face_quality.alignment import align_face, fit_similarity, inter_eye_
 
 WITHHELD_FROM = 130
 LONDON_SPLITS = {"train": (1, 109), "val": (110, 129), "trainable": (1, 129), "withheld": (WITHHELD_FROM, 999)}
+FOLD = re.compile(r"fold_(\d+(?:\+\d+)*)_of_(\d+)")
 # Among the 189 landmarks: both pupils, both sides of the nose's tip, both corners of the mouth.
 PUPILS, NOSE, MOUTH = (0, 1), (54, 60), (87, 93)
 # Where the landmarks of ORL's pictures of 92 x 112 lie on average, read off their mean; single ones stray by 5 pixels.
@@ -104,15 +105,22 @@ class DegradedFaces:
 def london_faces(root: Path, split: str) -> FaceSource:
     """The Face Research Lab London Set: ``neutral_front``, ``smiling_front``, ``london_info.csv``.
 
-    ``split``: train (people below 110), val (to 129), trainable (both), withheld (from 130), or numbers as in "1-65".
+    ``split``: train (people below 110), val (to 129), trainable (both), withheld (from 130), numbers as in "1-65", or
+    folds of the trainable people: "fold_0+3_of_5" has every fifth of them from the first and from the fourth on.
     Only the neutral photographs come with landmarks; those of a smiling one are carried over from its neutral twin.
     """
-    first, last = people_range(split)
+    fold = FOLD.fullmatch(split)
+    first, last = people_range("trainable" if fold else split)
     groups = read_groups(root / "london_info.csv")
+    files = sorted([*root.glob("neutral_front/*_03.jpg"), *root.glob("smiling_front/*_08.jpg")])
+    numbers = {file.stem[:3] for file in files if file.stem[:3].isdecimal()}
+    wanted = sorted(number for number in numbers if first <= int(number) <= last)
+    if fold:
+        wanted = people_of_folds(wanted, fold[1], int(fold[2]), split)
     photos, people = [], []
-    for file in sorted([*root.glob("neutral_front/*_03.jpg"), *root.glob("smiling_front/*_08.jpg")]):
+    for file in files:
         person = file.stem[:3]
-        if not person.isdecimal() or not first <= int(person) <= last:
+        if person not in wanted:
             continue
         neutral = root / "neutral_front" / f"{person}_03.jpg"
         photos.append(Photo(file, neutral, groups.get(person, {})))
@@ -120,6 +128,19 @@ def london_faces(root: Path, split: str) -> FaceSource:
     if not photos:
         raise DataError(f"{root} holds no photographs of people {first} to {last}; expected neutral_front/NNN_03.jpg")
     return FaceSource(photos, people)
+
+
+def fold_split(places: Sequence[int], folds: int) -> str:
+    """The name of the split that has the folds at ``places``, of so many."""
+    return f"fold_{'+'.join(map(str, places))}_of_{folds}"
+
+
+def people_of_folds(people: Sequence[str], places: str, folds: int, split: str) -> list[str]:
+    """Those of ``people``, in order, that are dealt to the folds at ``places``. Errors: DataError."""
+    wanted = {int(place) for place in places.split("+")}
+    if folds < 2 or max(wanted) >= folds:
+        raise DataError(f"the split {split!r} names folds {places} of {folds}; they count from 0, and two make folds")
+    return [person for place, person in enumerate(people) if place % folds in wanted]
 
 
 def orl_faces(root: Path, split: str) -> FaceSource:
@@ -140,7 +161,8 @@ def people_range(split: str) -> tuple[int, int]:
         return LONDON_SPLITS[split]
     found = re.fullmatch(r"(\d{1,3})-(\d{1,3})", split)
     if found is None:
-        raise DataError(f"the split {split!r} is neither {', '.join(LONDON_SPLITS)} nor numbers as in 1-65")
+        known = f"{', '.join(LONDON_SPLITS)}, numbers as in 1-65, nor folds as in fold_0+3_of_5"
+        raise DataError(f"the split {split!r} is neither {known}")
     first, last = int(found[1]), int(found[2])
     if first < WITHHELD_FROM <= last:
         raise DataError(f"the split {split!r} mixes people with the withheld ones, who begin at {WITHHELD_FROM}")

@@ -20,8 +20,6 @@ from vision.face_quality.recognition import Recogniser
 
 logger = logging.getLogger(__name__)
 
-CACHE_FILE = "labels.safetensors"
-
 
 @dataclass(frozen=True)
 class LabelOptions:
@@ -66,20 +64,21 @@ class LabelledFaces:
 
 
 def label_faces(
-    faces: DegradedFaces, recogniser: Recogniser, options: LabelOptions, cache: Path | None = None
+    faces: DegradedFaces, recogniser: Recogniser, options: LabelOptions, kept: Path | None = None
 ) -> LabelledFaces:
-    """Judge every image. ``cache`` is a file that keeps the features; it is read where it is this recogniser's.
+    """Judge every image. ``kept`` is a folder whose files keep the features, each for one recogniser and these faces.
 
     Errors: DataError where no image can be read.
     """
     metadata = {"recogniser": recogniser.digest, "faces": faces_digest(faces)}
-    features = read_features(cache, metadata)
+    file = None if kept is None else kept / f"features_{text_digest(str(metadata))[:16]}.safetensors"
+    features = read_features(file, metadata)
     skipped: tuple[str, ...] = ()
     if features is None:
         features, skipped = embed_faces(faces, recogniser, options.batch_size)
-        if cache is not None:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"features": features}, cache, metadata)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"features": features}, file, metadata)
     return LabelledFaces(faces, features, label_readable(features, torch.from_numpy(faces.labels), options), skipped)
 
 
@@ -128,21 +127,25 @@ def embed_faces(faces: DegradedFaces, recogniser: Recogniser, batch_size: int) -
     return features, tuple(skipped)
 
 
-def read_features(cache: Path | None, metadata: dict[str, str]) -> Tensor | None:
+def read_features(file: Path | None, metadata: dict[str, str]) -> Tensor | None:
     """Kept features, None where there are none of this recogniser for these faces."""
-    if cache is None or not cache.is_file():
+    if file is None or not file.is_file():
         return None
-    with safe_open(cache, "pt") as opened:
+    with safe_open(file, "pt") as opened:
         if opened.metadata() == metadata:
-            return load_file(cache)["features"]
-    logger.warning("%s holds another recogniser's or other faces' features and is written anew", cache)
+            return load_file(file)["features"]
+    logger.warning("%s holds another recogniser's or other faces' features and is written anew", file)
     return None
 
 
 def faces_digest(faces: DegradedFaces) -> str:
     """What of the faces decides their features: people, copies, seed and the photographs' count."""
-    described = f"{faces.class_names} {faces.labels.tolist()} {faces.copies} {faces.seed}"
-    return hashlib.sha256(described.encode()).hexdigest()
+    return text_digest(f"{faces.class_names} {faces.labels.tolist()} {faces.copies} {faces.seed}")
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def label_rule(options: LabelOptions, recogniser: Recogniser) -> dict[str, object]:

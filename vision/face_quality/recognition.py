@@ -1,4 +1,4 @@
-"""Recognition networks that judge faces: one trained here by ``dovetail train embedding``, or any ONNX file."""
+"""Recognition networks that judge faces: one trained here by ``dovetail train embedding``, dlib's, or any ONNX file."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.nn import functional
 from vision.backbones.backbone import Backbone
 from vision.backbones.checkpoint import load_backbone
 from vision.backbones.preprocessing import CHANNEL_ORDERS
+from vision.face_quality.dlib_resnet import DlibRecogniser
 from vision.measure.classification import default_device
 from vision.serving.folder import WEIGHTS_FILE, file_digest, name_of
 from vision.serving.networks import open_session
@@ -26,10 +27,11 @@ class RecogniserError(ValueError):
 
 @dataclass(frozen=True)
 class RecogniserOptions:
-    """Where a recognition network lies: a folder of ``dovetail train embedding``, or an ONNX file.
+    """Where a recognition network lies: a folder of ``dovetail train embedding``, dlib's weights (.dat), or an ONNX file.
 
     An ONNX file gets aligned faces as (x - ``mean``) / ``std`` with x from 0 to 255 in ``channel_order``; 127.5 twice
-    and "rgb" suit most models of the ArcFace family, 127.5, 128 or "bgr" some. A folder has its own preprocessing.
+    and "rgb" suit most models of the ArcFace family, 127.5, 128 or "bgr" some; OpenCV's SFace scales by itself and wants
+    0 and 1. A folder and dlib's file have their own preprocessing.
     """
 
     path: str
@@ -83,6 +85,8 @@ class OnnxRecogniser:
 
     def __init__(self, file: Path, options: RecogniserOptions) -> None:
         self.session: Any = open_session(file, torch.get_num_threads())
+        if len(self.session.get_inputs()) > 1:
+            self.session = open_session(without_unused_inputs(file), torch.get_num_threads())
         self.options, self.name = options, file.stem
         settings = f"{options.mean} {options.std} {options.channel_order}"
         self.digest = hashlib.sha256(f"{file_digest(file)} {settings}".encode()).hexdigest()
@@ -116,9 +120,25 @@ def load_recogniser(options: RecogniserOptions) -> Recogniser:
         return BackboneRecogniser(path)
     if path.is_file() and path.suffix == ".onnx":
         return OnnxRecogniser(path, options)
+    if path.is_file() and path.suffix == ".dat":
+        return DlibRecogniser(path)
     raise RecogniserError(
-        f"{path} is no recognition network: neither a folder of `dovetail train embedding` nor an .onnx file"
+        f"{path} is no recognition network: neither a folder of `dovetail train embedding`, nor an .onnx file, "
+        "nor dlib's dlib_face_recognition_resnet_model_v1.dat"
     )
+
+
+def without_unused_inputs(file: Path) -> bytes:
+    """The ONNX file without inputs that no node reads: quantisers leave the old weights among them (OpenCV's SFace)."""
+    import onnx
+
+    model = onnx.load(file)
+    read = {name for node in model.graph.node for name in node.input}
+    used = [each for each in model.graph.input if each.name in read]
+    del model.graph.input[:]
+    model.graph.input.extend(used)
+    serialized: bytes = model.SerializeToString()
+    return serialized
 
 
 def resize_faces(faces: Tensor, side: int) -> Tensor:

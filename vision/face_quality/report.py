@@ -189,18 +189,28 @@ def build_report(
 
 def scoring_methods(model: TinyFQNet, network: Recogniser, pristine: Tensor) -> dict[str, Method]:
     """Every score that is a function of the face alone."""
+    return {OURS: trained_method(model), **reference_methods(network, pristine)}
+
+
+def trained_method(model: TinyFQNet) -> Method:
+    """What ``model`` says."""
 
     @torch.no_grad()
-    def ours(crops: Tensor) -> Floats:
+    def score(crops: Tensor) -> Floats:
         batches = [model(normalize_faces(batch.float() / 255)) for batch in torch.split(crops, BATCH)]
         return np.asarray(torch.cat(batches).double().numpy())
+
+    return score
+
+
+def reference_methods(network: Recogniser, pristine: Tensor) -> dict[str, Method]:
+    """Scores that need no training on labels; naturalness is fitted to the faces ``pristine`` [N, 3, 112, 112]."""
 
     def norm(crops: Tensor) -> Floats:
         norms = [network.embed(batch).norm(dim=1) for batch in torch.split(crops, BATCH)]
         return np.asarray(torch.cat(norms).double().numpy())
 
     return {
-        OURS: ours,
         "laplacian sharpness": laplacian_sharpness,
         "brightness": brightness,
         "naturalness": Naturalness(pristine),

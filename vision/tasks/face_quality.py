@@ -23,14 +23,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from kernels.training import Metric, RecipeError, TrainingOptions, TrainingReport, check_tables, run, take_table
-from vision.data.faces import DegradedFaces
+from vision.data.faces import DegradedFaces, fold_split
 from vision.data.image_sources import SOURCES, open_source
 from vision.data.labelled_faces import BalancedSampler, FaceAugmentation, LabelledFaceData, collate_faces
 from vision.data.sources import DataError, InMemorySource
 from vision.distillation.kd import KDLoss
 from vision.face_quality.checkpoint import DEFAULT_SCALE, ScorerConfig, load_scorer, save_scorer
 from vision.face_quality.evaluate import EvaluationError, spearman
-from vision.face_quality.labelling import CACHE_FILE, LabelledFaces, LabelOptions, label_faces, label_rule
+from vision.face_quality.labelling import LabelledFaces, LabelOptions, label_faces, label_rule
 from vision.face_quality.recognition import Recogniser, RecogniserOptions, load_recogniser
 from vision.face_quality.scale import QualityScale
 from vision.face_quality.tinyfqnet import TinyFQNet, normalize_faces
@@ -46,19 +46,40 @@ GOOD_QUALITY, POOR_SEVERITY = 75, 0.5
 
 @dataclass(frozen=True)
 class FaceDataOptions:
-    """Which people, and how many degraded ``copies`` of each photograph. The splits default to the kind's own."""
+    """Which people, and how many degraded ``copies`` of each photograph. The splits default to the kind's own.
+
+    With ``folds`` the people are dealt to so many folds, and the training's seed s picks them: the fold s modulo
+    ``folds`` is left for whoever measures, the next one is the evaluation split, the others train. ``features`` is a
+    folder that keeps what the recogniser said of the faces, for several trainings; by default each keeps its own.
+    """
 
     kind: str
     root: str
     train_split: str | None = None
     eval_split: str | None = None
     copies: int = 20
+    folds: int | None = None
+    features: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in SOURCES:
             raise RecipeError(f"data.kind is {self.kind!r}; allowed are {', '.join(SOURCES)}")
         if self.copies < 1:
             raise RecipeError(f"data.copies is {self.copies}; without degraded copies there is nothing to tell apart")
+        if self.folds is not None and (self.folds < 3 or self.train_split or self.eval_split):
+            raise RecipeError(
+                f"data.folds is {self.folds}, train_split {self.train_split}, eval_split {self.eval_split}; at least 3 "
+                "folds, one each to measure, to evaluate and to train, take the place of both splits"
+            )
+
+    def splits(self, seed: int) -> tuple[str, str]:
+        """What trains and what evaluates."""
+        if self.folds is None:
+            kind = SOURCES[self.kind]
+            return self.train_split or kind.train_split, self.eval_split or kind.eval_split
+        measured, chosen = seed % self.folds, (seed + 1) % self.folds
+        others = [place for place in range(self.folds) if place not in (measured, chosen)]
+        return fold_split(others, self.folds), fold_split([chosen], self.folds)
 
     def faces(self, split: str, seed: int) -> DegradedFaces:
         """The photographs of ``split`` and their copies."""
@@ -100,7 +121,10 @@ class ScorerTaskOptions:
 
 @dataclass(frozen=True)
 class ScorerTeacherOptions:
-    """A wider scorer to learn from: its folder, the weight of its loss, and the softening of both scores."""
+    """A wider scorer to learn from: its folder, the weight of its loss, and the softening of both scores.
+
+    "{seed}" in ``path`` stands for the training's own seed, so that a study's trainings have each their teacher.
+    """
 
     path: str
     weight: float = 1.0
@@ -220,7 +244,10 @@ def train_face_quality(
     recogniser = load_recogniser(options.recogniser)
     train_labelled, eval_labelled = label_splits(options, recogniser)
     torch.manual_seed(options.training.seed)
-    task = FaceQualityTask(TinyFQNet(options.model.width), options.task, options.teacher)
+    teacher = options.teacher
+    if teacher is not None:
+        teacher = dataclasses.replace(teacher, path=teacher.path.replace("{seed}", str(options.training.seed)))
+    task = FaceQualityTask(TinyFQNet(options.model.width), options.task, teacher)
     batch_size, labels = options.training.batch_size, train_labelled.labels.labels
     data = LabelledFaceData(
         train_labelled.faces, labels, train_labelled.usable, options.augmentation, options.training.seed
@@ -247,14 +274,14 @@ def train_face_quality(
 
 def label_splits(options: FaceQualityRecipe, recogniser: Recogniser) -> tuple[LabelledFaces, LabelledFaces]:
     """Training and evaluation split with their labels. Errors: RecipeError, DataError."""
-    kind, seed = SOURCES[options.data.kind], options.training.seed
-    train_faces = options.data.faces(options.data.train_split or kind.train_split, seed)
-    eval_faces = options.data.faces(options.data.eval_split or kind.eval_split, seed)
+    seed = options.training.seed
+    train_faces, eval_faces = (options.data.faces(split, seed) for split in options.data.splits(seed))
     if shared := sorted(set(train_faces.class_names) & set(eval_faces.class_names)):
         raise RecipeError(f"people {', '.join(shared[:5])} stand in both splits ({len(shared)} in all)")
+    kept = Path(options.data.features or options.training.output)
     labelled = (
-        label_faces(train_faces, recogniser, options.labels, Path(options.training.output) / CACHE_FILE),
-        label_faces(eval_faces, recogniser, options.labels),
+        label_faces(train_faces, recogniser, options.labels, kept),
+        label_faces(eval_faces, recogniser, options.labels, kept),
     )
     for faces in labelled:
         if not len(faces.usable):
