@@ -9,6 +9,7 @@ from kernels.training import load_recipe, take_table
 from kernels.training.study import expand
 from vision.tasks.classification import ClassifierRecipe
 from vision.tasks.detection_recipe import DetectorRecipe, MiningOptions
+from vision.tasks.face_quality import FaceQualityRecipe
 from vision.tasks.perceptrons import Variant
 from vision.tasks.region_heads import FrozenOptions
 
@@ -53,3 +54,11 @@ def test_studies_of_classifiers(name: str) -> None:
     assert len({cell.seed for cell in cells}) >= 10
     for cell in cells:
         assert ClassifierRecipe.parse(cell.recipe).model.backbone == cell.variant
+
+
+def test_the_study_of_face_scorers_measures_everybody_once() -> None:
+    cells = expand(load_recipe(RECIPES / "faces_folds.toml"))
+    recipes = [FaceQualityRecipe.parse(cell.recipe) for cell in cells if cell.variant == "plain"]
+    splits = [recipe.data.splits(recipe.training.seed) for recipe in recipes]
+    assert splits[0] == ("fold_2+3+4_of_5", "fold_1_of_5") and splits[4] == ("fold_1+2+3_of_5", "fold_0_of_5")
+    assert len(set(splits)) == 5

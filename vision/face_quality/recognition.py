@@ -27,11 +27,11 @@ class RecogniserError(ValueError):
 
 @dataclass(frozen=True)
 class RecogniserOptions:
-    """Where a recognition network lies: a folder of ``dovetail train embedding``, dlib's weights (.dat), or an ONNX file.
+    """Where a recognition network lies: a folder of ``dovetail train embedding``, dlib's weights (.dat), an ONNX file.
 
     An ONNX file gets aligned faces as (x - ``mean``) / ``std`` with x from 0 to 255 in ``channel_order``; 127.5 twice
-    and "rgb" suit most models of the ArcFace family, 127.5, 128 or "bgr" some; OpenCV's SFace scales by itself and wants
-    0 and 1. A folder and dlib's file have their own preprocessing.
+    and "rgb" suit most models of the ArcFace family, 127.5, 128 or "bgr" some; OpenCV's SFace scales by itself and
+    wants 0 and 1. A folder and dlib's file have their own preprocessing.
     """
 
     path: str

@@ -9,7 +9,15 @@ import pytest
 from drawn_faces import LANDMARKS, drawn_face, write_london
 from PIL import Image
 
-from vision.data.faces import DegradedFaces, carry_landmarks, london_faces, orl_faces, people_range, read_landmarks
+from vision.data.faces import (
+    DegradedFaces,
+    carry_landmarks,
+    fold_split,
+    london_faces,
+    orl_faces,
+    people_range,
+    read_landmarks,
+)
 from vision.data.image_sources import open_source
 from vision.data.sources import ArraySource, DataError, UnreadableImageError
 from vision.face_quality.alignment import TEMPLATE
@@ -34,6 +42,14 @@ def test_splits_are_by_person_and_the_withheld_never_train(london):
         people_range("everybody")
     with pytest.raises(DataError, match="no photographs"):
         london_faces(london, "50-60")
+
+
+def test_folds_deal_out_the_people_that_may_train(london):
+    folds = [london_faces(london, fold_split([place], 3)).class_names for place in range(3)]
+    assert folds == [("001", "129"), ("042",), ("115",)]
+    assert london_faces(london, fold_split([0, 2], 3)).class_names == ("001", "115", "129")
+    with pytest.raises(DataError, match="count from 0"):
+        london_faces(london, "fold_3_of_3")
 
 
 def test_photographs_come_aligned_with_their_groups(london):

@@ -131,6 +131,8 @@ def test_an_export_in_8_bits_is_written_where_its_promise_is_kept(material, tmp_
 
 
 def test_any_onnx_recogniser_can_judge(material, tmp_path):
+    import onnx
+
     file = str(material / "colours.onnx")
     faces = torch.randint(256, (5, 3, 112, 112), generator=torch.Generator().manual_seed(0)).byte()
     rgb, bgr = (load_recogniser(RecogniserOptions(file, channel_order=order)) for order in ("rgb", "bgr"))
@@ -138,6 +140,11 @@ def test_any_onnx_recogniser_can_judge(material, tmp_path):
     scaled = load_recogniser(RecogniserOptions(file, mean=0.0, std=255.0))
     torch.testing.assert_close(scaled.embed(faces) * 2, rgb.embed(faces), atol=1e-5, rtol=1e-4)
     assert len({network.digest for network in (rgb, bgr, scaled)}) == 3
+    left = onnx.load(file)
+    left.graph.input.append(onnx.helper.make_tensor_value_info("old_weight", onnx.TensorProto.FLOAT, [4, 4]))
+    onnx.save(left, tmp_path / "left.onnx")
+    quantised = load_recogniser(RecogniserOptions(str(tmp_path / "left.onnx")))
+    torch.testing.assert_close(quantised.embed(faces), rgb.embed(faces))
     with pytest.raises(RecogniserError, match="neither a folder"):
         load_recogniser(RecogniserOptions(str(tmp_path / "nothing.onnx")))
     with pytest.raises(RecogniserError, match="bgr"):

@@ -16,7 +16,6 @@ from vision.data.labelled_faces import BalancedSampler, FaceAugmentation, jitter
 from vision.data.sources import DataError
 from vision.face_quality import TinyFQNet, labelling
 from vision.face_quality.checkpoint import ScorerConfig, load_scorer, save_scorer
-from vision.face_quality.labelling import CACHE_FILE
 from vision.tasks.distillation import DistillationRecipe
 from vision.tasks.face_quality import (
     DEFAULT_SCALE,
@@ -71,17 +70,17 @@ def test_train_saves_a_scorer_with_its_meaning(make_recipe, tmp_path):
     assert report.checkpoint == str(tmp_path / "run" / "model")
 
 
-def test_the_recogniser_is_asked_once_for_the_training_faces(make_recipe, tmp_path, monkeypatch):
+def test_the_recogniser_is_asked_once_for_a_face(make_recipe, tmp_path, monkeypatch):
     asked = []
     embed_faces = labelling.embed_faces
     monkeypatch.setattr(labelling, "embed_faces", lambda *call: asked.append(len(call[0].labels)) or embed_faces(*call))
     train_face_quality(make_recipe())
     assert asked == [54, 36]
     train_face_quality(make_recipe(), resume=True)
-    assert asked == [54, 36, 36]
-    cache = tmp_path / "run" / CACHE_FILE
-    assert load_file(cache)["features"].shape == (54, 192)
-    assert labelling.read_features(cache, {"recogniser": "another"}) is None
+    assert asked == [54, 36], "neither split is judged twice"
+    kept = sorted((tmp_path / "run").glob("features_*.safetensors"), key=lambda file: file.stat().st_size)
+    assert [load_file(file)["features"].shape for file in kept] == [(36, 192), (54, 192)]
+    assert labelling.read_features(kept[0], {"recogniser": "another"}) is None
 
 
 def test_a_resumed_run_ends_with_the_same_weights(make_recipe, tmp_path):
@@ -115,6 +114,8 @@ def test_a_wider_teacher_is_learned_from(make_recipe, tmp_path):
         ({"data": {"kind": "oil paintings"}}, "allowed are"),
         ({"data": {"copies": 0}}, "copies"),
         ({"data": {"eval_split": "1-2"}}, "both splits"),
+        ({"data": {"folds": 2}}, "at least 3"),
+        ({"data": {"folds": 5, "train_split": "1-2"}}, "take the place of both splits"),
         ({"data": {"train_split": "100-140"}}, "begin at 130"),
         ({"task": {"loss": "hinge"}}, "smooth_l1"),
         ({"task": {"ema_decay": 1.0}}, "between 0 and 1"),
