@@ -45,7 +45,7 @@ Floats = NDArray[np.float64]
 Method = Callable[[Tensor], Floats]
 
 REPORT_FILE, CURVES_FILE, DEFECTS_FILE = "report.json", "error_versus_discard.png", "defects.png"
-OURS, LABEL, SEVERITY, CHANCE = "tinyfqnet", "label", "true severity", "random"
+OURS, LABEL, SEVERITY, CHANCE, NORM = "tinyfqnet", "label", "true severity", "random", "embedding norm"
 DISCARDS = (0.1, 0.2, 0.3)
 BATCH = 64
 
@@ -189,7 +189,12 @@ def build_report(
 
 def scoring_methods(model: TinyFQNet, network: Recogniser, pristine: Tensor) -> dict[str, Method]:
     """Every score that is a function of the face alone."""
-    return {OURS: trained_method(model), **reference_methods(network, pristine)}
+
+    def norm(crops: Tensor) -> Floats:
+        norms = [network.embed(batch).norm(dim=1) for batch in torch.split(crops, BATCH)]
+        return np.asarray(torch.cat(norms).double().numpy())
+
+    return {OURS: trained_method(model), **hand_made_methods(pristine), NORM: norm}
 
 
 def trained_method(model: TinyFQNet) -> Method:
@@ -203,18 +208,12 @@ def trained_method(model: TinyFQNet) -> Method:
     return score
 
 
-def reference_methods(network: Recogniser, pristine: Tensor) -> dict[str, Method]:
-    """Scores that need no training on labels; naturalness is fitted to the faces ``pristine`` [N, 3, 112, 112]."""
-
-    def norm(crops: Tensor) -> Floats:
-        norms = [network.embed(batch).norm(dim=1) for batch in torch.split(crops, BATCH)]
-        return np.asarray(torch.cat(norms).double().numpy())
-
+def hand_made_methods(pristine: Tensor) -> dict[str, Method]:
+    """Scores that nothing is trained for; naturalness is fitted to the faces ``pristine`` [N, 3, 112, 112]."""
     return {
         "laplacian sharpness": laplacian_sharpness,
         "brightness": brightness,
         "naturalness": Naturalness(pristine),
-        "embedding norm": norm,
     }
 
 

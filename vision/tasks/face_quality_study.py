@@ -30,7 +30,7 @@ from vision.face_quality.labelling import LabelOptions, label_faces
 from vision.face_quality.pictures import Line, plot_curves
 from vision.face_quality.protocol import FRACTIONS, LIMIT, Comparisons, compare_all
 from vision.face_quality.recognition import Recogniser
-from vision.face_quality.report import CHANCE, LABEL, SEVERITY, readable, reference_methods, trained_method
+from vision.face_quality.report import CHANCE, LABEL, NORM, SEVERITY, hand_made_methods, readable, trained_method
 from vision.tasks.face_quality import FaceDataOptions, FaceQualityRecipe
 
 ROUNDS = 1000
@@ -126,11 +126,12 @@ def measure_fold(seed: int, cells: Sequence[Cell], data: FaceDataOptions, judge:
     rows = np.flatnonzero(labelled.features.norm(dim=1).numpy() > 0)
     crops = torch.stack([to_tensor(faces.read(int(row))) for row in rows])
     natural = readable(open_source(data.kind, root, data.splits(seed)[0]))
-    methods = reference_methods(judge, torch.stack([to_tensor(image) for image in natural]))
+    methods = hand_made_methods(torch.stack([to_tensor(image) for image in natural]))
     for cell in cells:
         if cell.seed == seed:
             methods[cell.variant] = trained_method(load_scorer(cell.output / "model")[0])
     scores = {name: method(crops) for name, method in methods.items()} | {
+        NORM: labelled.features.norm(dim=1).numpy().astype(np.float64)[rows],
         CHANCE: np.random.default_rng(seed).random(len(rows)),
         SEVERITY: -faces.severities[rows],
         LABEL: labelled.labels.raw.numpy().astype(np.float64)[rows],
