@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,13 +87,13 @@ class DlibResNet(nn.Module):
         features: Tensor = self.head(self.blocks(x).mean(dim=(2, 3)))
         return features
 
-    def parameters_in_order(self) -> Iterator[tuple[nn.Parameter, ...]]:
+    def parameters_in_order(self) -> Iterator[tuple[Tensor, ...]]:
         """The parameters that share a tensor of the file, in the file's order."""
-        pairs: list[tuple[nn.Module, nn.Module]] = [(self.stem, self.stem_affine)]
+        layers: list[Any] = [self.stem, self.stem_affine]
         for block in self.blocks:
-            pairs += [(block.first, block.first_affine), (block.second, block.second_affine)]  # type: ignore[arg-type]
-        for layer in (layer for pair in pairs for layer in pair):
-            yield layer.weight, layer.bias  # type: ignore[misc]
+            layers += [block.first, block.first_affine, block.second, block.second_affine]
+        for layer in layers:
+            yield layer.weight, layer.bias
         yield (self.head.weight,)
 
 
@@ -132,12 +133,13 @@ def read_dlib_resnet(file: Path) -> DlibResNet:
 
 
 @torch.no_grad()
-def fill(parameters: Sequence[nn.Parameter], values: Tensor) -> None:
+def fill(parameters: Sequence[Tensor], values: Tensor) -> None:
     """Put ``values`` into the parameters, one after the other; a lone one is kept transposed."""
     if len(parameters) == 1:
         parameters[0].copy_(values.view(parameters[0].shape[::-1]).T)
         return
-    for parameter, part in zip(parameters, values.split([each.numel() for each in parameters]), strict=True):
+    parts = torch.split(values, [each.numel() for each in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
         parameter.copy_(part.view_as(parameter))
 
 
