@@ -39,6 +39,11 @@ def test_the_study_is_its_report() -> None:
     assert between_markers("cifar10_study") == study.markdown(report["rows"])
 
 
+def test_the_backbones_latencies_are_their_report() -> None:
+    report = json.loads((DOCS / "vision" / "evidence" / "latency.json").read_text(encoding="utf-8"))
+    assert between_markers("latency", EVIDENCE) == study.markdown(report["rows"])
+
+
 def test_the_bundled_detectors_study_is_its_report() -> None:
     report = json.loads((DOCS / "vision" / "bccd_study.json").read_text(encoding="utf-8"))
     assert between_markers("bccd_study", DETECTION) == detection_study.markdown(report["rows"])
