@@ -2,9 +2,11 @@
 
 A round of B requests with n drafted nodes gives B + (expected accepted nodes) tokens and takes the time of drafting, of
 a verify pass over B + n rows, T(B + n), and of everything else. The nodes are ranked by the probability that they are
-accepted, so the best n of all requests together are the first n, and n is where tokens per second are highest; zero is
-an answer like any other. Source: the idea of sizing trees by measured cost is that of Sequoia (arXiv 2402.12374) and
-OPT-Tree (arXiv 2406.17276); ranking over all requests, on a curve that is measured at start and refined, is ours.
+accepted, so the best n of all requests together are the first n, and n is where most time is saved; zero is an answer
+like any other. A token saves what one takes of late, drafts included: a draft that beats a plain round may still be
+slower than what comes without it. Source: the idea of sizing trees by measured cost is that of Sequoia
+(arXiv 2402.12374) and OPT-Tree (arXiv 2406.17276); ranking over all requests, on a curve that is measured at start and
+refined, and the price of a token, are ours.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field
 DRIFT_RATE, SHAPE_RATE = 0.1, 0.03
 WILDEST_RATIO = 2.0  # one pass that took longer than this times what was expected says that much and no more
 PACE_RATE, EXCESS_KEPT = 0.3, 0.9
+SPEEDUP_KEPT = 0.99  # a round
 UNKNOWN_ROW_S, FEWEST_ROWS = 0.002, 8  # of a prompt's token before any was read; of a chunk that tells
 MOST_SHOWN = 8  # positions of a request, in a round that tells what drafting takes
 UNKNOWN_SLOPE = 0.1  # of T(1) for each further row, where nothing but T(1) is known
@@ -131,6 +134,36 @@ class DraftCost:
         self.ratios[num_requests] = (expected / (self.fixed_s + self.level_s * (depth + 1))) * change
 
 
+class Speedup:
+    """How many times faster than plain decoding the last hundred or so rounds were, for each number of requests."""
+
+    def __init__(self) -> None:
+        self.plain_s: dict[int, float] = {}
+        self.spent_s: dict[int, float] = {}
+
+    def factor(self, num_requests: int) -> float:
+        """At least 1: decoding without drafts is always to be had. 1 as well where nothing is known."""
+        plain_s = self.plain_s.get(num_requests, 0.0)
+        return max(plain_s / self.spent_s[num_requests], 1.0) if plain_s else 1.0
+
+    def record(self, num_requests: int, plain_s: float, spent_s: float) -> None:
+        """A round took so long, and its tokens would have taken ``plain_s`` without drafts."""
+        for sums, seconds in ((self.plain_s, plain_s), (self.spent_s, spent_s)):
+            sums[num_requests] = SPEEDUP_KEPT * sums.get(num_requests, 0.0) + seconds
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a finished round took and gave: all rows of its pass; seconds of drafting, the pass, and all beside them."""
+
+    num_requests: int
+    rows: int
+    num_tokens: int
+    draft_s: float
+    verify_s: float
+    other_s: float
+
+
 @dataclass
 class Costs:
     """Everything a round is weighed by. overhead_s: what a round takes beside drafting and the verify pass."""
@@ -138,31 +171,45 @@ class Costs:
     verify: VerifyCost
     draft: DraftCost
     overhead_s: float = 0.0
+    speedup: Speedup = field(default_factory=Speedup)
 
     def prefill_pace(self) -> PrefillPace:
         """What a prompt's token will take, before one was read: its share of the largest pass measured."""
         rows = max(self.verify.points)
         return PrefillPace(self.verify.seconds(rows) / rows)
 
-    def rate(self, num_requests: int, gain: float, nodes: int, draft_s: float = 0.0) -> float:
-        """Tokens per second of a round: one token for each request and ``gain`` more, with so many drafted nodes."""
-        return (num_requests + gain) / (draft_s + self.overhead_s + self.verify.seconds(num_requests + nodes))
+    def plain_s(self, num_requests: int) -> float:
+        """A round without drafts."""
+        return self.overhead_s + self.verify.seconds(num_requests)
 
-    def record(self, rows: int, verify_s: float, other_s: float) -> None:
-        """A round's verify pass over so many rows, and what else it took."""
-        self.verify.record(rows, verify_s)
-        self.overhead_s += DRIFT_RATE * (other_s - self.overhead_s)
+    def token_s(self, num_requests: int) -> float:
+        """What a token takes of late where so many requests run, and so what one that is accepted saves."""
+        return self.plain_s(num_requests) / num_requests / self.speedup.factor(num_requests)
+
+    def saved_s(self, num_requests: int, gain: float, nodes: int, draft_s: float = 0.0) -> float:
+        """Seconds that ``gain`` more tokens save beyond what so many drafted nodes take; below 0 where they lose."""
+        rows_s = self.verify.seconds(num_requests + nodes) - self.verify.seconds(num_requests)
+        return gain * self.token_s(num_requests) - rows_s - draft_s
+
+    def record(self, spent: Spent) -> None:
+        """A finished round. What it brought is weighed by its expected time: load falls on plain rounds alike."""
+        self.verify.record(spent.rows, spent.verify_s)
+        self.overhead_s += DRIFT_RATE * (spent.other_s - self.overhead_s)
+        plain_s = spent.num_tokens * self.plain_s(spent.num_requests) / spent.num_requests
+        expected_s = spent.draft_s + self.overhead_s + self.verify.seconds(spent.rows)
+        self.speedup.record(spent.num_requests, plain_s, expected_s)
 
 
-def best_count(costs: Costs, num_requests: int, gains: Sequence[float], draft_s: float = 0.0) -> tuple[int, float]:
-    """How many of the drafted nodes to verify, and the tokens per second expected of that.
+def best_count(costs: Costs, num_requests: int, gains: Sequence[float]) -> tuple[int, float]:
+    """How many of the drafted nodes to verify, and the seconds that they are expected to save.
 
-    ``gains``: the probability of each to be accepted, falling; ``draft_s``: what drafting them took already.
+    ``gains``: the probability of each to be accepted, falling.
     """
-    best, best_rate, total = 0, costs.rate(num_requests, 0.0, 0, draft_s), 0.0
+    best, best_s, total = 0, 0.0, 0.0
+    token_s, plain_s = costs.token_s(num_requests), costs.verify.seconds(num_requests)
     for count, gain in enumerate(gains, 1):
         total += gain
-        rate = costs.rate(num_requests, total, count, draft_s)
-        if rate > best_rate:
-            best, best_rate = count, rate
-    return best, best_rate
+        saved_s = total * token_s + plain_s - costs.verify.seconds(num_requests + count)
+        if saved_s > best_s:
+            best, best_s = count, saved_s
+    return best, best_s

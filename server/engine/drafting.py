@@ -24,7 +24,7 @@ from server.engine.acceptance import Accepted
 from server.engine.backlog import Backlog
 from server.engine.calibration import DRAFTER, FORCED, LOOKUP, Calibration
 from server.engine.candidates import NOTHING, Candidates, choose_rows, learn_unused, merge, possible, sorted_gains
-from server.engine.cost import Costs, best_count
+from server.engine.cost import Costs, Spent, best_count
 from server.engine.ledger import Ledger
 from server.engine.request import TokenFilter
 from server.engine.sequence import RunningSequence
@@ -118,16 +118,14 @@ class Drafting:
             return [NOTHING] * len(batch)
         copied = {s.slot: self._copy(s) for s in wanted}
         found = {s.slot: self._merge(s, PLAIN, copied[s.slot]) for s in wanted}
-        draft_s = 0.0
         drafted = [s for s in wanted if s.drafts]
         depth = self._depth(len(batch), drafted, list(found.values()))
         if depth is not None:
             started = self.now()
             trees = self._attempt(lambda: self._trees(drafted, depth)) or []
-            draft_s = self.now() - started
-            self.ledger.drafted(DRAFTER, draft_s)
+            self.ledger.drafted(DRAFTER, self.now() - started)
             found |= {s.slot: self._merge(s, tree, copied[s.slot]) for s, tree in zip(drafted, trees, strict=False)}
-        return self._choose([found.get(s.slot, NOTHING) for s in batch], draft_s)
+        return self._choose([found.get(s.slot, NOTHING) for s in batch])
 
     def observe(self, sequence: RunningSequence, features: Tensor, next_ids: Sequence[int]) -> None:
         """Committed positions of a request: their features [n, width] and the tokens that follow them."""
@@ -149,11 +147,11 @@ class Drafting:
             self._attempt(self.backlog.show)
             self.ledger.drafted(DRAFTER, self.now() - started)
 
-    def record(self, num_requests: int, rows: int, verify_s: float, other_s: float) -> None:
-        """A finished round: its requests and rows, seconds of its verify pass and of all beside it and drafting."""
-        if self.costs is not None and num_requests:
-            self.ledger.close(self.costs, num_requests, rows, verify_s + other_s)
-            self.costs.record(rows, verify_s, other_s)
+    def record(self, spent: Spent) -> None:
+        """A finished round."""
+        if self.costs is not None and spent.num_requests:
+            self.ledger.close(self.costs, spent)
+            self.costs.record(spent)
 
     def release(self, slot: int) -> None:
         """A request has left its slot."""
@@ -247,19 +245,17 @@ class Drafting:
         costs = self.costs
         if costs is None:
             return deepest
-        gains = sorted_gains(copied)
-        count, best_rate = best_count(costs, num_requests, gains)
-        copied_gain = sum(gains[:count])
+        _, best_s = best_count(costs, num_requests, sorted_gains(copied))
         factor = sum(s.record.factor(DRAFTER) for s in drafted) / len(drafted)
         behind_s = costs.draft.row_s * self.backlog.num_rows / ROUNDS_TO_CATCH_UP
         best: int | None = None
         for depth in range(deepest + 1):
             num_tokens = min(depth + 1, self.options.budget.rows - 1)
-            gain = max(len(drafted) * self.calibration.expected_depth(num_tokens, factor), copied_gain)
+            gain = len(drafted) * self.calibration.expected_depth(num_tokens, factor)
             draft_s = behind_s + costs.draft.seconds(len(drafted), depth)
-            rate = costs.rate(num_requests, gain, len(drafted) * num_tokens, draft_s)
-            if rate > best_rate:
-                best, best_rate = depth, rate
+            saved_s = costs.saved_s(num_requests, gain, len(drafted) * num_tokens, draft_s)
+            if saved_s > best_s:
+                best, best_s = depth, saved_s
         self.pays = best is not None
         return best
 
@@ -288,11 +284,11 @@ class Drafting:
         if unknown:
             raise DrafterError(f"the drafter proposed token {unknown[0]} of a vocabulary of {self.options.vocab_size}")
 
-    def _choose(self, found: list[Candidates], draft_s: float) -> list[Candidates]:
+    def _choose(self, found: list[Candidates]) -> list[Candidates]:
         """The nodes worth their rows, over all requests together; without costs, all of them."""
         if self.costs is None:
             return found
-        count, _ = best_count(self.costs, len(found), sorted_gains(found), draft_s)
+        count, _ = best_count(self.costs, len(found), sorted_gains(found))
         chosen = choose_rows(found, count)
         learn_unused(self.calibration, found, chosen)
         return chosen

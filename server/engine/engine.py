@@ -26,7 +26,7 @@ from drafters.drafter import Drafter
 from drafters.proposal import Budget
 from server.engine.acceptance import Accepted, accept
 from server.engine.candidates import NOTHING, Candidates
-from server.engine.cost import Costs, PrefillPace
+from server.engine.cost import Costs, PrefillPace, Spent
 from server.engine.drafting import Drafting, DraftingOptions
 from server.engine.figures import Counts, EngineFigures
 from server.engine.logprobs import rank, rank_prompt
@@ -368,4 +368,4 @@ class Engine:
         self.clock.rows += rows
         self.counts.rounds_of[rows] += 1
         self.clock.tokens += num_tokens
-        self.drafting.record(len(turns), rows, checked - drafted, ended - checked)
+        self.drafting.record(Spent(len(turns), rows, num_tokens, drafted - started, checked - drafted, ended - checked))

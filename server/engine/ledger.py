@@ -1,8 +1,8 @@
 """What each stage of drafting cost and brought, in seconds: one that loses may lose a hundredth of the time. Pure.
 
 Expectations can be wrong, and what was learnt fades so that a drafter is tried again in time. The ledger bounds what
-all such trials may cost: drafting and the rows of its drafts are spent, the rounds that accepted drafts make needless
-are earned, and a stage that owes more than its share rests until time has paid for it. The rule is ours.
+all such trials may cost: drafting and the rows of its drafts are spent, what a token takes of late is earned for each
+that is accepted, and a stage that owes more than its share rests until time has paid for it. The rule is ours.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from server.engine.acceptance import Accepted
 from server.engine.calibration import DRAFTER, FORCED, LOOKUP
 from server.engine.candidates import Candidates
-from server.engine.cost import Costs
+from server.engine.cost import Costs, Spent
 
 ALLOWANCE = 0.01  # of all time
-CREDIT_ROUNDS = 8  # what a stage may lose before it must have earned, in plain rounds
+CREDIT_ROUNDS = 4  # what a stage may lose before it must have earned, in plain rounds
 
 
 @dataclass
@@ -54,13 +54,14 @@ class Ledger:
                 account.nodes += 1
                 account.accepted += row in path
 
-    def close(self, costs: Costs, num_requests: int, rows: int, seconds: float) -> None:
-        """A round of so many requests and rows in all has ended and took so long."""
-        plain_s = costs.overhead_s + costs.verify.seconds(num_requests)
+    def close(self, costs: Costs, spent: Spent) -> None:
+        """A round has ended."""
+        token_s = costs.token_s(spent.num_requests)
+        least = -CREDIT_ROUNDS * costs.plain_s(spent.num_requests)
+        verify_s = costs.verify.seconds(spent.rows)
         for account in self.stages.values():
-            extra_s = costs.verify.seconds(rows) - costs.verify.seconds(rows - account.nodes)
-            lost_s = account.draft_s + extra_s - account.accepted * plain_s / num_requests
-            least = -CREDIT_ROUNDS * plain_s
+            extra_s = verify_s - costs.verify.seconds(spent.rows - account.nodes) if account.nodes else 0.0
+            lost_s = account.draft_s + extra_s - account.accepted * token_s
             before = least if account.debt_s is None else account.debt_s
-            account.debt_s = max(before + lost_s - ALLOWANCE * seconds, least)
+            account.debt_s = max(before + lost_s - ALLOWANCE * (spent.verify_s + spent.other_s), least)
             account.nodes, account.accepted, account.draft_s = 0, 0, 0.0

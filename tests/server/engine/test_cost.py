@@ -14,7 +14,7 @@ from drafters.proposal import Budget, Proposal, chain
 from server.engine.acceptance import Accepted
 from server.engine.calibration import DRAFTER, LOOKUP, Calibration, RequestRecord, drafter_cell, lookup_cell
 from server.engine.candidates import NOTHING, Candidates, Draft, choose_rows, learn_unused, merge, sorted_gains
-from server.engine.cost import Costs, DraftCost, VerifyCost, best_count
+from server.engine.cost import Costs, DraftCost, Spent, VerifyCost, best_count
 from server.engine.ledger import Ledger
 from server.engine.measure import measured_costs
 from server.targets.target import PrefillChunk, VerifyRows
@@ -57,10 +57,25 @@ def test_the_chosen_number_of_rows_is_the_best_of_all(seed: int) -> None:
     slopes = list(itertools.accumulate((chooser.random() for _ in range(64)), initial=5.0))
     rule = costs(dict(enumerate(slopes, 1)), chooser.random())
     gains = sorted((chooser.random() for _ in range(40)), reverse=True)
-    num_requests, draft_s = chooser.randrange(1, 5), chooser.random()
-    rates = [rule.rate(num_requests, sum(gains[:n]), n, draft_s) for n in range(41)]
-    count, rate = best_count(rule, num_requests, gains, draft_s)
-    assert rate == max(rates) == rates[count]
+    num_requests = chooser.randrange(1, 5)
+    rule.speedup.record(num_requests, 1 + chooser.random(), 1.0)
+    saved = [rule.saved_s(num_requests, sum(gains[:n]), n) for n in range(41)]
+    count, saved_s = best_count(rule, num_requests, gains)
+    assert saved_s == pytest.approx(max(saved)) == pytest.approx(saved[count])
+
+
+def test_a_token_saves_what_one_takes_of_late() -> None:
+    rule = costs(overhead_s=2.0)
+    assert rule.token_s(1) == 12.0 and rule.token_s(4) == 3.5
+    assert rule.saved_s(1, 0.75, 3, draft_s=1.0) == pytest.approx(0.75 * 12 - 2 - 1)
+    for _ in range(500):  # three tokens for each plain one, at twice the time
+        rule.record(Spent(1, 4, 3, 10.0, 12.0, 2.0))
+    assert rule.token_s(1) == pytest.approx(8.0, rel=1e-3)
+    assert rule.saved_s(1, 0.5, 3) == pytest.approx(2.0, rel=1e-2) and rule.saved_s(1, 0.5, 3, 3.0) < 0
+    assert rule.token_s(4) == 3.5  # of four requests nothing is known yet
+    for _ in range(500):
+        rule.record(Spent(1, 4, 1, 10.0, 12.0, 2.0))
+    assert rule.token_s(1) == pytest.approx(12.0)  # plain decoding is always to be had
 
 
 def test_no_row_is_taken_where_rows_are_dear_and_more_where_they_are_cheap() -> None:
@@ -205,9 +220,9 @@ def simulate(
     for _ in range(rounds):
         calibration.round += 1
         alone = [merge(Proposal(), (1, 2, 3, 4), 2, calibration, r) if lookup else NOTHING for r in records]
-        count, best_rate = best_count(rule, num_requests, sorted_gains(alone))
+        count, best_s = best_count(rule, num_requests, sorted_gains(alone))
         depths = {
-            depth: rule.rate(
+            depth: rule.saved_s(
                 num_requests, num_requests * calibration.expected_depth(depth + 1), num_requests * (depth + 1),
                 rule.draft.seconds(num_requests, depth),
             )
@@ -215,16 +230,17 @@ def simulate(
         }  # fmt: skip
         best = max(depths, key=lambda depth: depths[depth])
         draft_s = 0.0
-        if depths[best] > best_rate:
+        if depths[best] > best_s:
             drafted += 1
             draft_s = rule.draft.seconds(num_requests, best)
             ids = range(10, 11 + best)
             tree = chain(tuple(ids), [-0.1] * (best + 1))
             alone = [merge(tree, (1, 2, 3, 4) if lookup else (), 2, calibration, r) for r in records]
-            count, _ = best_count(rule, num_requests, sorted_gains(alone), draft_s)
+            count, _ = best_count(rule, num_requests, sorted_gains(alone))
         chosen = choose_rows(alone, count)
         learn_unused(calibration, alone, chosen)
         seconds += draft_s + 0.2 + rule.verify.seconds(num_requests + count)
+        before = tokens
         for candidates, record in zip(chosen, records, strict=True):
             start, chance = (1, lookup) if chooser.random() < 0.5 and lookup else (10, accept)
             text = [start + i if chooser.random() < chance else 99 for i in range(8)]
@@ -234,6 +250,8 @@ def simulate(
                 for cell, prior in draft.cells:
                     calibration.add(cell, prior, right, record)
             calibration.add_levels(candidates.followed(accepted))
+        pass_s = rule.verify.seconds(num_requests + count)
+        rule.record(Spent(num_requests, num_requests + count, tokens - before, draft_s, pass_s, 0.2))
     return seconds / tokens, drafted
 
 
@@ -285,16 +303,16 @@ def rounds_tried(ledger: Ledger, rule: Costs, num_accepted: int, count: int = 40
             rows = tuple(range(num_accepted + 1))
             ledger.verified(Candidates(tree, (draft,) * 4, (0.5,) * 4), Accepted(rows, tuple(range(len(rows)))))
             lost_s += 0.2 + rule.verify.seconds(5) - (1 + num_accepted) * rule.verify.seconds(1)
-            ledger.close(rule, 1, 5, rule.verify.seconds(5))
+            ledger.close(rule, Spent(1, 5, 1 + num_accepted, 0.2, rule.verify.seconds(5), 0.0))
         else:
-            ledger.close(rule, 1, 1, rule.verify.seconds(1))
+            ledger.close(rule, Spent(1, 1, 1, 0.0, rule.verify.seconds(1), 0.0))
     return tried, lost_s
 
 
 def test_a_stage_that_never_brings_anything_costs_a_hundredth_of_the_time_and_its_credit() -> None:
     rule = Costs(VerifyCost({1: 1.0, 5: 1.5}), DraftCost(0.2, 0.0, 0.0))
     tried, lost_s = rounds_tried(Ledger(), rule, num_accepted=0)
-    assert lost_s <= 0.01 * 4000 * 1.02 + 8 + 1
+    assert lost_s <= 0.01 * 4000 * 1.02 + 4 + 1
     assert 20 < tried < 80
     always, gained_s = rounds_tried(Ledger(), rule, num_accepted=2)
     assert (always, gained_s < 0) == (4000, True)
@@ -305,10 +323,10 @@ def test_a_ledger_asks_nobody_to_pay_for_what_both_stages_drafted() -> None:
     both = Draft((drafter_cell(1, -1.0), lookup_cell(1, 2)))
     for _ in range(50):
         ledger.verified(Candidates(chain([1]), (both,), (0.5,)), Accepted((0,), (7,)))
-        ledger.close(rule, 1, 2, 9.0)
+        ledger.close(rule, Spent(1, 2, 1, 0.0, 9.0, 0.0))
     assert ledger.may_draft(DRAFTER) and ledger.may_draft(LOOKUP)
     copied = Draft((lookup_cell(1, 2),))
     for _ in range(3):
         ledger.verified(Candidates(chain([1]), (copied,), (0.5,)), Accepted((0,), (7,)))
-        ledger.close(rule, 1, 2, 9.0)
+        ledger.close(rule, Spent(1, 2, 1, 0.0, 9.0, 0.0))
     assert ledger.may_draft(DRAFTER) and not ledger.may_draft(LOOKUP)
