@@ -16,15 +16,17 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 from tokenizers import Tokenizer
 
+from server.engine.digits import DigitBounds
 from server.engine.request import GrammarStuck
+from server.engine.schema import held, held_in_grammar
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 Kind = Literal["json_schema", "regex", "choice", "grammar", "lark"]
 
+WITH_SCHEMAS: tuple[Kind, ...] = ("json_schema", "lark")  # the kinds whose JSON we write the rules of
 MAX_COMPILED = 64
-MAX_PROPERTIES = 1000  # of a schema; what optional ones cost grows with their square
 MAX_REASON = 200  # characters
 # One way to write blanks: a small model given the choice may never end them.
 BLANKS: JsonCompileOptions = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
@@ -35,19 +37,23 @@ class GrammarError(ValueError):
 
 
 class Grammar:
-    """A grammar and how far one answer has gone in it. One thread uses it."""
+    """A grammar and how far one answer has gone in it; digits: bounds of its numbers, None where it bounds them itself.
+    One thread uses it.
+    """
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, num_tokens: int, digits: DigitBounds | None) -> None:
         self.matcher = matcher
+        self.num_tokens = num_tokens
+        self.digits = digits
         self.consumed: list[int] = []
 
     def allowed(self, output_ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """[vocabulary] whether each token may follow these. Errors: GrammarStuck where none may, or too much work."""
         self._go_to(output_ids)
-        mask = self.matcher.compute_bitmask()
-        if self.matcher.is_error():
-            raise GrammarStuck(f"The grammar cannot go on: {first_line(self.matcher.get_error())}")
-        return np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little").astype(bool)
+        allowed = self._mask()
+        if self.digits is None:
+            return allowed
+        return self.digits.apply(allowed, output_ids, lambda token_id: self._may_end([*output_ids, token_id]))
 
     def forced(self, output_ids: Sequence[int]) -> Sequence[int]:
         """Tokens that must follow, as far as there is no choice; the model may still cut the same text otherwise."""
@@ -59,6 +65,19 @@ class Grammar:
         """How many of these tokens may follow, from the first on."""
         self._go_to(output_ids)
         return int(self.matcher.validate_tokens(list(token_ids)))
+
+    def _mask(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """What may follow where the matcher stands."""
+        mask = self.matcher.compute_bitmask()
+        if self.matcher.is_error():
+            raise GrammarStuck(f"The grammar cannot go on: {first_line(self.matcher.get_error())}")
+        return np.unpackbits(np.frombuffer(mask, np.uint8), count=self.num_tokens, bitorder="little").astype(bool)
+
+    def _may_end(self, output_ids: Sequence[int]) -> bool:
+        """Whether a number at the end of these may end with them."""
+        assert self.digits is not None
+        self._go_to(output_ids)
+        return bool((self._mask() & (self.digits.leading == 0)).any())
 
     def _go_to(self, output_ids: Sequence[int]) -> None:
         """Stand behind these tokens: what the answer did not take is rolled back."""
@@ -79,6 +98,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: Iterable[int]) -> None:
         self.tokenizer = LLTokenizer(tokenizer.to_str(), eos_token=sorted(stop_ids))
+        self.digits = DigitBounds(self.tokenizer)
         self.lock = threading.Lock()
         self.compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
 
@@ -94,17 +114,15 @@ class GrammarCompiler:
             self.compiled.move_to_end((kind, text))
             if len(self.compiled) > MAX_COMPILED:
                 self.compiled.popitem(last=False)
-            return Grammar(matcher.deep_copy())
+            digits = self.digits if kind in WITH_SCHEMAS else None
+            return Grammar(matcher.deep_copy(), self.tokenizer.vocab_size, digits)
 
     def _compile(self, kind: Kind, text: str) -> LLMatcher:
         try:
             if kind == "json_schema":
-                check_size(text)
-                grammar = LLMatcher.grammar_from_json_schema(text, overrides=BLANKS)
+                grammar = LLMatcher.grammar_from_json_schema(json.dumps(held(text)), overrides=BLANKS)
             else:
-                grammar = grammar_from(kind, text)
-        except GrammarError:
-            raise
+                grammar = grammar_from(kind, held_in_grammar(text, BLANKS) if kind in ("grammar", "lark") else text)
         except ValueError as error:
             raise GrammarError(first_line(str(error))) from error
         matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
@@ -118,23 +136,6 @@ class GrammarCompiler:
 
 
 def first_line(text: str) -> str:
-    """What the library says before it shows its state."""
-    return next(iter(text.splitlines()), "")[:MAX_REASON]
-
-
-def check_size(text: str) -> None:
-    """Errors: GrammarError for what is no JSON, and for more properties than are compiled in a second or two."""
-    try:
-        left = [json.loads(text)]
-    except (ValueError, RecursionError) as error:
-        raise GrammarError("it is no JSON, or nested too deeply") from error
-    count = 0
-    while left:
-        value = left.pop()
-        if isinstance(value, dict):
-            count += len(found) if isinstance(found := value.get("properties"), dict) else 0
-            left += value.values()
-        elif isinstance(value, list):
-            left += value
-    if count > MAX_PROPERTIES:
-        raise GrammarError(f"it has {count} properties; at most {MAX_PROPERTIES} are allowed")
+    """What the library says before it shows its state; of a fault in an expression, which is shown first, the last."""
+    lines = text.splitlines() or [""]
+    return (f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0])[:MAX_REASON]

@@ -13,7 +13,7 @@ from server.api.language.schemas import GenerationBody
 from server.api.language.tool_calls import CallFormat
 from server.api.language.tools import Tool
 from server.api.serving import ServedModel, Serving
-from server.engine.grammar import BLANKS, Grammar, GrammarError, Kind
+from server.engine.grammar import Grammar, GrammarError, Kind
 from server.text import TextCodec
 
 MAX_SOURCE = 200_000  # characters
@@ -178,7 +178,7 @@ def marked_call(format: CallFormat, codec: TextCodec, *, has_text: bool) -> list
 
 def json_rule(schema: Mapping[str, Any]) -> str:
     """A schema inside a grammar."""
-    return f"%json {json.dumps({**schema, 'x-guidance': BLANKS})}"
+    return f"%json {json.dumps(schema)}"
 
 
 def marker(codec: TextCodec, text: str) -> tuple[str, bool]:
