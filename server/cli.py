@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import threading
 from typing import Annotated, NoReturn
@@ -73,8 +74,11 @@ def set_up(
 
 
 def main() -> None:
-    """The console script. Exit codes: 0 fine, 1 failed, 2 usage, 130 Ctrl-C. An error that has a type is one line."""
+    """The console script. Exit codes: 0 fine, 1 failed, 2 usage, 130 Ctrl-C or SIGTERM. An error that has a type is one
+    line.
+    """
     open_standard_streams()
+    hear_signals()
     try:
         app()
         exit_code = FINE
@@ -97,6 +101,14 @@ def open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+
+
+def hear_signals() -> None:
+    """SIGTERM ends a command as Ctrl-C does, so that what is done is kept. Both are heard also where the command was
+    started to ignore them, as shells start what runs in the background; a server replaces them by its own.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def fail(error: Exception, exit_code: int) -> int:

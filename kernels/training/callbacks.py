@@ -128,14 +128,14 @@ class History(TrainerCallback):
 
 
 class CleanStop(TrainerCallback):
-    """Ctrl-C finishes the step, saves and ends the run; a second one kills it."""
+    """Ctrl-C or SIGTERM finishes the step, saves and ends the run; a second one kills it."""
 
     def __init__(self) -> None:
         self.requested = False
-        self.previous: Any = None
+        self.previous: dict[int, Any] = {}
 
     def request(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: note the wish, give the previous handler back."""
+        """Signal handler: note the wish, give the previous handlers back."""
         self.requested = True
         self.close()
         logger.warning("stopping after this step; the checkpoint will be saved (Ctrl-C again to kill)")
@@ -145,7 +145,7 @@ class CleanStop(TrainerCallback):
     ) -> None:
         """Signals reach the main thread only; elsewhere there is nothing to install."""
         if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGINT, self.request)
+            self.previous = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the trainer to save and stop. Several processes stop at the same step, whichever was asked first."""
@@ -156,14 +156,13 @@ class CleanStop(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the signal back."""
+        """Give the signals back."""
         self.close()
 
     def close(self) -> None:
         """Also for a run that failed."""
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
-            self.previous = None
+        while self.previous:
+            signal.signal(*self.previous.popitem())
 
 
 class AfterStep(TrainerCallback):

@@ -1,5 +1,7 @@
 """How ``dovetail serve`` ends before it serves: one sentence and an exit code, whatever is being loaded."""
 
+import json
+import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +42,39 @@ def test_ctrl_c_while_models_load_is_one_sentence_and_130() -> None:
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr and "KeyboardInterrupt" not in done.stderr
     assert done.stderr.splitlines()[-1] == "dovetail: interrupted"
+
+
+# A study that has saved eight answers and is told to end.
+ENDED_IN_THE_BACKGROUND = """
+import os, sys, threading
+from server import cli, launch
+from server.bench.structured import Study
+
+def run(self, cases, advance):
+    self.report.content["schemas"] = 8
+    self.report.save()
+    os.kill(os.getpid(), number)
+    threading.Event().wait(60)
+
+number = int(sys.argv.pop())
+launch.load_engine = launch.load_codec = launch.resolve_target = lambda *given: None
+Study.__init__ = lambda self, engine, codec, options, report: setattr(self, "report", report)
+Study.run = run
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_in_the_background_ends_when_told_and_keeps_what_is_done(tmp_path, number) -> None:
+    """Shells start what runs in the background with Ctrl-C ignored."""
+    arguments = ["eval", "structured", "--json", tmp_path / "report.json", number.value]
+    done = subprocess.run(
+        ["sh", "-c", 'trap "" INT TERM HUP; exec "$@"', "sh", sys.executable, "-c", ENDED_IN_THE_BACKGROUND,
+         *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "the same command goes on from" in done.stderr
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["schemas"] == 8
 
 
 def test_a_taken_port_is_told_before_anything_is_loaded(make_settings, monkeypatch) -> None:

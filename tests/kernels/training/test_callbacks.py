@@ -84,6 +84,15 @@ def test_second_interrupt_reaches_the_previous_handler(arguments: TrainingArgume
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_sigterm_saves_as_well(arguments: TrainingArguments) -> None:
+    stop, control, before = CleanStop(), TrainerControl(), signal.getsignal(signal.SIGTERM)
+    stop.on_train_begin(arguments, state(), control)
+    signal.raise_signal(signal.SIGTERM)
+    stop.on_step_end(arguments, state(), control)
+    assert control.should_save and control.should_training_stop
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_nothing_stops_without_a_wish(arguments: TrainingArguments) -> None:
     control = TrainerControl()
     CleanStop().on_step_end(arguments, state(), control)
