@@ -19,6 +19,13 @@ from server.vision.worker import VisionQueueFull
 MAX_RETRY_AFTER_S = 120  # the official client gives up on longer ones
 MAX_SHOWN = 80
 
+VERSIONED = ("models", "completions", "chat/completions", "responses", "messages", "embeddings")
+INSTEAD = {f"/{name}": f"/v1/{name}, a client's base URL ends in /v1" for name in VERSIONED} | {
+    "/completion": "/v1/completions", "/embedding": "/v1/embeddings", "/props": "/v1/models",
+    "/slots": "/health and /metrics", "/api/chat": "/v1/chat/completions", "/api/generate": "/v1/completions",
+    "/api/tags": "/v1/models", "/api/version": "/version", "/generate": "/v1/completions",
+}  # fmt: skip  # for routes of other servers
+
 
 class ApiError(HTTPException):
     """An answer other than success: HTTP status, the four keys of OpenAI's error object, and numbers for programs."""
@@ -164,13 +171,19 @@ def from_http(error: HTTPException, request: Request) -> ApiError:
         return error
     where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        return ApiError(404, f"There is no route {where}.", code="unknown_route")
+        return ApiError(404, f"There is no route {where}; {way_from(request)}.", code="unknown_route")
     if error.status_code == 405:
         message = f"{where} is not allowed; the Allow header names the methods that are."
         return ApiError(405, message, code="method_not_allowed", headers=error.headers)
     if error.status_code == 400:
         return ApiError(400, "The body is not JSON in UTF-8 with at most a few hundred levels.", code="invalid_json")
     return ApiError(error.status_code, str(error.detail), headers=error.headers)
+
+
+def way_from(request: Request) -> str:
+    """What to do instead of asking for a route that is not there."""
+    way = INSTEAD.get(request.url.path.rstrip("/"))
+    return "GET /docs lists those there are" if way is None else f"use {way}"
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from server.engine.digits import DigitBounds
 from server.engine.request import GrammarStuck
-from server.engine.schema import held, held_in_grammar
+from server.engine.schema import IN_GRAMMAR, check_expression, held, held_in_grammar
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -122,6 +122,8 @@ class GrammarCompiler:
             if kind == "json_schema":
                 grammar = LLMatcher.grammar_from_json_schema(json.dumps(held(text)), overrides=BLANKS)
             else:
+                if kind in ("regex", "grammar"):
+                    check_expression(IN_GRAMMAR.split(text)[0])
                 grammar = grammar_from(kind, held_in_grammar(text, BLANKS) if kind in ("grammar", "lark") else text)
         except ValueError as error:
             raise GrammarError(first_line(str(error))) from error

@@ -19,6 +19,8 @@ Schema = dict[str, Any]
 
 MAX_PROPERTIES = 1000  # of a schema; what optional ones cost grows with their square
 MAX_LENGTH = 1_000_000  # characters of a text that are counted
+MAX_REPEATS = 1000  # of an expression; what compiling costs grows with their square
+MAX_MULTIPLE = 1_000_000  # of steps that have to hold at once: their product in units of the last decimal place
 LEAST = 1e-15  # a bound nearer to nought is taken for this, or for nought
 BEYOND = 1e120  # no answer writes a number as large: a bound there says nothing
 LARGEST = math.nextafter(1e18, 0)  # of the bounds that are held to
@@ -86,7 +88,7 @@ def with_exact_numbers(schema: Any) -> Any:
             result[key] = {name: with_exact_numbers(entry) for name, entry in value.items()}
         else:
             result[key] = value if key in ("const", "enum", *BARE) else with_exact_numbers(value)
-    check_lengths(result)
+    check_sizes(result)
     draw_in(result, "minimum", "exclusiveMinimum", 1)
     draw_in(result, "maximum", "exclusiveMaximum", -1)
     if is_number(least := result.get("minimum")) and least >= LARGEST:
@@ -103,14 +105,31 @@ def check_exact(value: Any) -> None:
         raise ValueError(f"it holds the number {shortened(value)}, which doubles do not tell from others; send a text")
 
 
-def check_lengths(schema: Schema) -> None:
-    """Drop a bound that no text reaches. Errors: ValueError for one that is asked for, and for a step of nought."""
+def check_sizes(schema: Schema) -> None:
+    """Drop a bound that no text reaches. Errors: ValueError for one that is asked for, for steps of nought or with too
+    large a multiple in common, and for an expression that takes too long.
+    """
     if is_number(most := schema.get("maxLength")) and most > MAX_LENGTH:
         del schema["maxLength"]
     if is_number(least := schema.get("minLength")) and least > MAX_LENGTH:
         raise ValueError(f"minLength is {shortened(least)}; at most {MAX_LENGTH} can be held to")
-    if is_number(step := schema.get("multipleOf")) and step <= 0:
-        raise ValueError(f"multipleOf is {shortened(step)}; it must be above 0")
+    parts = schema.get("allOf")
+    holders = [schema, *(part for part in (parts if isinstance(parts, list) else []) if isinstance(part, dict))]
+    steps = {step for holder in holders if is_number(step := holder.get("multipleOf"))}
+    if any(step <= 0 for step in steps):
+        raise ValueError(f"multipleOf is {shortened(min(steps))}; it must be above 0")
+    places = max((-int(Decimal(repr(step)).as_tuple().exponent) for step in steps), default=0)
+    if len(steps) > 1 and math.prod(int(Decimal(repr(step)).scaleb(places)) for step in steps) > MAX_MULTIPLE:
+        raise ValueError(f"allOf asks for multiples of {', '.join(map(shortened, sorted(steps)))} at once; send one")
+    if isinstance(pattern := schema.get("pattern"), str):
+        check_expression(pattern)
+
+
+def check_expression(expression: str) -> None:
+    """Errors: ValueError for more repetitions than are compiled in a second or two."""
+    count = sum(map(expression.count, "*+?{"))
+    if count > MAX_REPEATS:
+        raise ValueError(f"an expression has {count} repetitions (* + ? {{); at most {MAX_REPEATS} are allowed")
 
 
 def draw_in(schema: Schema, name: str, exclusive: str, inward: int) -> None:

@@ -43,8 +43,8 @@ class EmbeddingsBody(RequestBody):
 
     model: Text | None = Field(None, description="Left out: the language model this server has.")
     input: Annotated[
-        list[str] | list[TokenIds],
-        BeforeValidator(parse_prompts, json_schema_input_type=str | list[str] | TokenIds | list[TokenIds]),
+        list[str | TokenIds],
+        BeforeValidator(parse_prompts, json_schema_input_type=str | TokenIds | list[str | TokenIds]),
     ] = Field(max_length=MAX_INPUTS, description="The four shapes of a completion's prompt.")
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian 32-bit floats")
 
@@ -69,7 +69,7 @@ async def create_embeddings(body: EmbeddingsBody, request: HttpRequest, serving:
     return await unless_left(request, embed(serving, model, prompts, body.encoding_format))
 
 
-def encode_inputs(codec: TextCodec, inputs: Sequence[str] | Sequence[TokenIds]) -> list[list[int]]:
+def encode_inputs(codec: TextCodec, inputs: Sequence[str | TokenIds]) -> list[list[int]]:
     """Token ids of every text. Errors: InvalidValue for one without tokens, and for ids outside the vocabulary."""
     prompts = [codec.encode(text) if isinstance(text, str) else text for text in inputs]
     for prompt in prompts:

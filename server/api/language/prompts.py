@@ -47,7 +47,7 @@ def plan_requests(
             stop_ids=stop_ids,
             choice=choice,
             draft=body.speculative.enabled,
-            max_rows=body.speculative.max_rows,
+            max_rows=body.speculative.most_rows,
             lookup=body.speculative.lookup,
             grammar=None if grammar is None else grammar(),
             min_tokens=min(body.min_tokens, limit),

@@ -45,15 +45,14 @@ Deadline = Annotated[
 ]
 
 
-def parse_prompts(value: Any) -> list[str] | list[TokenIds]:
-    """The four shapes of ``prompt`` as a list of texts or of token-id lists."""
+def parse_prompts(value: Any) -> list[str | TokenIds]:
+    """The shapes of ``prompt`` as a list, each entry a text or token ids."""
     prompts = [value] if isinstance(value, str) or (value and is_id_list(value)) else value
     if not isinstance(prompts, list) or not prompts:
-        raise ValueError("send a text, a list of texts, a list of token ids, or a list of such lists")
-    texts = all(isinstance(prompt, str) for prompt in prompts)
-    if not texts and not all(is_id_list(prompt) for prompt in prompts):
-        raise ValueError("send either texts or lists of token ids (whole numbers), not a mixture of types")
-    return [check_text(prompt) for prompt in prompts] if texts else prompts
+        raise ValueError("send a text, token ids, or a list of such")
+    if not all(isinstance(prompt, str) or is_id_list(prompt) for prompt in prompts):
+        raise ValueError("each prompt is a text or a list of token ids (whole numbers), not a mixture within one")
+    return [check_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def is_id_list(value: Any) -> bool:
@@ -103,13 +102,22 @@ class StreamOptions(Body):
 class Speculative(Body):
     """Extension: how this request is drafted for. It changes the speed, never the text."""
 
-    neutral: ClassVar[NeutralValues] = {"n_max": (), "n_min": (), "p_min": ()}
+    without_effect: ClassVar[frozenset[str]] = frozenset({"n_min", "p_min"})  # when llama.cpp drafts at all
 
     enabled: bool = Field(default=True, description="false: plain decoding")
     max_rows: WholeNumber | None = Field(
         default=None, ge=1, description="Rows of a verify pass, the root included; 1 is plain."
     )
+    n_max: WholeNumber | None = Field(
+        default=None, ge=0, description="Drafts of a verify pass, which is a row less: llama.cpp's name."
+    )
     lookup: bool = Field(default=True, description="false: no drafts are copied from the text itself")
+
+    @property
+    def most_rows(self) -> int | None:
+        """Rows that a verify pass of the request may have; None: as many as pay."""
+        limits = [self.max_rows, None if self.n_max is None else self.n_max + 1]
+        return min((limit for limit in limits if limit is not None), default=None)
 
 
 class GenerationBody(RequestBody):
@@ -257,9 +265,9 @@ class CompletionBody(GenerationBody):
     neutral: ClassVar[NeutralValues] = GenerationBody.neutral | {"suffix": ("",)}
 
     prompt: Annotated[
-        list[str] | list[TokenIds],
-        BeforeValidator(parse_prompts, json_schema_input_type=str | list[str] | TokenIds | list[TokenIds]),
-    ] = Field(description="A text, several, token ids, or several lists of them; ids are taken as they are.")
+        list[str | TokenIds],
+        BeforeValidator(parse_prompts, json_schema_input_type=str | TokenIds | list[str | TokenIds]),
+    ] = Field(description="A text, token ids, or a list of such; ids are taken as they are.")
     echo: bool = Field(False, description="The prompt stands before each answer.")
     logprobs: WholeNumber | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Log-probabilities, each with so many alternatives."

@@ -39,7 +39,7 @@ BOTH = [
     bad("logit_bias", "invalid_value", logit_bias={"999999": 1}),
     bad("stop_token_ids", "invalid_value", stop_token_ids=[-1]),
     bad("speculative.enabled", "invalid_type", speculative={"enabled": "no"}),
-    bad("speculative.n_max", "unsupported_parameter", speculative={"n_max": 4}),
+    bad("speculative.n_max", "invalid_value", speculative={"n_max": -1}),
     bad("temperature", "invalid_type", temperature=10**4000),
     bad(None, "invalid_unicode", **{"\ud800": 1}),
     bad("model", "invalid_type", model=7),
@@ -51,6 +51,9 @@ BOTH = [
         "response_format", "invalid_json_schema", response_format={"type": "json_object", "schema": {"type": "hiccup"}}
     ),
     bad("guided_regex", "invalid_json_schema", guided_regex="(a"),
+    bad("guided_regex", "invalid_json_schema", guided_regex="a*" * 1001),
+    bad("guided_json", "invalid_json_schema", guided_json={"const": -(2**63)}),  # this one ended the process
+    bad("guided_grammar", "invalid_json_schema", guided_grammar='start: %json {"const": -9223372036854775808}'),
     bad("guided_regex", "invalid_value", guided_regex="a", guided_json={}),
     bad("guided_choice", "invalid_value", guided_choice=[]),
     bad("grammar", "invalid_json_schema", grammar="root = = ="),
@@ -175,6 +178,8 @@ async def test_unknown_models_and_routes(connect, make_model):
         assert (await client.get("/v1/models/gpt-9")).json()["error"]["code"] == "model_not_found"
         nowhere = await client.get("/v1/nowhere")
         assert (nowhere.status_code, nowhere.json()["error"]["param"]) == (404, None)
+        for path, way in (("/chat/completions", "/v1/chat/completions"), ("/completion", "/v1/completions")):
+            assert f"use {way}" in (await send(client, path, COMPLETION)).json()["error"]["message"]
         wrong = await client.get("/v1/completions")
         assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
         assert wrong.json()["error"]["type"] == "invalid_request_error"

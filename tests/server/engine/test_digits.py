@@ -76,7 +76,9 @@ def test_numbers_end_and_follow_their_schema(compiler, codec, schema):
         ({"type": "integer", "minimum": 10**25}, "minimum is 10"),
         ({"type": "number", "maximum": -1e20}, "maximum is -1e"),
         ({"type": "integer", "multipleOf": -3}, "above 0"),
+        ({"allOf": [{"type": "integer", "multipleOf": 65537}, {"multipleOf": 65539}]}, "65537, 65539"),
         ({"type": "string", "minLength": 2**40}, "at most 1000000"),
+        ({"type": "string", "pattern": ".*" * 3000}, "3000 repetitions"),  # minutes, and then refused
     ],
     ids=str,
 )
@@ -86,6 +88,19 @@ def test_what_cannot_be_held_to_is_refused(compiler, schema, words):
     for kind, source in (("json_schema", {"properties": properties}), ("grammar", f"start: %json {inner}")):
         with pytest.raises(GrammarError, match=re.escape(words)):
             compiler.compile(kind, source)
+
+
+def test_what_only_looks_like_a_fault_is_answered(compiler, codec):
+    """Names are no keywords, examples hold anything, and a step beside another that it divides is one step."""
+    names = {"const": {"type": "null"}, "minimum": {"enum": [2**53]}, "multipleOf": {"const": {"minLength": 2**50}}}
+    schema = {
+        "type": "object", "properties": names, "required": [*names], "additionalProperties": False,
+        "examples": [{"const": 2**63}], "default": {"minimum": 10**30},
+    }  # fmt: skip
+    written = '{"const": null, "minimum": 9007199254740992, "multipleOf": {"minLength": 1125899906842624}}'
+    assert answer(compiler, codec, schema, "") == written
+    both = {"allOf": [{"type": "integer", "multipleOf": 5}, {"multipleOf": 10}], "minimum": 11, "maximum": 20}
+    assert answer(compiler, codec, both, "") == "20"
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ async def test_max_tokens_is_exact_and_defaults_to_sixteen(connect, make_model):
 
 @pytest.mark.parametrize(
     ("prompt", "num_prompts"),
-    [("one", 1), (["one", "two"], 2), ([5, 6, 7], 1), ([[5, 6], [7]], 2)],
+    [("one", 1), (["one", "two"], 2), ([5, 6, 7], 1), ([[5, 6], [7]], 2), ([[5, 6], "two"], 2)],
 )
 async def test_all_prompt_shapes(connect, make_model, prompt, num_prompts):
     model = make_model()
@@ -326,8 +326,10 @@ async def test_drafting_is_the_requests_own_affair(connect, make_model):
     async with connect(model) as client:
         await complete(client, speculative={"max_rows": 3, "lookup": False})
         await complete(client)
+        await complete(client, speculative={"n_max": 4, "n_min": 2, "p_min": 0.7})  # llama.cpp's names
         refused = await client.post("/v1/completions", json=ask(speculative={"max_rows": 0}))
-    first, second = model.engine.submitted
+    first, second, third = model.engine.submitted
+    assert third.max_rows == 5
     assert (first.draft, first.max_rows, first.lookup) == (True, 3, False)
     assert (second.draft, second.max_rows, second.lookup) == (True, None, True)
     assert refused.json()["error"]["param"] == "speculative.max_rows"
