@@ -17,9 +17,11 @@ if [ ! -e "$work/base.tar" ]; then
     rm -f "$work"/base/usr/lib/python3*/EXTERNALLY-MANAGED "$work"/base/var/cache/apt/archives/*.deb
     tar -C "$work/base" -cf "$work/base.tar" .
 fi
-container=$(buildah from scratch)
-buildah add -q "$container" "$work/base.tar" /
-buildah commit -q --rm "$container" "$base"
+if ! buildah inspect --type image "$base" >/dev/null 2>&1; then  # made once: every layer's cache hangs on it
+    container=$(buildah from scratch)
+    buildah add -q "$container" "$work/base.tar" /
+    buildah commit -q --rm "$container" "$base"
+fi
 
 buildah build --layers --format docker --build-arg "BASE=$base" --tag "$image" "$@" "$here"
 container=$(buildah from "$image")

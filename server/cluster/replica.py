@@ -12,7 +12,7 @@ from ray import serve
 from starlette.types import Message
 
 from server.api.serving import Phase, Serving
-from server.app import create_app
+from server.app import create_app, share_arenas
 from server.cluster.call import Call
 from server.launch import LaunchError, load_model, vision_worker
 from server.settings import Settings
@@ -82,6 +82,7 @@ class Replica:
     """A deployment. targets: settings by the name that requests know each target by; the first is loaded at once."""
 
     async def __init__(self, targets: Mapping[str, Settings]) -> None:  # type: ignore[misc]  # Ray Serve waits for it
+        share_arenas()
         self.targets = targets
         self.hosted: weakref.WeakSet[HostedApp] = weakref.WeakSet()
         self.name = serve.get_replica_context().replica_id.unique_id.encode()
