@@ -8,12 +8,15 @@ its figure is the median over repeats, and speed-ups are ratios of those medians
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from server.bench.contestants import Case, Contestant, Timed
 
 Progress = Callable[[str], None]
+
+SETTLE_S = 0.05  # before each run: other engines' threads spin on for some milliseconds behind their work
 
 
 @dataclass
@@ -66,6 +69,7 @@ def race(contestants: Sequence[Contestant], cases: Sequence[Case], repeats: int,
             for number, case in enumerate(cases):
                 timed = {}
                 for contestant in rotated(contestants, repeat + number):
+                    time.sleep(SETTLE_S)
                     timed[contestant.name] = contestant.run(case)
                     progress(contestant.name)
                 for name, run in timed.items():

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 
+from server.bench import compare
 from server.bench.compare import Race, acceptance_length, race, repeated_4gram_share, rotated
 from server.bench.contestants import Case, Timed
 
@@ -23,6 +24,11 @@ class Fake:
 
 def no_progress(name: str) -> None:
     pass
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "SETTLE_S", 0.0)
 
 
 def test_contestants_take_turns_and_the_first_one_rotates() -> None:
