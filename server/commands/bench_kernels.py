@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,10 @@ def kernels(
     ] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Times each is measured.")] = 7,
     peers: Annotated[bool, typer.Option(help="Measure other engines beside ours.")] = True,
+    instruction_set: Annotated[
+        str | None,
+        typer.Option(help="Ours by another one that this processor has, such as avx2; nothing: the fastest."),
+    ] = None,
     json_file: JsonFile = None,
     plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Draw T(n)/T(1) here.", show_default=False)] = None,
 ) -> None:
@@ -39,6 +44,7 @@ def kernels(
 
     Every round also measures the memory's speed and the processor's peak. The last line printed is JSON.
     """
+    from kernels import native
     from kernels.linear_lowbit.bench import BenchOptions
     from server.bench import kernel_report
     from server.placement.machine import compute_with
@@ -56,9 +62,13 @@ def kernels(
     console = Console(stderr=True, markup=False, soft_wrap=True)
     lengths = [int(length) for length in contexts.split(",")]
     busy = [int(count) for count in beside.split(",") if count]
-    report = kernel_report.bench_kernels(
-        options, [scope for scope in scopes.split(",") if scope], lengths, busy, console.print
-    )
+    if instruction_set is not None and instruction_set not in native.available_instruction_sets():
+        offered = ", ".join(native.available_instruction_sets()) or "none: the native kernels are not built"
+        raise typer.BadParameter(f"{instruction_set}: this machine has {offered}", param_hint="--instruction-set")
+    with contextlib.nullcontext() if instruction_set is None else native.use_instruction_set(instruction_set):
+        report = kernel_report.bench_kernels(
+            options, [scope for scope in scopes.split(",") if scope], lengths, busy, console.print
+        )
     for table in (
         *kernel_report.tables(report), *kernel_report.parts_tables(report), *kernel_report.beside_tables(report),
     ):  # fmt: skip

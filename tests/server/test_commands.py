@@ -8,6 +8,7 @@ import shutil
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import refusal, run
@@ -153,10 +154,18 @@ def test_a_study_is_not_a_training(tmp_path: Path) -> None:
 
 
 def test_kernel_benchmarks_are_reserved_words_of_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from kernels import native
     from server.bench import kernel_report
 
-    seen, nothing = [], {"results": [], "parts": [], "beside": []}
-    monkeypatch.setattr(kernel_report, "bench_kernels", lambda *given: seen.append(given) or dict(nothing))
+    seen, nothing = list[Any](), {"results": [], "parts": [], "beside": []}
+    sets: list[str] = []
+
+    def measured(*given: object) -> dict[str, Any]:
+        seen.append(given)
+        sets.append(native.instruction_set())
+        return dict(nothing)
+
+    monkeypatch.setattr(kernel_report, "bench_kernels", measured)
     monkeypatch.setattr(kernel_report, "tables", lambda report: ["table"])
     monkeypatch.setattr(kernel_report, "remarks", lambda report: ["remark"])
     file = tmp_path / "kernels.json"
@@ -180,6 +189,11 @@ def test_kernel_benchmarks_are_reserved_words_of_bench(monkeypatch: pytest.Monke
     options, scopes, contexts, busy, _ = seen[0]
     assert (options.weights, options.rows, options.layers) == (["int4"], [1, 8], 4)
     assert (scopes, contexts, busy) == (["model"], [64], [2])
+    if native.library() is not None:
+        usual, portable = native.instruction_set(), native.available_instruction_sets()[-1]
+        assert RUNNER.invoke(app, ["bench", "kernels", "--instruction-set", portable]).exit_code == 0
+        assert (sets, native.instruction_set()) == ([usual, portable], usual)
+        assert "this machine has" in refusal("bench", "kernels", "--instruction-set", "mmx")
     assert {"kernels", "diagonalwise", "vision", "distillation"} <= set(get_command(bench.app).commands)
     assert "diagonal-wise" in refusal("bench", "diagonal-wise"), "any other word is a target"
 
