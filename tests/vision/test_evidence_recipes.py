@@ -57,9 +57,11 @@ def test_studies_of_classifiers(name: str) -> None:
 
 
 def test_the_studies_of_face_scorers_measure_everybody_once() -> None:
-    cells, others = (expand(load_recipe(RECIPES / f"{name}.toml")) for name in ("faces_folds", "faces_folds_wide"))
-    plain = [cell for cell in cells if cell.variant == "plain"]
-    assert plain == [cell for cell in others if cell.variant == "plain"], "one training serves both"
+    names = ("faces_folds", "faces_folds_ranks", "faces_folds_wide")
+    plain, *others = (
+        [cell for cell in expand(load_recipe(RECIPES / f"{name}.toml")) if cell.variant == "plain"] for name in names
+    )
+    assert all(cells == plain for cells in others), "one training serves all"
     recipes = [FaceQualityRecipe.parse(cell.recipe) for cell in plain]
     splits = [recipe.data.splits(recipe.training.seed) for recipe in recipes]
     assert splits[0] == ("fold_2+3+4_of_5", "fold_1_of_5") and splits[4] == ("fold_1+2+3_of_5", "fold_0_of_5")
