@@ -87,7 +87,7 @@ def test_scores_of_withheld_people_fall_with_every_defect(tmp_path: Path) -> Non
             float(score([degrade(face, kind, severity, generator) for face in faces]).mean())
             for severity in (0.0, 0.25, 0.5, 0.75, 1.0)
         ]
-        # Mild JPEG, a few lost pixels and mild darkness cost the recogniser of the labels nothing: there it may even rise.
+        # Mild JPEG, a few lost pixels and mild darkness cost the recogniser of the labels nothing: there it may rise.
         assert all(worse < milder + 0.04 for milder, worse in pairwise(means)), (kind, means)
         assert means[0] - means[-1] > 0.05, (kind, means)
     mirrored = [face.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for face in faces]
