@@ -52,6 +52,13 @@ def default_target() -> Path:
     return file
 
 
+def is_default(target: Path) -> bool:
+    """Whether this is the default model's file."""
+    with contextlib.suppress(OwnModelError):
+        return target.name == Path(FILE).name and target == default_target()
+    return False
+
+
 def face_detector() -> Path:
     """CenterFace's file in the package that ships it. Errors: OwnModelError."""
     with contextlib.suppress(PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""How a model's folder wants to be sampled where a request does not say: its ``generation_config.json``."""
+"""How a model wants to be sampled where a request does not say: its folder's ``generation_config.json``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from server.engine.request import SamplingParams
+from server.own_models import is_default
 from server.text import TextError, read_json
 
 FILE = "generation_config.json"
+OF_DEFAULT = SamplingParams(temperature=0.2, top_p=0.9)  # as its card samples; at temperature 1 it babbles
 ALLOWED: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda value: value >= 0, "0 or more"),
     "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
@@ -23,8 +25,10 @@ ALLOWED: dict[str, tuple[Callable[[float], bool], str]] = {
 def read_sampling_defaults(folder: Path) -> SamplingParams:
     """What the file says, and OpenAI's defaults for the rest; ``do_sample: false`` is temperature 0.
 
-    Errors: TextError naming file and key.
+    A GGUF file has none; the default model is sampled as its card does it. Errors: TextError naming file and key.
     """
+    if is_default(folder):
+        return OF_DEFAULT
     file = folder / FILE
     config = read_json(file)
     found: dict[str, Any] = {}

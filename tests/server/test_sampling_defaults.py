@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from server import own_models
 from server.engine.request import SamplingParams
 from server.sampling_defaults import read_sampling_defaults
 from server.text import TextError
@@ -16,6 +17,13 @@ def test_a_folder_says_how_it_wants_to_be_sampled(tmp_path: Path) -> None:
     assert read_sampling_defaults(tmp_path) == SamplingParams(**said)  # type: ignore[arg-type]
     file.write_text(json.dumps({"do_sample": False, "temperature": None}))
     assert read_sampling_defaults(tmp_path) == SamplingParams(temperature=0.0)
+
+
+def test_the_default_model_is_sampled_as_its_card_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    default = tmp_path / Path(own_models.FILE).name
+    monkeypatch.setattr(own_models, "default_target", lambda: default)
+    assert read_sampling_defaults(default) == SamplingParams(temperature=0.2, top_p=0.9)
+    assert read_sampling_defaults(tmp_path / "copy" / default.name) == SamplingParams()
 
 
 @pytest.mark.parametrize(
