@@ -56,7 +56,8 @@ def short_socket_paths() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def test_data() -> Path:
+def larger_data() -> Path:
+    """The folder of data too large for the repository; skips where there is none."""
     folder = os.environ.get("DOVETAIL_TEST_DATA")
     if not folder or not Path(folder).is_dir():
         pytest.skip("DOVETAIL_TEST_DATA does not name a folder with the larger test data")

@@ -105,15 +105,15 @@ def documented_text(file: Path) -> str:
 
 
 @pytest.mark.parametrize("drafter", [None, RandomTrees()], ids=["plain", "random trees"])
-def test_the_documented_story_comes_out(test_data: Path, tmp_path: Path, drafter: NGramDrafter | None) -> None:
-    convert(test_data / "models" / "stories260K.bin").save_pretrained(tmp_path)
+def test_the_documented_story_comes_out(larger_data: Path, tmp_path: Path, drafter: NGramDrafter | None) -> None:
+    convert(larger_data / "models" / "stories260K.bin").save_pretrained(tmp_path)
     target = TorchTarget.load(tmp_path, "fp32", 1, 400)
     engine = Engine(target, drafter, EngineOptions(1, 320, Budget(16, 4, 5)))
     request = Request("story", [BEGIN], 256, SamplingParams(temperature=0), stop_ids=frozenset({BEGIN}))
     result = generate(engine, [request])["story"]
-    vocabulary = pieces(test_data / "tokenizers" / "tok512.bin")
+    vocabulary = pieces(larger_data / "tokenizers" / "tok512.bin")
     text = b"".join(vocabulary[token_id] for token_id in result.token_ids).decode("utf-8").strip()
-    documented = documented_text(test_data / "models" / "stories260K_doc.md")
+    documented = documented_text(larger_data / "models" / "stories260K_doc.md")
     assert text.startswith(documented) or documented.startswith(text)
     assert len(text) > 500
     if drafter is not None:

@@ -3,8 +3,10 @@
 // The caller works too, items are claimed one by one, and a loop ends when its items are done, not when every thread has been
 // there: a worker that the operating system keeps off the processor delays nobody unless it holds an item, and then only by that
 // item. Each thread begins with a run of items of its own, the same ones in every loop of as many, and helps the others when it is
-// through: so it reads memory onwards, where what was asked for ahead is its own to use. Whoever waits spins for about as long as an item takes and then sleeps in the kernel: a thread that spins while its
-// partner is off the processor uses up its own share of it for nothing, one that sleeps is let in as soon as there is work.
+// through: so it reads memory onwards, where what was asked for ahead is its own to use.
+//
+// Whoever waits spins for about as long as an item takes and then sleeps in the kernel: a thread that spins while its partner is
+// off the processor uses up its own share of it for nothing, one that sleeps is let in as soon as there is work.
 #pragma once
 
 #include <atomic>

@@ -85,9 +85,9 @@ def test_cache_sizes_come_from_the_metadata(tiny_gguf: Any, tmp_path: Path) -> N
         context_and_cache(file, 1, None)
 
 
-def test_a_small_models_text_is_the_same_on_either_engine(test_data: Path) -> None:
+def test_a_small_models_text_is_the_same_on_either_engine(larger_data: Path) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra gguf)")
-    file = test_data / "models" / "llama-2-tiny-random.gguf"
+    file = larger_data / "models" / "llama-2-tiny-random.gguf"
     texts = []
     for engine in ("native", "llama.cpp"):
         request = Request("one", [1, 9038, 2501], 16, SamplingParams(temperature=0))

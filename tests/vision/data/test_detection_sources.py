@@ -402,8 +402,8 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         open_detection("voc", tmp_path, "train")
 
 
-def test_blood_cells(test_data: Path, tmp_path: Path) -> None:
-    archive = test_data / "detection" / "bccd_voc.tar.gz"
+def test_blood_cells(larger_data: Path, tmp_path: Path) -> None:
+    archive = larger_data / "detection" / "bccd_voc.tar.gz"
     if not archive.is_file():
         pytest.skip(f"{archive} is not there")
     with tarfile.open(archive) as tar:

@@ -144,9 +144,9 @@ def test_agrees_with_pycocotools_on_random_scenes() -> None:
     assert_agreement(kept, 3)
 
 
-def test_agrees_with_pycocotools_on_the_coco_sample(test_data: Path, tmp_path: Path) -> None:
+def test_agrees_with_pycocotools_on_the_coco_sample(larger_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("pycocotools")
-    archive = test_data / "detection" / "coco_permissive33.tar.gz"
+    archive = larger_data / "detection" / "coco_permissive33.tar.gz"
     if not archive.is_file():
         pytest.skip(f"{archive} is not there")
     with tarfile.open(archive) as tar:

@@ -28,9 +28,9 @@ OTHER_SPACES = re.compile(r"(<\|user\|>|<\|end\|>|</s>)\s*[^\S \t\n\v\f\r]")
 
 
 @pytest.fixture(scope="session")
-def vocabularies(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vocabularies(larger_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vocabularies")
-    with tarfile.open(test_data / "tokenizers" / "ggml-vocab.tar.xz") as archive:
+    with tarfile.open(larger_data / "tokenizers" / "ggml-vocab.tar.xz") as archive:
         archive.extractall(folder, filter="data")
     return folder / "ggml-vocab"
 

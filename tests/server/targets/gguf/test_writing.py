@@ -204,9 +204,9 @@ def test_folders_become_files_and_files_folders_again(family: str, tmp_path: Pat
         assert (got - want).norm() < 0.02 * want.norm(), path.name
 
 
-def test_sentencepiece_survives_the_way_there_and_back(test_data: Path, tmp_path: Path) -> None:
+def test_sentencepiece_survives_the_way_there_and_back(larger_data: Path, tmp_path: Path) -> None:
     text = "Hello, wörld!  def f(x):\n\treturn 日本語 🙂"
-    first = test_data / "models" / "llama-2-tiny-random.gguf"
+    first = larger_data / "models" / "llama-2-tiny-random.gguf"
     write_safetensors(first, tmp_path / "folder")
     again = write_gguf(tmp_path / "folder", tmp_path / "again.gguf", "fp16")
     ids = load_codec(first).encode(text)
