@@ -56,9 +56,16 @@ class Race:
         return sum(got == want for got, want in pairs), len(pairs)
 
 
-def race(contestants: Sequence[Contestant], cases: Sequence[Case], repeats: int, progress: Progress) -> Race:
+def race(
+    contestants: Sequence[Contestant],
+    cases: Sequence[Case],
+    repeats: int,
+    progress: Progress,
+    beside: Callable[[], object] = lambda: None,
+) -> Race:
     """Let everyone generate everything ``repeats`` times. Ctrl-C ends the race early; what was measured is kept.
 
+    ``beside`` is called before each text: what is to be measured in turns with the contestants.
     An interrupted case is dropped for all, so that every contestant is judged by the same texts.
     """
     result = Race(cases, {contestant.name: [] for contestant in contestants})
@@ -67,6 +74,7 @@ def race(contestants: Sequence[Contestant], cases: Sequence[Case], repeats: int,
             for runs in result.runs.values():
                 runs.append([])
             for number, case in enumerate(cases):
+                beside()
                 timed = {}
                 for contestant in rotated(contestants, repeat + number):
                     time.sleep(SETTLE_S)

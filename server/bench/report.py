@@ -25,7 +25,7 @@ from server.bench.contestants import (
 from server.bench.prompts import Prompt
 from server.bench.simulated import SimulatedDrafter
 from server.bench.texts import Advance, BenchError, Texts, generate_references
-from server.bench.verify_curve import CONTEXT, verify_beside_costs, verify_ms
+from server.bench.verify_curve import CONTEXT, PassCosts, verify_ms
 from server.engine.cost import Costs, DraftCost, VerifyCost
 from server.engine.engine import Engine, RoundClock
 from server.engine.request import SamplingParams
@@ -82,11 +82,10 @@ def measure(
         prompts = [prompt.as_chat() for prompt in prompts]
     texts = generate_references(plain, codec, prompts, options.max_tokens, options.ignore_eos, advance)
     hardware = measure_machine()
-    costs: list[MeasuredCosts] = []
+    parts: PassCosts | None = None
     if isinstance(engine.target, NativeTarget):
-        curve, costs = verify_beside_costs(engine.target, [CONTEXT, mean_context(texts)])
-    else:
-        curve = verify_ms(engine.target)
+        parts = PassCosts(engine.target, [CONTEXT, mean_context(texts)])
+        parts.measure()
     ngram = ngram_runs(engine, texts.cases, sampling, advance)
     drafter = engine.drafting.drafter
     if options.simulate_acceptance is not None:
@@ -100,7 +99,10 @@ def measure(
     contestants = [plain, *(EngineContestant(name, one, sampling) for name, one in drafted.items()), *peers]
     num_runs = options.repeats * len(contestants) * len(texts.cases)
     done = iter(range(1, num_runs + 1))
-    result = race(contestants, texts.cases, options.repeats, lambda name: advance(name, next(done), num_runs))
+    result = race(
+        contestants, texts.cases, options.repeats, lambda name: advance(name, next(done), num_runs),
+        (lambda: None) if parts is None else parts.measure,
+    )  # fmt: skip
     report: dict[str, Any] = {
         "hardware": hardware.json(),
         "target": dataclasses.asdict(engine.target.info),
@@ -111,8 +113,10 @@ def measure(
     report["peers"] = {peer.name: peer_json(result, peer.name, texts.references, sampling) for peer in peers}
     report["peers"] |= {name: {"skipped": reason} for name, reason in skipped.items()}
     report |= {
-        "verify_ms": curve,
-        "predicted": predicted_json(costs, drafted[DOVETAIL], report[DOVETAIL]["acceptance_length"]),
+        "verify_ms": verify_ms(engine.target) if parts is None else parts.verify_ms(),
+        "predicted": predicted_json(
+            [] if parts is None else parts.costs(), drafted[DOVETAIL], report[DOVETAIL]["acceptance_length"]
+        ),
         "repeated_4gram_share": round(repeated_4gram_share(texts.references), 3),
         "ngram_acceptance_length": round(acceptance_length(ngram), 3),
     }

@@ -23,7 +23,7 @@ from server.bench.compare import race
 from server.bench.contestants import Case, EngineContestant
 from server.bench.simulated import SimulatedDrafter
 from server.bench.texts import Advance, BenchError
-from server.bench.verify_curve import ROWS, verify_beside_costs
+from server.bench.verify_curve import ROWS, PassCosts
 from server.bench.whole_model import random_model
 from server.engine.ahead import AheadDrafter, ahead_budget
 from server.engine.engine import Engine, EngineOptions
@@ -102,8 +102,13 @@ def bench_shape(options: ShapeOptions, advance: Advance) -> dict[str, Any]:
     drafted = Engine(target, ahead if options.blocks else drafter, engine)
     contestants = [plain, EngineContestant("dovetail", drafted)]
     steps = iter(range(1, 2 * options.repeats + 1))
-    found = race(contestants, [case], options.repeats, lambda name: advance(name, next(steps), 2 * options.repeats))
-    curve, (costs,) = verify_beside_costs(target, [PROMPT + options.max_tokens // 2])
+    parts = PassCosts(target, [PROMPT + options.max_tokens // 2])
+    parts.measure()
+    found = race(
+        contestants, [case], options.repeats, lambda name: advance(name, next(steps), 2 * options.repeats),
+        parts.measure,
+    )  # fmt: skip
+    (costs,) = parts.costs()
     predicted = {rows: measured_ms(costs, shape.num_layers, rows) for rows in ROWS}
     plain_speed, speed = found.median_tokens_per_s("plain"), found.median_tokens_per_s("dovetail")
     length = found.acceptance_length("dovetail")
@@ -127,7 +132,7 @@ def bench_shape(options: ShapeOptions, advance: Advance) -> dict[str, Any]:
             "ahead": {"hits": ahead.hits, "misses": ahead.misses, "gain": ahead.trial.gain},
         },
         "speedup": round(speed / plain_speed, 3) if plain_speed else None,
-        "verify_ms": curve,
+        "verify_ms": parts.verify_ms(),
         "predicted": {
             "verify_ms": {str(rows): round(taken, 3) for rows, taken in predicted.items()},
             "pass_ms": round(costs.pass_ms, 3), "round_ms": round(costs.round_ms, 3),

@@ -33,8 +33,8 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_contestants_take_turns_and_the_first_one_rotates() -> None:
     log: list[str] = []
-    race([Fake("x", [1], log), Fake("y", [1], log)], CASES, 2, no_progress)
-    assert log == ["xa", "ya", "yb", "xb", "ya", "xa", "xb", "yb"]
+    race([Fake("x", [1], log), Fake("y", [1], log)], CASES, 2, no_progress, lambda: log.append("|"))
+    assert log == ["|", "xa", "ya", "|", "yb", "xb", "|", "ya", "xa", "|", "xb", "yb"]
 
 
 def test_speed_is_the_median_over_repeats_of_tokens_over_seconds() -> None:
