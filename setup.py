@@ -6,7 +6,7 @@ one environment, transformers keeps its package and `dovetail` says in one sente
 
 The extension is optional: where no compiler is found, or it fails, the install goes on without it and torch's own
 products stand in (see kernels/native.py). Wheels that are built to be handed on must not lose it silently:
-DOVETAIL_REQUIRE_NATIVE=1 makes a failed build an error.
+DOVETAIL_REQUIRE_NATIVE=1 makes a failed build an error. DOVETAIL_SANITIZE=1 builds what `make sanitize` tests.
 """
 
 import os
@@ -17,6 +17,8 @@ from setuptools import Extension, setup
 from setuptools.command.install_lib import install_lib
 
 HOME = "_dovetail"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g1"]
+CHECKS = SANITIZERS if os.environ.get("DOVETAIL_SANITIZE") == "1" else []
 
 NATIVE = Extension(
     "kernels._native",
@@ -35,8 +37,9 @@ NATIVE = Extension(
         "-Wall",
         "-Wno-maybe-uninitialized",  # both: GCC 12 warns inside its own AVX-512 headers
         "-Wno-uninitialized",
+        *CHECKS,
     ],
-    extra_link_args=["-pthread"],
+    extra_link_args=["-pthread", *CHECKS],
     language="c++",
     optional=os.environ.get("DOVETAIL_REQUIRE_NATIVE") != "1",
 )
