@@ -82,8 +82,9 @@ def run_steps(engine: Engine) -> Iterator[tuple[float, list[Event]]]:
         yield time.perf_counter(), events
 
 
-def decode_speed(engine: Engine, requests: Sequence[Request]) -> float:
-    """Tokens per second of all streams together, from when the last has begun until one ends or all have had enough."""
+def decode_run(engine: Engine, requests: Sequence[Request]) -> tuple[int, float]:
+    """Tokens of all streams together and their seconds, from when the last has begun until one ends or all have had
+    enough."""
     enough = sum(request.max_tokens for request in requests) - SPARE * len(requests) ** 2
     for request in requests:
         engine.submit(request)
@@ -102,13 +103,25 @@ def decode_speed(engine: Engine, requests: Sequence[Request]) -> float:
         engine.cancel(request.request_id)
     if not count:
         raise StreamsError("a stream ended before all had begun; take more tokens a stream")
-    return count / (ended - started)
+    return count, ended - started
+
+
+def decode_speed(engine: Engine, prompts: Prompts, num_streams: int, max_tokens: int) -> float:
+    """Tokens per second over all prompts, so many streams at a time; prompts that fill no group are left out."""
+    runs = [
+        decode_run(engine, requests_for(prompts[first : first + num_streams], max_tokens + SPARE * num_streams))
+        for first in range(0, len(prompts) - num_streams + 1, num_streams)
+    ]
+    return sum(count for count, _ in runs) / sum(seconds for _, seconds in runs)
 
 
 def decode_report(
     engines: Engines, prompts: Prompts, counts: Sequence[int], max_tokens: int, turns: int, progress: Progress
 ) -> dict[str, object]:
-    """``{contestant: {streams: {tokens_per_s, of_plain}}}``; ``prompts`` hold one for each of the most streams."""
+    """``{contestant: {streams: {tokens_per_s, of_plain}}}``; ``prompts`` hold one for each of the most streams.
+
+    Every number of streams decodes the same texts.
+    """
     names = list(engines)
     speeds: dict[str, dict[int, list[float]]] = {name: {count: [] for count in counts} for name in engines}
     for engine in engines.values():
@@ -116,7 +129,7 @@ def decode_report(
     for turn in range(turns + 1):
         for count in counts:
             for name in [*names[turn % len(names) :], *names[: turn % len(names)]]:
-                speed = decode_speed(engines[name], requests_for(prompts[:count], max_tokens + SPARE * count))
+                speed = decode_speed(engines[name], prompts, count, max_tokens)
                 if turn:  # the first shows what drafts are worth
                     speeds[name][count].append(speed)
                 progress(f"{name}, {count} streams")

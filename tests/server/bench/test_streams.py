@@ -15,7 +15,7 @@ from server.bench.streams import (
     StreamsError,
     choices_report,
     decode_report,
-    decode_speed,
+    decode_run,
     gap_report,
     requests_for,
     second_turn_report,
@@ -56,7 +56,7 @@ def test_streams_are_measured_beside_plain_decoding(setup: Setup, tmp_path: Path
 def test_too_short_streams_are_no_measurement(setup: Setup) -> None:
     engine = setup.engine(None, lookup=False, by_cost=False)
     with pytest.raises(StreamsError, match="more tokens a stream"):
-        decode_speed(engine, requests_for([[1], [*PROMPT, *PROMPT]], 1))
+        decode_run(engine, requests_for([[1], [*PROMPT, *PROMPT]], 1))
     assert not engine.scheduler.has_work
 
 
