@@ -16,7 +16,8 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-DRIFT_RATE, SHAPE_RATE = 0.1, 0.03
+DRIFT_RATE, SHAPE_RATE, SLOWING_RATE = 0.1, 0.03, 0.02
+MOST_SLOWED, SWITCH_ROUNDS = 1.5, 16  # times, by drafting; so long a round is compared with those before the switch
 WILDEST_RATIO = 2.0  # one pass that took longer than this times what was expected says that much and no more
 PACE_RATE, EXCESS_KEPT = 0.3, 0.9
 SPEEDUP_KEPT = 0.99  # a round
@@ -30,6 +31,9 @@ class VerifyCost:
 
     ``record`` refines it while the server runs: quickly as a whole, since load and longer contexts slow every pass,
     and slowly point by point.
+
+    slowed: how many times longer a pass takes behind drafting, which takes its place in the caches; learnt where rounds
+    with and without drafting follow each other. since_switch: rounds since they last did.
     """
 
     def __init__(self, measured: Mapping[int, float]) -> None:
@@ -37,19 +41,25 @@ class VerifyCost:
         if not measured or min(measured) < 1 or min(measured.values()) <= 0:
             raise ValueError(f"T(n) needs times above 0 for 1 row or more, got {dict(measured)}")
         self.points = dict(measured)
-        self.drift = 1.0
+        self.drift = self.slowed = 1.0
+        self.drafted, self.since_switch = False, SWITCH_ROUNDS
         self._order()
 
-    def seconds(self, rows: int) -> float:
-        """T(rows); never less than for fewer rows."""
+    def seconds(self, rows: int, *, drafted: bool = False) -> float:
+        """T(rows), behind drafting or not; never less than for fewer rows."""
         known, times = self.known, self.times
+        now = self.drift * (self.slowed if drafted else 1.0)
         if rows < known[0]:
-            return self.drift * times[0] * rows / known[0]
+            return now * times[0] * rows / known[0]
         if len(known) == 1:
-            return self.drift * times[0] * (1 + UNKNOWN_SLOPE * (rows - known[0]))
+            return now * times[0] * (1 + UNKNOWN_SLOPE * (rows - known[0]))
         high = min(max(bisect_left(known, rows), 1), len(known) - 1)
         share = (rows - known[high - 1]) / (known[high] - known[high - 1])
-        return self.drift * (times[high - 1] + share * (times[high] - times[high - 1]))
+        return now * (times[high - 1] + share * (times[high] - times[high - 1]))
+
+    def slowing_s(self, rows: int) -> float:
+        """What drafting adds to a pass over so many rows."""
+        return self.seconds(rows, drafted=True) - self.seconds(rows)
 
     def curve(self) -> dict[int, float]:
         """T(n) at the rows that were measured; may be asked for by any thread."""
@@ -57,12 +67,16 @@ class VerifyCost:
         times = itertools.accumulate((seconds for _, seconds in points), max)
         return {rows: self.drift * seconds for (rows, _), seconds in zip(points, times, strict=True)}
 
-    def record(self, rows: int, seconds: float) -> None:
+    def record(self, rows: int, seconds: float, *, drafted: bool = False) -> None:
         """A pass over so many rows took so long."""
-        expected = self.seconds(rows)
-        ratio = min(max(seconds / expected, 1 / WILDEST_RATIO), WILDEST_RATIO)
-        shape = expected / self.drift
+        ratio = min(max(seconds / self.seconds(rows, drafted=drafted), 1 / WILDEST_RATIO), WILDEST_RATIO)
+        shape = self.seconds(rows) / self.drift
         self.drift *= ratio**DRIFT_RATE
+        self.since_switch = 0 if drafted != self.drafted else self.since_switch + 1
+        self.drafted = drafted
+        if self.since_switch < SWITCH_ROUNDS:
+            self.slowed *= ratio ** (SLOWING_RATE if drafted else -SLOWING_RATE)
+            self.slowed = min(max(self.slowed, 1.0), MOST_SLOWED)
         self.points[rows] = shape * ratio**SHAPE_RATE
         self._order()
 
@@ -154,7 +168,8 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a finished round took and gave: all rows of its pass; seconds of drafting, the pass, and all beside them."""
+    """What a finished round took and gave: all rows of its pass; seconds of drafting, the pass, and all beside them;
+    whether the drafter worked in it."""
 
     num_requests: int
     rows: int
@@ -162,6 +177,7 @@ class Spent:
     draft_s: float
     verify_s: float
     other_s: float
+    drafted: bool = False
 
 
 @dataclass
@@ -193,10 +209,10 @@ class Costs:
 
     def record(self, spent: Spent) -> None:
         """A finished round. What it brought is weighed by its expected time: load falls on plain rounds alike."""
-        self.verify.record(spent.rows, spent.verify_s)
+        self.verify.record(spent.rows, spent.verify_s, drafted=spent.drafted)
         self.overhead_s += DRIFT_RATE * (spent.other_s - self.overhead_s)
         plain_s = spent.num_tokens * self.plain_s(spent.num_requests) / spent.num_requests
-        expected_s = spent.draft_s + self.overhead_s + self.verify.seconds(spent.rows)
+        expected_s = spent.draft_s + self.overhead_s + self.verify.seconds(spent.rows, drafted=spent.drafted)
         self.speedup.record(spent.num_requests, plain_s, expected_s)
 
 

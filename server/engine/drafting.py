@@ -7,6 +7,7 @@ after a pause that doubles with every failure in a row.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import logging
 import math
@@ -150,6 +151,7 @@ class Drafting:
     def record(self, spent: Spent) -> None:
         """A finished round."""
         if self.costs is not None and spent.num_requests:
+            spent = dataclasses.replace(spent, drafted=self.ledger.drafter_worked)
             self.ledger.close(self.costs, spent)
             self.costs.record(spent)
 
@@ -247,12 +249,12 @@ class Drafting:
             return deepest
         _, best_s = best_count(costs, num_requests, sorted_gains(copied))
         factor = sum(s.record.factor(DRAFTER) for s in drafted) / len(drafted)
-        behind_s = costs.draft.row_s * self.backlog.num_rows / ROUNDS_TO_CATCH_UP
+        beside_s = costs.draft.row_s * self.backlog.num_rows / ROUNDS_TO_CATCH_UP + costs.verify.slowing_s(num_requests)
         best: int | None = None
         for depth in range(deepest + 1):
             num_tokens = min(depth + 1, self.options.budget.rows - 1)
             gain = len(drafted) * self.calibration.expected_depth(num_tokens, factor)
-            draft_s = behind_s + costs.draft.seconds(len(drafted), depth)
+            draft_s = beside_s + costs.draft.seconds(len(drafted), depth)
             saved_s = costs.saved_s(num_requests, gain, len(drafted) * num_tokens, draft_s)
             if saved_s > best_s:
                 best, best_s = depth, saved_s

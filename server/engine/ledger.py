@@ -40,6 +40,11 @@ class Ledger:
         debt_s = self.stages[stage].debt_s
         return debt_s is None or debt_s <= 0
 
+    @property
+    def drafter_worked(self) -> bool:
+        """Whether the drafter took any time in this round or before it."""
+        return self.stages[DRAFTER].draft_s > 0
+
     def drafted(self, stage: str, seconds: float) -> None:
         """So long took drafting, in this round or before it."""
         self.stages[stage].draft_s += seconds
@@ -59,9 +64,10 @@ class Ledger:
         token_s = costs.token_s(spent.num_requests)
         least = -CREDIT_ROUNDS * costs.plain_s(spent.num_requests)
         verify_s = costs.verify.seconds(spent.rows)
-        for account in self.stages.values():
+        for stage, account in self.stages.items():
             extra_s = verify_s - costs.verify.seconds(spent.rows - account.nodes) if account.nodes else 0.0
-            lost_s = account.draft_s + extra_s - account.accepted * token_s
+            slowing_s = costs.verify.slowing_s(spent.rows) if stage == DRAFTER and spent.drafted else 0.0
+            lost_s = account.draft_s + extra_s + slowing_s - account.accepted * token_s
             before = least if account.debt_s is None else account.debt_s
             account.debt_s = max(before + lost_s - ALLOWANCE * (spent.verify_s + spent.other_s), least)
             account.nodes, account.accepted, account.draft_s = 0, 0, 0.0

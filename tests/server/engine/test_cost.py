@@ -64,6 +64,30 @@ def test_the_chosen_number_of_rows_is_the_best_of_all(seed: int) -> None:
     assert saved_s == pytest.approx(max(saved)) == pytest.approx(saved[count])
 
 
+def test_what_drafting_adds_to_a_pass_is_learnt_where_rounds_with_and_without_it_follow_each_other() -> None:
+    chance = random.Random(3)
+    curve, plain = VerifyCost({1: 10.0, 8: 12.0}), VerifyCost({1: 10.0, 8: 12.0})
+    for number in range(4000):
+        drafted, load = number % 40 < 25, 2.0 if 1000 < number < 2000 else 1.0
+        taken = load * (13.0 if drafted else 10.0) * chance.uniform(0.9, 1.1)
+        curve.record(1, taken, drafted=drafted)
+        plain.record(1, load * 10.0 * chance.uniform(0.9, 1.1))
+    assert curve.slowed == pytest.approx(1.3, abs=0.07) and plain.slowed == 1.0
+    assert curve.slowing_s(1) == pytest.approx(3.0, abs=1.0)
+
+
+def test_a_ledger_charges_the_drafter_for_the_passes_it_slows() -> None:
+    ledger, rule = Ledger(), Costs(VerifyCost({1: 1.0, 2: 1.0}), DraftCost(0.0, 0.0, 0.0))
+    rule.verify.slowed = 1.4
+    draft = Draft((drafter_cell(1, -1.0),))
+    for _ in range(40):  # a third of the drafts is accepted: pays, but for what they slow
+        for accepted in (Accepted((0, 1), (5, 7)), Accepted((0,), (7,)), Accepted((0,), (7,))):
+            ledger.drafted(DRAFTER, 1e-6)
+            ledger.verified(Candidates(chain([1]), (draft,), (0.5,)), accepted)
+            ledger.close(rule, Spent(1, 2, len(accepted.token_ids), 1e-6, 1.0, 0.0, drafted=True))
+    assert not ledger.may_draft(DRAFTER) and ledger.may_draft(LOOKUP)
+
+
 def test_a_token_saves_what_one_takes_of_late() -> None:
     rule = costs(overhead_s=2.0)
     assert rule.token_s(1) == 12.0 and rule.token_s(4) == 3.5
