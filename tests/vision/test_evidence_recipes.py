@@ -13,7 +13,7 @@ from vision.tasks.face_quality import FaceQualityRecipe
 from vision.tasks.perceptrons import Variant
 from vision.tasks.region_heads import FrozenOptions
 
-SCENES = ("needles", "shapes")
+DATA = {"needles_lrm": "needles", "bccd_lrm": "voc", "shapes_thundernet": "shapes"}
 RECIPES = Path(vision.__file__).parent / "recipes" / "evidence"
 
 
@@ -30,13 +30,13 @@ def test_studies_of_perceptrons(name: str) -> None:
     assert name == "textures_tuning" or not set(recipe["study"]["seeds"]) & set(tuning)
 
 
-@pytest.mark.parametrize("name", ["needles_lrm", "shapes_thundernet"])
+@pytest.mark.parametrize("name", DATA)
 def test_studies_of_detectors(name: str) -> None:
     cells = expand(load_recipe(RECIPES / f"{name}.toml"))
     assert len({cell.seed for cell in cells}) >= 10
     parsed = {cell.variant: DetectorRecipe.parse(cell.recipe) for cell in cells}
     assert len({(each.training.steps, each.training.batch_size) for each in parsed.values()}) == 1
-    assert all(each.data.kind in SCENES and each.data.image_size % 32 == 0 for each in parsed.values())
+    assert all(each.data.kind == DATA[name] and each.data.image_size % 32 == 0 for each in parsed.values())
 
 
 def test_studies_of_region_heads() -> None:
@@ -48,12 +48,24 @@ def test_studies_of_region_heads() -> None:
     assert all(each.nms_threshold < frozen.proposals_nms for each in miners.values()), "something to suppress"
 
 
-@pytest.mark.parametrize("name", ["backbones", "textures_backbones"])
+@pytest.mark.parametrize("name", ["backbones", "textures_backbones", "textures_menet"])
 def test_studies_of_classifiers(name: str) -> None:
     cells = expand(load_recipe(RECIPES / f"{name}.toml"))
     assert len({cell.seed for cell in cells}) >= 10
     for cell in cells:
         assert ClassifierRecipe.parse(cell.recipe).model.backbone == cell.variant
+
+
+def test_one_training_of_menet_serves_both_parts() -> None:
+    first, second = (
+        [
+            cell
+            for cell in expand(load_recipe(RECIPES / f"textures_{name}.toml"))
+            if cell.variant.startswith("menet_108")
+        ]
+        for name in ("backbones", "menet")
+    )
+    assert first == second
 
 
 def test_the_studies_of_face_scorers_measure_everybody_once() -> None:

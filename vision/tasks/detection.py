@@ -153,12 +153,11 @@ def train_detector(recipe: dict[str, Any], *, resume: bool = False, console: Con
     """Run a recipe; ``output/model`` then holds the trained detector, which ``checkpoint`` names.
 
     The best of the last weights, their average and the best evaluation's, which stay in ``output/best``, is saved.
-    ``final`` gains ``map50``, ``map60`` and
-    ``map70`` of the saved detector over the evaluation split (see ``DetectorReport``), ``training_recall`` on training
-    images, ``skipped_images``, how often an image could not be read, and ``degenerate_boxes``, how many were dropped
-    from the training split. An
-    interrupted run (``finished`` False) names the checkpoint to resume from. Errors: RecipeError, DataError,
-    BackboneError, CheckpointError, TeacherError, TrainingDivergedError.
+    ``final`` gains ``map50``, ``map60``, ``map70`` and, with pycocotools, COCO's ``map`` of the saved detector over the
+    evaluation split (see ``DetectorReport``), ``training_recall`` on training images, ``skipped_images``, how often an
+    image could not be read, and ``degenerate_boxes``, how many were dropped from the training split. An interrupted run
+    (``finished`` False) names the checkpoint to resume from. Errors: RecipeError, DataError, BackboneError,
+    CheckpointError, TeacherError, TrainingDivergedError.
     """
     options = DetectorRecipe.parse(recipe)
     train_source = options.data.open_train()
@@ -206,6 +205,7 @@ def train_detector(recipe: dict[str, Any], *, resume: bool = False, console: Con
         recall = training_recall(LoadedDetector(chosen, config), train_source)
         save_detector(chosen, dataclasses.replace(config, training_recall=recall), folder)
         figures |= {"map50": result.map50, "map60": result.map60, "map70": result.map70, "training_recall": recall}
+        figures |= {} if result.map is None else {"map": result.map}
     state.wait_for_everyone()
     return dataclasses.replace(report, final={**report.final, **figures}, checkpoint=str(folder))
 

@@ -58,7 +58,7 @@ def test_every_miner_trains_saves_and_evaluates(
 ) -> None:
     report = train(detector_recipe(model=model, mining=mining))
     assert report.finished and report.checkpoint == str(tmp_path / "run" / "model")
-    assert {"map50", "map60", "map70", "eval_map50", "eval_loss"} <= report.final.keys()
+    assert {"map50", "map60", "map70", "map", "eval_map50", "eval_loss"} <= report.final.keys()
     assert {"step", "eval_map50", "eval_loss"} <= report.best.keys()
     assert load_detector(Path(report.checkpoint)).config.class_names == ("disc", "square")
 
