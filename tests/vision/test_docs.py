@@ -60,7 +60,10 @@ def test_the_distillation_studies_are_their_reports(name: str) -> None:
     assert between_markers(name, DISTILLATION) == study_report.markdown(report)
 
 
-@pytest.mark.parametrize("name", ["textures_bdd", "textures_cckd", "textures_long", "textures_plugin", "regions_bccd"])
+@pytest.mark.parametrize(
+    "name",
+    ["textures_bdd", "textures_cckd", "textures_long", "textures_plugin", "regions_bccd", "shapes_thundernet"],
+)
 def test_the_paired_studies_are_their_reports(name: str) -> None:
     report = json.loads((DOCS / "vision" / "evidence" / f"{name}.json").read_text(encoding="utf-8"))
     assert between_markers(name, EVIDENCE) == paired_report.markdown(report)
