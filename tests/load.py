@@ -2,7 +2,8 @@
 
 ``python tests/load.py --requests 10000 --at-once 200 --json FILE`` starts ``dovetail serve tiny``, asks it, and writes
 what happened; with ``--seconds`` instead of ``--requests`` it goes on for that long, and ``--plot`` draws the memory.
-The file is written every ten seconds, so that a run which is cut short leaves what it had found.
+The file is written every ten seconds, so that a run which is cut short leaves what it had found. Time in which the
+whole run stood still (its processes were stopped) is told, and does not count.
 Every greedy text is compared with what the same server answered alone and without drafts.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -27,6 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 300.0
+STILL_S = 5.0  # a clock that should tick each second and does not for so long: the run was stopped
 PROMPTS = [f"{start} {n}" for start in ("def mean", "import os", "The sum of", "class Tree") for n in range(6)]
 LENGTHS = (3, 6, 10)
 MAX_FILL_BYTES = 2**26
@@ -247,45 +250,53 @@ async def drive(
     keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:  # fmt: skip
     """The load, and what came of it. Memory is looked at behind ``warm_up`` requests with a full prefix cache, and at
-    the end; ``keep`` is given what is known every ten seconds."""
+    the end; ``keep`` is given what is known every ten seconds; ``stood_still``: when the run was, and for how long."""
     client = Client(port, seed, lengths)
     await client.learn()
     await client.fill_cache()
-    await share(client, at_once, warm_up, 1e9, 0)
+    await share(client, at_once, warm_up, lambda: False, 0)
     client.tally = Tally()
     before, started = resident_bytes(pid), time.monotonic()
     curve: list[tuple[float, int]] = []
+    still: list[tuple[float, float]] = []
+
+    def passed() -> float:
+        return time.monotonic() - started
 
     def report(left_running: int | None = None) -> dict[str, Any]:
         tally, first = client.tally, sorted(client.tally.first_byte_s)
         return {
             "kinds": dict(tally.kinds), "statuses": dict(tally.statuses), "compared": tally.compared,
             "mismatches": tally.mismatches, "odd": tally.odd,
-            "at_once": at_once, "warm_up": warm_up, "seconds": round(time.monotonic() - started, 1),
+            "at_once": at_once, "warm_up": warm_up, "seconds": round(passed(), 1), "stood_still": still,
             "left_running": left_running,
             "first_byte_s": {p: round(first[int(len(first) * int(p) / 100)], 3) for p in ("50", "95") if first},
             "resident_bytes": {"before": before, "after": resident_bytes(pid)}, "memory": curve,
         }  # fmt: skip
 
     async def watch() -> None:
-        while True:
-            curve.append((round(time.monotonic() - started, 1), resident_bytes(pid)))
-            keep(report())
-            await asyncio.sleep(10)
+        for tick in itertools.count():
+            if tick % 10 == 0:
+                curve.append((round(passed(), 1), resident_bytes(pid)))
+                keep(report())
+            slept = passed()
+            await asyncio.sleep(1)
+            if passed() - slept > STILL_S:
+                still.append((round(slept, 1), round(passed() - slept, 1)))
 
     watching = asyncio.ensure_future(watch())
-    await share(client, at_once, requests, started + seconds, rest_s)
+    await share(client, at_once, requests, lambda: passed() - sum(s for _, s in still) > seconds, rest_s)
     watching.cancel()
     return report(await until_idle(client))
 
 
-async def share(client: Client, at_once: int, requests: int | None, deadline: float, rest_s: float) -> None:
-    """``at_once`` callers take requests until none is left or time is up."""
+async def share(client: Client, at_once: int, requests: int | None, over: Callable[[], bool], rest_s: float) -> None:
+    """``at_once`` callers take requests until none is left or it is over."""
     left = iter(range(requests if requests is not None else sys.maxsize))
 
     async def caller() -> None:
         for _ in left:
-            if time.monotonic() > deadline:
+            if over():
                 return
             await client.one()
             await asyncio.sleep(rest_s)

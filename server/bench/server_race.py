@@ -34,7 +34,7 @@ from server.bench.contestants import default_parameters
 with default_parameters(use_extra_bufts=False):
     runpy.run_module("llama_cpp.server", run_name="__main__")
 """
-START_TIMEOUT_S, ANSWER_TIMEOUT_S, POLL_S = 120.0, 120.0, 0.2
+START_TIMEOUT_S, ANSWER_TIMEOUT_S, POLL_S = 900.0, 120.0, 0.2  # the first for a server that lives and never answers
 
 Count = Callable[[str], int]
 Progress = Callable[[str], None]
@@ -106,8 +106,8 @@ def installed(module: str) -> bool:
 
 
 @contextlib.contextmanager
-def running(each: Contender) -> Iterator[int]:
-    """The server on a free port, once it has answered a first chat. Errors: ServerUnavailable."""
+def running(each: Contender) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """The server, started on a free port: that port and its process."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -116,7 +116,7 @@ def running(each: Contender) -> Iterator[int]:
         [*each.command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
     )
     try:
-        yield port
+        yield port, process
     finally:
         process.terminate()
         try:
@@ -126,16 +126,15 @@ def running(each: Contender) -> Iterator[int]:
             process.wait()
 
 
-def wait_for(port: int, model: str) -> None:
-    """Until the server answers. Errors: ServerUnavailable."""
+def wait_for(port: int, process: subprocess.Popen[bytes], model: str) -> None:
+    """Until the server has answered a first chat, however slow its start is. Errors: ServerUnavailable."""
     deadline = time.monotonic() + START_TIMEOUT_S
-    reply = Reply(error="no answer")
-    while time.monotonic() < deadline:
-        reply = ask(port, model, "Hi", 2)
-        if not reply.error:
-            return
+    while error := ask(port, model, "Hi", 2).error:
+        if process.poll() is not None:
+            raise ServerUnavailable(f"it did not come up: it ended with {process.returncode}")
+        if time.monotonic() > deadline:
+            raise ServerUnavailable(f"it did not come up within {START_TIMEOUT_S:.0f} s: {error}")
         time.sleep(POLL_S)
-    raise ServerUnavailable(f"it did not come up within {START_TIMEOUT_S:.0f} s: {reply.error}")
 
 
 def ask(port: int, model: str, prompt: str, max_tokens: int) -> Reply:
@@ -202,10 +201,11 @@ def servers_report(
     taken: dict[str, dict[int, list[dict[str, float]]]] = {}
     unavailable: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        ports = {each: stack.enter_context(running(each)) for each in contenders}
-        for each, port in list(ports.items()):
+        started = {each: stack.enter_context(running(each)) for each in contenders}
+        ports = {each: port for each, (port, _) in started.items()}
+        for each, (port, process) in started.items():
             try:
-                wait_for(port, each.model)
+                wait_for(port, process, each.model)
             except ServerUnavailable as reason:
                 unavailable[each.name] = str(reason)
                 del ports[each]

@@ -50,10 +50,13 @@ def test_texts_are_counted_alike_and_failures_are_told(tmp_path: Path) -> None:
 def test_a_server_that_does_not_come_up_is_left_out_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.bench.server_race.START_TIMEOUT_S", 0.5)
-    dead = Contender("dead", (sys.executable, "-c", "pass"), "")
+    dead = Contender("dead", (sys.executable, "-c", "raise SystemExit(3)"), "")
     report = servers_report([dead], ["a"], [1], 2, 1, len, lambda _: None)
-    assert list(report) == ["unavailable"] and "did not come up" in report["unavailable"]["dead"]
+    assert list(report) == ["unavailable"] and "ended with 3" in report["unavailable"]["dead"]
+    monkeypatch.setattr("server.bench.server_race.START_TIMEOUT_S", 0.3)
+    silent = Contender("silent", (sys.executable, "-c", "import signal; signal.pause()"), "")
+    report = servers_report([silent], ["a"], [1], 2, 1, len, lambda _: None)
+    assert list(report) == ["unavailable"] and "within 0 s" in report["unavailable"]["silent"]
     file = tmp_path / "model.gguf"
     file.touch()
     with pytest.raises(ServerUnavailable, match="names the same weights"):
