@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
 import functools
 import logging
-import os
 import signal
 import socket
 import ssl
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
@@ -31,6 +27,7 @@ from server.api.observer import Observer
 from server.api.openapi import App
 from server.api.serving import Load, Serving
 from server.connection import Connection
+from server.heaps import share_arenas
 from server.installation import own_version
 from server.placement.machine import connection_limit
 from server.settings import Settings, SettingsError
@@ -40,7 +37,6 @@ from server.vision.worker import VisionWorker
 
 logger = logging.getLogger(__name__)
 
-M_ARENA_MAX, NUM_ARENAS = -8, 2  # of glibc's malloc.h
 FINISH_S = 5  # what connections get to take their last bytes once the engine has stopped
 
 
@@ -188,17 +184,6 @@ def bind_sockets(host: str, port: int) -> list[socket.socket]:
             raise ListenError(f"port {port} of {host} is taken; choose another with --port (0: a free one)") from error
         raise ListenError(f"{host}, port {port} cannot be listened on: {error.strerror}") from error
     return sockets
-
-
-def share_arenas() -> None:
-    """Have all threads allocate from a few heaps.
-
-    glibc gives eight to a processor, each of which keeps what its busiest moment took: under load the server's memory
-    grew by a tenth for it. The variable ``MALLOC_ARENA_MAX`` goes before; other C libraries have no such heaps.
-    """
-    if sys.platform == "linux" and "MALLOC_ARENA_MAX" not in os.environ:
-        with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).mallopt(M_ARENA_MAX, NUM_ARENAS)
 
 
 @contextmanager

@@ -348,6 +348,7 @@ def load_model(settings: Settings, report: Callable[[str], None] = logger.debug)
     sizes = target_sizes(folder, settings.weights, engine.scheduler.limits.num_rows)
     codec = load_codec(folder)
     codec.fit(engine.target.info.vocab_size)
+    codec.hold_to(engine.options.context_length)
     if fault := codec.check_templates():
         logger.warning("%s; chats are refused, completions are not", fault)
     thread = EngineThread(engine, settings.max_waiting)

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "DOVETAIL_"
 OTHER_VARIABLES = {"TEST_DATA", "REQUIRE_NATIVE"}  # read by the tests and by the build
 BUNDLED = "dovetail"
+COMMAND_LINE = "command line"
 NO_VISION = "none"
 NATIVE, LLAMA_CPP = "native", "llama.cpp"
 LOADING_THREAD = "dovetail-load"  # the server loads in it; the command line looks for it when it ends
@@ -73,13 +74,18 @@ class Settings(BaseSettings):
     context None is what the target allows; rows, top_k and depth None are those that suit the weights.
     """
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False
+    )
 
     target: str | None = Field(
-        None, description="Folder of safetensors, .gguf file or hub id, or 'tiny'; nothing: SmolLM2-135M-Instruct."
+        None,
+        min_length=1,
+        description="Folder of safetensors, .gguf file or hub id, or 'tiny'; nothing: SmolLM2-135M-Instruct.",
     )
     drafter: str | None = Field(
         None,
+        min_length=1,
         description="Folder or hub id of a drafter, or a small language model (.gguf files too), or 'none'.",
     )
     lookup: bool = Field(True, description="Draft what followed the same words before, beside the drafter.")
@@ -106,7 +112,7 @@ class Settings(BaseSettings):
         False,
         description="Long prompts are read by the GPU, layers streamed to it; its rounding may change an answer.",
     )
-    host: str = Field("127.0.0.1", description="Address to listen on.")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     threads: int | None = Field(None, ge=1, description="CPU threads; nothing: every core this process may use.")
     context: int | None = Field(None, ge=2, description="Longest prompt and answer, in tokens.")
@@ -276,9 +282,13 @@ def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Setti
     try:
         return Sources(**flags)
     except ValidationError as error:
-        raise SettingsError("; ".join(describe_fault(fault) for fault in error.errors())) from error
+        in_file = set() if config is None else set(tomllib.loads(config.read_text(encoding="utf-8", errors="replace")))
+        faults = (f"{describe_fault(fault)}{source_of(fault, flags, in_file, config)}" for fault in error.errors())
+        raise SettingsError("; ".join(faults)) from error
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{config} is not TOML: {error}") from error
+    except OSError as error:
+        raise SettingsError(f"{config} cannot be read: {error.strerror}") from error
 
 
 def warn_of_misspelt(environment: Iterable[str]) -> None:
@@ -297,5 +307,24 @@ def describe_fault(fault: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"unknown setting {name!r}; known are {', '.join(Settings.model_fields)}"
-    message = fault["msg"].removeprefix("Value error, ")
+    message = "Input should be a list of texts" if fault["type"] == "tuple_type" else fault["msg"]
+    message = message.removeprefix("Value error, ")
     return f"{name}: {message}" if name else message
+
+
+def source_of(fault: Mapping[str, Any], flags: Mapping[str, Any], in_file: set[str], config: Path | None) -> str:
+    """Where a wrong value stands that is not on the command line, in brackets."""
+    name = str(fault["loc"][0]) if fault["loc"] else ""
+    where = origin(name, flags, in_file, config)
+    return f" ({where})" if name in Settings.model_fields and where != COMMAND_LINE else ""
+
+
+def origin(name: str, flags: Mapping[str, Any], in_file: Iterable[str], config: Path | None) -> str:
+    """Where a setting comes from: ``flags`` holds what the command line gave, None where nothing; ``in_file`` the names
+    that ``config`` has."""
+    variable = f"{PREFIX}{name.upper()}"
+    if flags.get(name) is not None:
+        return COMMAND_LINE
+    if variable in {each.upper() for each in os.environ}:
+        return variable
+    return str(config) if name in in_file else "default"

@@ -27,6 +27,8 @@ REPLACEMENT = "\ufffd"
 MAX_HELD_REPLACEMENTS = 8
 # Tokens of a prompt that its continuation is decoded behind: a character spans fewer.
 NUM_CONTEXT = 16
+# Bytes of a text that are read whatever the context is: what tokens it has may be asked of a text that does not fit.
+MIN_READ_BYTES = 2**20
 TOOLS_TEMPLATE = "tool_use"
 REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
@@ -37,6 +39,10 @@ class TextError(ValueError):
 
 class InvalidText(TextError):
     """The text is not Unicode that UTF-8 can carry, or holds NUL."""
+
+
+class TextTooLong(TextError):
+    """The text has more bytes than the model's context can hold."""
 
 
 class ChatTemplateError(TextError):
@@ -136,6 +142,8 @@ class TextCodec:
         self.template_variables = dict(template_variables or {})
         self.template_fault: str | None = None
         self.model_vocab_size: int | None = None
+        self.context_length: int | None = None
+        self.max_bytes: int | None = None
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
@@ -178,6 +186,13 @@ class TextCodec:
             )  # fmt: skip
             self.stop_ids -= frozenset(beyond)
 
+    def hold_to(self, context_length: int) -> None:
+        """Refuse from now on, unread, texts of more bytes than so many of the longest tokens have: reading a text takes
+        a second and hundreds of megabytes for each million bytes."""
+        longest = max((len(text.encode()) for text in self.tokenizer.get_vocab()), default=1)
+        self.context_length = context_length
+        self.max_bytes = max(MIN_READ_BYTES, context_length * longest)
+
     @property
     def has_chat_template(self) -> bool:
         """Whether ``chat`` can be asked."""
@@ -193,7 +208,8 @@ class TextCodec:
         return self.template_fault
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; special tokens written in it are recognised. Errors: InvalidText."""
+        """Token ids of a text; special tokens written in it are recognised. Errors: InvalidText, TextTooLong."""
+        self._check_length([text])
         return self._checked(self.tokenizer.encode(check_text(text), add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -230,12 +246,13 @@ class TextCodec:
         ``continue_final``: the text ends with the last message, for the answer to go on with.
 
         A special token written inside a message is taken as ordinary text, so that a user cannot end the turn.
-        Errors: ChatTemplateError, InvalidText.
+        Errors: ChatTemplateError, InvalidText, TextTooLong.
         """
         pieces = self.render_chat(
             messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt,
             continue_final=continue_final,
         )  # fmt: skip
+        self._check_length(pieces)
         return self._checked(
             [i for piece in pieces for i in self.tokenizer.encode(piece, add_special_tokens=False).ids]
         )
@@ -282,6 +299,14 @@ class TextCodec:
         raise ChatTemplateError(
             f"the model has chat templates named {', '.join(sorted(self.templates))} and none named {DEFAULT_TEMPLATE}"
         )
+
+    def _check_length(self, texts: Sequence[str]) -> None:
+        num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        if self.max_bytes is not None and num_bytes > self.max_bytes:
+            raise TextTooLong(
+                f"This model's maximum context length is {self.context_length} tokens, and texts of at most "
+                f"{self.max_bytes} bytes are read. However, this one has {num_bytes} bytes; shorten it"
+            )
 
     def _checked(self, token_ids: list[int]) -> list[int]:
         limit = self.model_vocab_size

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from server.engine.request import ContextTooLong, EngineError, EngineStopped, QueueFull
-from server.text import InvalidText, TextError
+from server.text import InvalidText, TextError, TextTooLong
 from server.vision.child import VisionError, VisionStopped
 from server.vision.worker import VisionQueueFull
 
@@ -134,7 +134,8 @@ def from_vision(error: VisionError) -> ApiError:
 
 def from_text(error: TextError) -> ApiError:
     """Text the codec does not take, on the wire."""
-    code = "invalid_unicode" if isinstance(error, InvalidText) else "invalid_value"
+    codes = {InvalidText: "invalid_unicode", TextTooLong: "context_length_exceeded"}
+    code = codes.get(type(error), "invalid_value")
     return ApiError(400, f"{error}.", code=code)
 
 

@@ -21,6 +21,7 @@ from server.logs import CURRENT_REQUEST
 logger = logging.getLogger(__name__)
 
 MAX_HEADERS = 100
+MAX_HEAD_BYTES = 16 * 2**10
 MAX_BODY_BYTES = 8 * 2**20
 VISION_PATHS = "/v1/vision/"
 MAX_VISION_BODY_BYTES = 32 * 2**20
@@ -40,6 +41,7 @@ SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
 }
+WHOLE_ADDRESS = re.compile(r"https?://([^/]*)(.*)", re.IGNORECASE | re.DOTALL)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -56,8 +58,8 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
         scope = as_routes_know_it(scope)
+        headers = Headers(scope=scope)
         request_id = accepted_request_id(headers.get("x-request-id"))
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
@@ -87,6 +89,10 @@ def check_head(path: str, headers: Headers) -> None:
     if len(headers) > MAX_HEADERS:
         message = f"The request has {len(headers)} headers; at most {MAX_HEADERS} are allowed."
         raise ApiError(431, message, code="too_many_headers", headers={"Connection": "close"})
+    num_bytes = sum(len(name) + len(value) for name, value in headers.raw)
+    if num_bytes > MAX_HEAD_BYTES:
+        message = f"The request's headers have {num_bytes} bytes; at most {MAX_HEAD_BYTES} are allowed."
+        raise ApiError(431, message, code="headers_too_large", headers={"Connection": "close"})
     if headers.get("content-encoding", "identity") != "identity":
         raise ApiError(415, "Compressed bodies are not accepted; send it plain.", code="unsupported_media_type")
     length = headers.get("content-length", "0")
@@ -185,7 +191,11 @@ class AnswerSender:
 
 
 def as_routes_know_it(scope: Scope) -> Scope:
-    """The request with single slashes and none at the end of its path; HEAD, answered without body, as GET."""
+    """The request with single slashes and none at the end of its path; HEAD, answered without body, as GET; a whole
+    address, as proxies are sent (RFC 9112, 3.2.2), as its path, with its host in the stead of the head's."""
+    if address := WHOLE_ADDRESS.fullmatch(scope["path"]):
+        kept = [(name, value) for name, value in scope["headers"] if name != b"host"]
+        scope = {**scope, "path": address[2], "headers": [(b"host", address[1].encode()), *kept]}
     path = re.sub("/+", "/", scope["path"]).rstrip("/") or "/"
     method = "GET" if scope["method"] == "HEAD" else scope["method"]
     return {**scope, "path": path, "raw_path": path.encode(), "method": method}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Coroutine
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -13,10 +14,14 @@ from pydantic import BaseModel, ValidationError
 
 from server.api.errors import ApiError
 from server.api.gate import content_type
+from server.heaps import and_give_back
 
 SMALL_BODY = 32 * 2**10  # bytes that are read in less time than another thread takes to be asked
+LARGE_BODY = 256 * 2**10  # bytes whose tokens take so long that no other request should wait for them
 MAX_VALUES = 500_000
 UNREADABLE = "The body is not JSON in UTF-8 with at most a few hundred levels."
+
+Result = TypeVar("Result")
 
 
 class JsonRoute(APIRoute):
@@ -32,6 +37,7 @@ class JsonRoute(APIRoute):
 
         async def read_and_answer(request: Request) -> Response:
             raw = b"".join([chunk async for chunk in request.stream()])
+            request.state.is_large = len(raw) > LARGE_BODY
             if not raw or content_type(request) != "application/json":
                 return await answer(ReadRequest(request, raw, None))
             if len(raw) <= SMALL_BODY:
@@ -42,6 +48,14 @@ class JsonRoute(APIRoute):
             return await answer(ReadRequest(request, b"{}", body))
 
         return read_and_answer
+
+
+async def in_thread(request: Request, work: Callable[..., Result], *arguments: Any) -> Result:
+    """Run ``work`` away from the event loop. What large bodies ask for runs one after another, so that what small ones
+    ask for never waits for it."""
+    if request.state.is_large:
+        return cast(Result, await request.app.state.serving.aside(and_give_back, work, *arguments))
+    return await asyncio.to_thread(work, *arguments)
 
 
 class ReadRequest(Request):

@@ -12,8 +12,9 @@ from ray import serve
 from starlette.types import Message
 
 from server.api.serving import Phase, Serving
-from server.app import create_app, share_arenas
+from server.app import create_app
 from server.cluster.call import Call
+from server.heaps import share_arenas
 from server.launch import LaunchError, load_model, vision_worker
 from server.settings import Settings
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from server.settings import PREFIX, Settings
+from server.settings import Settings, origin
 
 
 def settings_text(settings: Settings, flags: Mapping[str, Any], config: Path | None) -> str:
@@ -20,17 +19,7 @@ def settings_text(settings: Settings, flags: Mapping[str, Any], config: Path | N
     A setting without a value stands as a comment.
     """
     in_file = {} if config is None else tomllib.loads(config.read_text(encoding="utf-8"))
-    environment = {name.upper() for name in os.environ}
-
-    def origin(name: str) -> str:
-        variable = f"{PREFIX}{name.upper()}"
-        if flags.get(name) is not None:
-            return "command line"
-        if variable in environment:
-            return variable
-        return str(config) if name in in_file else "default"
-
-    return "\n".join(f"{line(name, value)}  # {origin(name)}" for name, value in settings)
+    return "\n".join(f"{line(name, value)}  # {origin(name, flags, in_file, config)}" for name, value in settings)
 
 
 def line(name: str, value: Any) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any, TypeGuard
 
@@ -20,6 +21,7 @@ Schema = dict[str, Any]
 MAX_PROPERTIES = 1000  # of a schema; what optional ones cost grows with their square
 MAX_LENGTH = 1_000_000  # characters of a text that are counted
 MAX_REPEATS = 1000  # of an expression; what compiling costs grows with their square
+MAX_PATTERNS = 8  # expressions that one text has to match at once; what compiling costs doubles with each
 MAX_MULTIPLE = 1_000_000  # of steps that have to hold at once: their product in units of the last decimal place
 LEAST = 1e-15  # a bound nearer to nought is taken for this, or for nought
 BEYOND = 1e120  # no answer writes a number as large: a bound there says nothing
@@ -38,6 +40,8 @@ def held(text: str) -> Schema | bool:
         count = num_properties(schema)
         if count > MAX_PROPERTIES:
             raise ValueError(f"it has {count} properties; at most {MAX_PROPERTIES} are allowed")
+        if (count := patterns_at_once(schema)) > MAX_PATTERNS:
+            raise ValueError(f"one text has to match {count} patterns at once; at most {MAX_PATTERNS} are allowed")
         result: Schema | bool = with_exact_numbers(schema)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError("it is no JSON, or nested too deeply") from error
@@ -72,6 +76,69 @@ def num_properties(schema: Any) -> int:
         elif isinstance(value, list):
             left += value
     return count
+
+
+def patterns_at_once(root: Any) -> int:
+    """The most expressions that one text has to match: its own, those of ``allOf`` and of what is referred to."""
+    left, known = [root], dict[int, Counter[str]]()
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            count_patterns(value, root, known)
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return max((count for counts in known.values() for count in counts.values()), default=0)
+
+
+def count_patterns(schema: Any, root: Any, known: dict[int, Counter[str]]) -> Counter[str]:
+    """How many expressions a text has to match by one schema, by the name of the property it stands in, "" for the
+    value itself: what ``allOf`` joins is joined name by name. ``known``: schemas counted before, by identity.
+    """
+    if not isinstance(schema, dict):
+        return Counter()
+    if id(schema) not in known:
+        known[id(schema)] = Counter()  # where it refers to itself
+        own = Counter({"": int(isinstance(schema.get("pattern"), str))})
+        for place, value in inner_schemas(schema):
+            inside = count_patterns(value, root, known)
+            own |= Counter({name or place: count for name, count in inside.items()})
+        for part in (*parts_of(schema, "allOf"), referred(schema.get("$ref"), root)):
+            own = own + count_patterns(part, root, known)
+        for key in ("anyOf", "oneOf"):
+            branches = Counter[str]()
+            for part in parts_of(schema, key):
+                branches |= count_patterns(part, root, known)
+            own = own + branches
+        known[id(schema)] = own
+    return known[id(schema)]
+
+
+def inner_schemas(schema: Schema) -> Iterator[tuple[str, Any]]:
+    """What describes a part of the value: the property's name, or the keyword, and the schema."""
+    for key, value in schema.items():
+        if key in ("allOf", "anyOf", "oneOf", "$defs", "definitions", "const", "enum", *BARE):
+            continue
+        if isinstance(value, dict):
+            yield from value.items() if key in NAMED else [(key, value)]
+        elif isinstance(value, list):
+            yield from ((f"{key} {index}", entry) for index, entry in enumerate(value))
+
+
+def parts_of(schema: Schema, key: str) -> list[Any]:
+    """The schemas that ``key`` joins; empty where it does not."""
+    parts = schema.get(key)
+    return parts if isinstance(parts, list) else []
+
+
+def referred(reference: Any, root: Any) -> Any:
+    """What a reference within the schema means; None for any other."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return None
+    place = root
+    for name in filter(None, reference[1:].split("/")):
+        place = place.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(place, dict) else None
+    return place
 
 
 def with_exact_numbers(schema: Any) -> Any:
@@ -113,8 +180,7 @@ def check_sizes(schema: Schema) -> None:
         del schema["maxLength"]
     if is_number(least := schema.get("minLength")) and least > MAX_LENGTH:
         raise ValueError(f"minLength is {shortened(least)}; at most {MAX_LENGTH} can be held to")
-    parts = schema.get("allOf")
-    holders = [schema, *(part for part in (parts if isinstance(parts, list) else []) if isinstance(part, dict))]
+    holders = [schema, *(part for part in parts_of(schema, "allOf") if isinstance(part, dict))]
     steps = {step for holder in holders if is_number(step := holder.get("multipleOf"))}
     if any(step <= 0 for step in steps):
         raise ValueError(f"multipleOf is {shortened(min(steps))}; it must be above 0")

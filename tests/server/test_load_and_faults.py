@@ -21,7 +21,7 @@ from tiny_detector import encoded, halves, write_tiny_detector
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-PATIENCE_S = 120.0
+PATIENCE_S, LOOKS = 120.0, 1200
 TEXT = {"prompt": "def mean", "max_tokens": 12, "temperature": 0}
 # Every look at the wall clock sees it ten years on, or back where it was.
 SKEWED_CLOCK = r"""
@@ -39,11 +39,11 @@ int clock_gettime(clockid_t id, struct timespec *at) {
 
 
 def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come about"
+    for _ in range(LOOKS):  # not until a moment: a machine with much else to do starves server and test alike
+        if value := condition():
+            return value
         time.sleep(0.1)
-    return value
+    raise AssertionError("it did not come about")
 
 
 def call(port: int, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:

@@ -34,6 +34,9 @@ def test_settings_are_frozen_and_keep_the_key_to_themselves() -> None:
         ({"vram": "3 apples"}, "vram: '3 apples' is no amount of memory"),
         ({"vram": "0"}, "vram: Input should be greater than 0"),
         ({"drafter_device": "gpu"}, "drafter_device: 'gpu' is no device"),
+        ({"drain_s": "inf"}, "drain_s: Input should be a finite number"),
+        ({"host": ""}, "host: String should have at least 1 character"),
+        ({"target": ""}, "target: String should have at least 1 character"),
         ({"threads": 0}, "threads: Input should be greater than or equal to 1"),
         ({"port": 70000}, "port: "),
         ({"visions": "x"}, "unknown setting 'visions'; known are target"),
@@ -59,6 +62,21 @@ def test_faulty_files_are_named(tmp_path: Path) -> None:
     config.write_text("prot = 1")
     with pytest.raises(SettingsError, match="unknown setting 'prot'"):
         load_settings({}, config)
+
+
+def test_a_fault_that_is_not_on_the_command_line_tells_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "dovetail.toml"
+    config.write_text("vision = 5\nmax_seqs = 0\n")
+    monkeypatch.setenv("DOVETAIL_PORT", "abc")
+    with pytest.raises(SettingsError) as caught:
+        load_settings({"max_seqs": 0}, config)
+    message = str(caught.value)
+    assert f"vision: Input should be a list of texts ({config})" in message and "(DOVETAIL_PORT)" in message
+    assert message.count("(") == 2
+    with pytest.raises(SettingsError, match="cannot be read"):
+        load_settings({}, Path("/proc/self/mem"))
 
 
 @pytest.mark.parametrize(("given", "number"), [("3GiB", 3 * 2**30), ("1.5 MB", 1_500_000), ("7", 7)])

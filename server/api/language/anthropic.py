@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import uuid
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from server.api.language.schemas import MAX_STOP_CHARS, MAX_STOPS, CacheSalt, De
 from server.api.language.tools import chosen_tools
 from server.api.language.translated import Part, as_chat, objects, unsupported
 from server.api.openapi import ASKING, success
-from server.api.reading import JsonRoute
+from server.api.reading import JsonRoute, in_thread
 from server.api.serving import CurrentServing
 from server.api.sse import named_event
 
@@ -292,5 +291,5 @@ async def count_tokens(body: CountBody, request: HttpRequest, serving: CurrentSe
     model = serving.model_named(body.model)
     chat: ChatBody = as_chat(body.chat_fields())
     tools, _ = chosen_tools(chat.tools, chat.tool_choice)
-    prompt = await asyncio.to_thread(chat_prompt, model.codec, chat, tools)
+    prompt = await in_thread(request, chat_prompt, model.codec, chat, tools)
     return JSONResponse({"input_tokens": len(prompt)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from server.api.language.tokens import ShownToken, TokenView
 from server.api.language.tool_calls import GENERIC, HERMES, THINK, AnswerParser, CallFormat, call_format
 from server.api.language.tools import Tool, chosen_tools, told_in_text
 from server.api.openapi import ASKING, success
-from server.api.reading import JsonRoute
+from server.api.reading import JsonRoute, in_thread
 from server.api.serving import CurrentServing, ServedModel, Serving
 from server.engine.completion import Completion
 from server.text import TextCodec
@@ -119,7 +118,7 @@ async def answer_chat(
     format = GENERIC if is_forced else family_format(model.codec)
     calls = Calls(tools, format, is_forced, not body.parallel_tool_calls) if tools else None
     grammar = await grammar_for(body, calls, serving, model)
-    prompt = await asyncio.to_thread(chat_prompt, model.codec, body, tools)
+    prompt = await in_thread(request, chat_prompt, model.codec, body, tools)
     prompt = truncated(prompt, body, model.context_length)
     requests = plan_requests(
         uuid.uuid4().hex,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from server.api.language.schemas import CompletionBody
 from server.api.language.structured import grammar_for
 from server.api.language.tokens import ShownToken, TokenView
 from server.api.openapi import ASKING, success
-from server.api.reading import JsonRoute
+from server.api.reading import JsonRoute, in_thread
 from server.api.serving import CurrentServing, ServedModel
 from server.engine.completion import Completion
 from server.engine.request import ContextTooLong
@@ -87,7 +86,7 @@ async def create_completion(body: CompletionBody, request: HttpRequest, serving:
     check_fields(body, request, serving)
     model = serving.model_named(body.model)
     body.check_token_ids(model.codec.vocab_size)
-    prompts = await asyncio.to_thread(encode_prompts, model, body)
+    prompts = await in_thread(request, encode_prompts, model, body)
     check_room(prompts, body.max_tokens, model.context_length)
     wire = ChoicesWire.to(body, model, CompletionChoices(view_of(body, model.codec), body.prompt_logprobs))
     requests = plan_requests(
@@ -101,7 +100,7 @@ async def create_completion(body: CompletionBody, request: HttpRequest, serving:
         grammar=await grammar_for(body, None, serving, model),
     )
     outputs = [text_output(model.codec, body, each, each.prompt_ids) for each in requests]
-    echoes = await asyncio.to_thread(echoes_of, model.codec, body, prompts)
+    echoes = await in_thread(request, echoes_of, model.codec, body, prompts)
     generation = Generation(serving, model, requests, outputs, echoes, tells_tokens=body.tells_tokens)
     return await Reply(wire, generation, serving.settings.keepalive_s).send(request, stream=body.stream)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import struct
 import uuid
@@ -23,7 +22,7 @@ from server.api.language.prompts import answer_limit
 from server.api.language.schemas import TokenIds, check_ids, parse_prompts
 from server.api.leaving import unless_left
 from server.api.openapi import ASKING, success
-from server.api.reading import JsonRoute
+from server.api.reading import JsonRoute, in_thread
 from server.api.serving import CurrentServing, ServedModel, Serving
 from server.engine.request import Request
 from server.engine.stop import TextOutput
@@ -63,7 +62,7 @@ async def create_embeddings(body: EmbeddingsBody, request: HttpRequest, serving:
     """The mean of each text's last features, scaled to length 1."""
     check_fields(body, request, serving)
     model = serving.model_named(body.model)
-    prompts = await asyncio.to_thread(encode_inputs, model.codec, body.input)
+    prompts = await in_thread(request, encode_inputs, model.codec, body.input)
     for prompt in prompts:
         answer_limit(len(prompt), 0, 0, model.context_length)
     return await unless_left(request, embed(serving, model, prompts, body.encoding_format))

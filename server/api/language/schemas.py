@@ -171,7 +171,7 @@ class GenerationBody(RequestBody):
     )
     typical_p: float | None = Field(None, gt=0, le=1, description="Locally typical sampling; 1: all tokens.")
     repetition_penalty: float | None = Field(
-        None, gt=0, le=10, description="Logits of tokens in prompt and answer are divided by it; 1: none."
+        None, ge=0.01, le=10, description="Logits of tokens in prompt and answer are divided by it; 1: none."
     )
     stop_token_ids: list[WholeNumber] = Field(
         [], max_length=MAX_STOP_TOKEN_IDS, description="Token ids that end the answer, beside the model's own."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -21,8 +20,8 @@ from server.api.language.schemas import check_ids
 from server.api.language.tools import chosen_tools
 from server.api.language.translated import as_chat
 from server.api.openapi import ASKING, LOOKING, failures, success
-from server.api.reading import JsonRoute
-from server.api.serving import CurrentServing
+from server.api.reading import JsonRoute, in_thread
+from server.api.serving import CurrentServing, ServedModel
 from server.text import TextCodec
 
 MAX_TOKENS_IN_BODY = 1_000_000
@@ -100,8 +99,12 @@ FACTS = success("The tokenizer.", vocab_size=("integer", "Tokens."), stop_tokens
 async def tokenize(body: TokenizeBody, request: HttpRequest, serving: CurrentServing) -> JSONResponse:
     """The tokens of a text or of a conversation."""
     check_fields(body, request, serving)
-    model = serving.model_named(body.model)
-    ids = await asyncio.to_thread(body.encode, model.codec)
+    return await in_thread(request, tokens_answer, body, serving.model_named(body.model))
+
+
+def tokens_answer(body: TokenizeBody, model: ServedModel) -> JSONResponse:
+    """The tokens as they were asked for, written out."""
+    ids = body.encode(model.codec)
     answer: dict[str, Any] = {"tokens": pieces(model.codec, ids) if body.with_pieces else ids}
     answer |= {"count": len(ids), "max_model_len": model.context_length}
     if body.return_token_strs:
@@ -115,7 +118,12 @@ async def detokenize(body: DetokenizeBody, request: HttpRequest, serving: Curren
     check_fields(body, request, serving)
     codec = serving.model_named(body.model).codec
     check_ids("tokens", body.tokens, codec.vocab_size)
-    text = await asyncio.to_thread(codec.tokenizer.decode, body.tokens, skip_special_tokens=False)
+    return await in_thread(request, text_answer, codec, body.tokens)
+
+
+def text_answer(codec: TextCodec, token_ids: Sequence[int]) -> JSONResponse:
+    """Their text, written out."""
+    text = codec.tokenizer.decode(token_ids, skip_special_tokens=False)
     return JSONResponse({"prompt": text, "content": text})
 
 
@@ -125,7 +133,7 @@ async def apply_template(body: ConversationBody, request: HttpRequest, serving: 
     check_fields(body, request, serving)
     codec, chat = serving.model_named(body.model).codec, body.chat()
     tools = chosen_tools(chat.tools, chat.tool_choice)[0]
-    return JSONResponse({"prompt": await asyncio.to_thread(chat_text, codec, chat, tools)})
+    return JSONResponse({"prompt": await in_thread(request, chat_text, codec, chat, tools)})
 
 
 @facts.get("/tokenizer_info", responses=FACTS)

@@ -128,6 +128,17 @@ def test_heads_with_too_many_lines_are_431(listen, make_model):
     with listen(make_model()) as (url, _):
         answer = httpx.get(f"{url}/health", headers=[(f"x-{i}", "y") for i in range(120)])
         assert (answer.status_code, answer.json()["error"]["code"]) == (431, "too_many_headers")
+        answer = httpx.get(f"{url}/health", headers={"x": "y" * 20_000})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (431, "headers_too_large")
+
+
+def test_whole_addresses_are_taken_as_their_paths(listen, make_model):
+    """As proxies are sent; the address tells the host, whatever the head says."""
+    with listen(make_model()) as (url, _):
+        for host, status in ((b"LOCALHOST:80", b"200"), (b"evil.example", b"403")):
+            with connected(url) as connection:
+                connection.sendall(b"GET HTTP://" + host + b"/v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                assert answer_of(connection).startswith(b"HTTP/1.1 " + status)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes the certificate: openssl")

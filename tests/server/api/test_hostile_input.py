@@ -40,6 +40,10 @@ def properties(count):
     return {"type": "object", "properties": {f"p{index}": {"type": "string"} for index in range(count)}}
 
 
+def patterns(count):
+    return [{"type": "string", "pattern": f"a{{{index}}}"} for index in range(count)]
+
+
 def schema(value):
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": value}}}
 
@@ -128,6 +132,12 @@ REFUSED = [
     ("a schema as deep text", TEXTS, {"guided_json": "[" * 50_000}, 400, "invalid_json_schema", "guided_json"),
     ("a schema that nothing meets", TEXTS, schema({"type": "object", "required": ["a"], "properties": {"a": False}}),
      400, "invalid_json_schema", "response_format"),
+    ("a value of many expressions", TEXTS, schema({"allOf": patterns(9)}), 400, "invalid_json_schema",
+     "response_format"),
+    ("a property of many expressions", TEXTS, schema({"$defs": {"a": {"allOf": [
+        {"type": "object", "properties": {"b": each}} for each in patterns(30)]}}, "$ref": "#/$defs/a"}), 400,
+     "invalid_json_schema", "response_format"),
+    ("many expressions to choose from", TEXTS, schema({"anyOf": patterns(30)}), 200, None, None),
     ("an expression that grows", TEXTS, {"guided_regex": "(((a{1,99}){1,99}){1,99}){9,99}"}, 200, None, None),
     ("a grammar too deep", TEXTS, {"grammar": "start: " + "(" * 3000 + '"a"' + ")" * 3000}, 400, "invalid_json_schema",
      "grammar"),
@@ -208,6 +218,26 @@ async def test_all_of_it_again_and_again_is_kept_nowhere(connect, make_model, ca
         assert not client.app.state.serving.dispatcher.queues
     written = [record.getMessage() for record in caplog.records]
     assert not any(SECRET in line or "\n" in line for line in written)
+
+
+async def test_texts_that_no_context_holds_are_not_read(connect, make_model, monkeypatch):
+    """Nor does what a small request asks for wait behind a large one."""
+    monkeypatch.setattr("server.text.MIN_READ_BYTES", 1)
+    monkeypatch.setattr("server.api.reading.LARGE_BODY", 100)
+    model = make_model()
+    model.codec.hold_to(50)
+    long = "x " * (model.codec.max_bytes // 2 + 1)
+    turns = {"messages": [USER | {"content": long}]}
+    async with connect(model) as client:
+        for path, fields in (
+            (TEXTS, {"prompt": long}), (CHATS, turns), (MESSAGES, turns), (RESPONSES, {"input": long}),
+            ("/tokenize", {"prompt": long}), ("/v1/embeddings", {"input": [long]}),
+        ):  # fmt: skip
+            answer = await ask(client, path, fields)
+            assert answer.status_code == 400, answer.text
+            assert "maximum context length is 50 tokens" in answer.json()["error"]["message"]
+            assert answer.json()["error"]["code"] == "context_length_exceeded"
+        assert (await ask(client, "/tokenize", {"prompt": long[3:]})).json()["count"] > 50
 
 
 async def test_turns_that_look_like_the_templates_own(connect, make_model):
