@@ -17,7 +17,13 @@ from setuptools import Extension, setup
 from setuptools.command.install_lib import install_lib
 
 HOME = "_dovetail"
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g1"]
+SANITIZERS = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+    "-O1",
+    "-g1",
+]
 CHECKS = SANITIZERS if os.environ.get("DOVETAIL_SANITIZE") == "1" else []
 
 NATIVE = Extension(
