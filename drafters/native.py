@@ -16,7 +16,7 @@ from drafters.feature_drafter import FeatureDrafter, check_fit
 from drafters.network import DovetailNetwork, FeatureNetwork, LlamaBlock, rotary_table
 from drafters.proposal import Budget, Proposal
 from kernels import native
-from kernels.decoder_layer import LayerStack, PackedDecoderLayer
+from kernels.decoder_layer import LayerForm, LayerStack, PackedDecoderLayer
 from kernels.draft_tree import DraftModel, GrownTree, PackedFusion, gated_fusion, linear_fusion
 from kernels.linear_lowbit import PackedWeight, linear, pack
 from kernels.tree_attention import KVSlots
@@ -124,17 +124,10 @@ def pack_block(module: Any, bits: int) -> PackedDecoderLayer:
         down=packed(block.down_proj),
         input_norm=None if norm is None else vector(norm),
         post_norm=vector(block.mlp_norm.weight),
-        query_norm=None,
-        key_norm=None,
         qkv_bias=None if bias is None else vector(bias),
-        output_bias=None,
-        gate_up_bias=None,
-        down_bias=None,
-        num_heads=block.num_heads,
-        num_kv_heads=block.num_kv_heads,
-        head_dim=block.head_dim,
-        epsilon=float(block.mlp_norm.eps or 0.0),
-        scale=block.head_dim**-0.5,
+        form=LayerForm(
+            block.num_heads, block.num_kv_heads, block.head_dim, float(block.mlp_norm.eps or 0.0), block.head_dim**-0.5
+        ),
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-ABI = 7  # what `dovetail_abi` of a library built from the same sources answers
+ABI = 8  # what `dovetail_abi` of a library built from the same sources answers
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -44,7 +44,10 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "dovetail_threads": ([], ctypes.c_int),
     "dovetail_packed_bytes": ([ctypes.POINTER(PackedDescriptor)], _INT64),
     "dovetail_decoder_layers": ([_POINTER, _INT64, _POINTER, _POINTER, _POINTER], None),
-    "dovetail_normalise": ([_POINTER, _POINTER, ctypes.c_float, _INT64, _INT64, _POINTER], None),
+    "dovetail_normalise": (
+        [*[_POINTER] * 3, ctypes.c_int, ctypes.c_float, _INT64, _INT64, _POINTER],
+        None,
+    ),
     "dovetail_argmax": ([ctypes.POINTER(PackedDescriptor), _POINTER, _INT64, _POINTER, _POINTER], None),
     "dovetail_top_k": ([ctypes.POINTER(PackedDescriptor), _POINTER, _INT64, _INT64, _POINTER, _POINTER], None),
     "dovetail_draft_observe": ([*[_POINTER] * 4, _INT64, _POINTER, _POINTER, _POINTER], None),

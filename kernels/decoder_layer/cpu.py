@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from kernels.decoder_layer.form import Norm
 from kernels.decoder_layer.packed import LayerDescriptor, PackedDecoderLayer
 from kernels.linear_lowbit import PackedWeight
 from kernels.linear_lowbit import linear as packed_linear
@@ -35,6 +36,7 @@ class _PassDescriptor(ctypes.Structure):
         ("segments", ctypes.POINTER(_SegmentDescriptor)),
         ("num_segments", ctypes.c_int32), ("num_rows", ctypes.c_int32),
         ("positions", ctypes.POINTER(ctypes.c_int32)), ("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p),
+        ("rotary_dim", ctypes.c_int32), ("num_positions", ctypes.c_int32),
         ("capacity", ctypes.c_int64), ("format", ctypes.c_int32),
     ]  # fmt: skip
 
@@ -61,14 +63,15 @@ class SlotsDescriptor(ctypes.Structure):
 
 
 class LayerStack:
-    """Packed layers that run behind one another. All have the same heads; their matrices may differ in type."""
+    """Packed layers that run behind one another. All have the same key heads; the rest of their forms may differ."""
 
     def __init__(self, layers: Sequence[PackedDecoderLayer]) -> None:
-        shapes = {(layer.num_kv_heads, layer.head_dim, layer.qkv[0].in_features) for layer in layers}
+        shapes = {(layer.form.num_kv_heads, layer.form.head_dim, layer.qkv[0].in_features) for layer in layers}
         if len(shapes) != 1:
             raise ValueError(f"layers of one stack share (key heads, head size, hidden size), got {sorted(shapes)}")
         self.layers = tuple(layers)
         ((self.num_kv_heads, self.head_dim, self.hidden_size),) = shapes
+        self.num_tables = 1 + max(-1 if layer.form.angles is None else layer.form.angles for layer in layers)
         self.descriptors = (LayerDescriptor * len(layers))(*(layer.descriptor for layer in layers))
 
     def __len__(self) -> int:
@@ -78,9 +81,10 @@ class LayerStack:
 class LayerPass:
     """What all layers of one forward pass share: where its rows live, what they see, how they are rotated.
 
-    The rows of `segments` lie behind one another. cosine and sine [n, head_dim] are those of transformers' rotary
-    embedding; `positions` names the row of them that turns each row, None: they are given row by row. Raises ValueError
-    for shapes or types that native code could not read.
+    The rows of `segments` lie behind one another. cosine and sine [n, d] are those of transformers' rotary embedding,
+    which turns the first d values of each head, or [tables, n, d] of several that the layers' forms choose from;
+    `positions` names the row of them that turns each row, None: they are given row by row. Raises ValueError for shapes
+    or types that native code could not read.
     """
 
     def __init__(
@@ -98,16 +102,20 @@ class LayerPass:
             raise ValueError(
                 f"KV slots must be fp32, bf16 or int8 on the CPU, got {slots.keys.dtype} on {slots.keys.device}"
             )
-        positions = range(len(cosine)) if positions is None else positions
         head_dim = slots.keys.shape[-1]
-        if cosine.dim() != 2 or cosine.shape[1] != head_dim or sine.shape != cosine.shape:
+        num_positions, rotary_dim = cosine.shape[-2:] if cosine.dim() in (2, 3) else (0, 0)
+        if not 0 < rotary_dim <= head_dim or rotary_dim % 2 or sine.shape != cosine.shape:
             raise ValueError(
-                f"cosine and sine must be [n, {head_dim}] for these slots, "
+                f"cosine and sine must be [n, d] with an even d of at most {head_dim}, or several of them, "
                 f"got {list(cosine.shape)} and {list(sine.shape)}"
             )
-        if len(positions) != self.num_rows or not all(0 <= position < len(cosine) for position in positions):
-            raise ValueError(f"{self.num_rows} rows want as many positions below {len(cosine)}, got {list(positions)}")
+        positions = range(num_positions) if positions is None else positions
+        if len(positions) != self.num_rows or not all(0 <= position < num_positions for position in positions):
+            raise ValueError(
+                f"{self.num_rows} rows want as many positions below {num_positions}, got {list(positions)}"
+            )
         self.slots, self.segments = slots, segments
+        self.num_tables = 1 if cosine.dim() == 2 else len(cosine)
         self._cosine, self._sine = cosine.float().contiguous(), sine.float().contiguous()
         pieces = [piece for segment in segments for piece in _pieces(segment)]
         self._masks = [_mask_bytes(piece) for piece in pieces]
@@ -121,7 +129,7 @@ class LayerPass:
         self.descriptor = _PassDescriptor(
             (_SegmentDescriptor * len(described))(*described), len(described), self.num_rows,
             (ctypes.c_int32 * self.num_rows)(*positions), self._cosine.data_ptr(), self._sine.data_ptr(),
-            slots.capacity, CACHE_FORMATS[slots.keys.dtype],
+            rotary_dim, num_positions, slots.capacity, CACHE_FORMATS[slots.keys.dtype],
         )  # fmt: skip
 
 
@@ -168,6 +176,8 @@ def _check_fit(hidden: Tensor, stack: LayerStack, row_pass: LayerPass, slot_laye
         )
     if not hidden.is_contiguous() or hidden.device.type != "cpu":
         raise ValueError("hidden must be contiguous and on the CPU: it is replaced in place")
+    if row_pass.num_tables < stack.num_tables:
+        raise ValueError(f"the layers choose from {stack.num_tables} rotary tables, the pass has {row_pass.num_tables}")
     num_layers, _, num_kv_heads, _, head_dim = row_pass.slots.keys.shape
     if (num_kv_heads, head_dim) != (stack.num_kv_heads, stack.head_dim):
         raise ValueError(
@@ -178,15 +188,21 @@ def _check_fit(hidden: Tensor, stack: LayerStack, row_pass: LayerPass, slot_laye
         raise ValueError(f"layers {slot_layers.start} to {slot_layers.stop - 1}: the slots hold {num_layers} layers")
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm of x [rows, width] fp32 with weight [width] fp32; a row does not depend on those beside it."""
+def normalise(x: Tensor, norm: Norm) -> Tensor:
+    """The norm of x [rows, width] fp32; a row does not depend on those beside it."""
     native = library()
+    weight, bias = norm.weight, norm.bias
     if native is None:
-        return torch.nn.functional.rms_norm(x, weight.shape, weight, epsilon)
+        if norm.centred:
+            return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, norm.epsilon)
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, norm.epsilon)
     if x.dim() != 2 or x.shape[1:] != weight.shape or not x.is_contiguous() or x.dtype != torch.float32:
         raise ValueError(f"x must be contiguous fp32 [rows, {len(weight)}], got {x.dtype} {list(x.shape)}")
     out = torch.empty_like(x)
-    native.dovetail_normalise(x.data_ptr(), weight.data_ptr(), epsilon, len(x), len(weight), out.data_ptr())
+    native.dovetail_normalise(
+        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), norm.centred, norm.epsilon,
+        len(x), len(weight), out.data_ptr(),
+    )  # fmt: skip
     return out
 
 

@@ -12,19 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.decoder_layer.form import (
+    GELU_TANH,
+    SILU,
+    LayerForm,
+    LayerParts,
+    centred,
+    layer_form,
+    layer_parts,
+    model_type,
+    row_order,
+    vector,
+)
 from kernels.linear_lowbit import PackedWeight, PackingError, dequantise, pack, packing_error
 from kernels.native import PackedDescriptor
 
-# Layers whose forward is exactly: norm, q/k/v (biases, q/k norms over the head), rope, attention, output, add, norm,
-# SwiGLU, add. Others share these attribute names and mean something else, so names decide.
-SUPPORTED_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-
-
 _MOST_PARTS = 3  # of a joined matrix: q, k, v
-
-
-class UnsupportedLayer(ValueError):
-    """The layer computes something that the native layer does not; run it with transformers' own code."""
+_VECTORS = (
+    "input_norm", "post_norm", "attention_out_norm", "mlp_out_norm", "input_norm_bias", "post_norm_bias",
+    "query_norm", "key_norm", "qkv_bias", "output_bias", "gate_up_bias", "down_bias",
+)  # fmt: skip
+_ACTIVATIONS = {SILU: 0, GELU_TANH: 1}  # `Activation` of csrc/layer.h
 
 
 class JoinedDescriptor(ctypes.Structure):
@@ -44,13 +52,12 @@ class LayerDescriptor(ctypes.Structure):
     _fields_ = [
         ("qkv", JoinedDescriptor), ("gate_up", JoinedDescriptor),
         ("output", PackedDescriptor), ("down", PackedDescriptor),
-        ("input_norm", ctypes.c_void_p), ("post_norm", ctypes.c_void_p),
-        ("query_norm", ctypes.c_void_p), ("key_norm", ctypes.c_void_p),
-        ("qkv_bias", ctypes.c_void_p), ("output_bias", ctypes.c_void_p),
-        ("gate_up_bias", ctypes.c_void_p), ("down_bias", ctypes.c_void_p),
-        ("num_heads", ctypes.c_int32), ("num_kv_heads", ctypes.c_int32),
-        ("head_dim", ctypes.c_int32), ("rotary_dim", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in _VECTORS),
+        ("num_heads", ctypes.c_int32), ("num_kv_heads", ctypes.c_int32), ("head_dim", ctypes.c_int32),
+        ("window", ctypes.c_int32), ("angles", ctypes.c_int32), ("activation", ctypes.c_int32),
+        ("whole_norms", ctypes.c_int32), ("centred", ctypes.c_int32),
         ("epsilon", ctypes.c_float), ("scale", ctypes.c_float),
+        ("score_cap", ctypes.c_float), ("residual_scale", ctypes.c_float),
     ]  # fmt: skip
 
 
@@ -63,23 +70,23 @@ class PackedDecoderLayer:
     output: PackedWeight  # [hidden, num_heads * head_dim]
     gate_up: tuple[PackedWeight, ...]  # together [2 * intermediate, hidden]
     down: PackedWeight  # [hidden, intermediate]
-    input_norm: Tensor | None  # fp32, as all vectors here; None: attention reads the residual stream as it is
-    post_norm: Tensor
-    query_norm: Tensor | None
-    key_norm: Tensor | None
-    qkv_bias: Tensor | None
-    output_bias: Tensor | None
-    gate_up_bias: Tensor | None
-    down_bias: Tensor | None
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    epsilon: float
-    scale: float
+    form: LayerForm
+    input_norm: Tensor | None = None  # fp32, as all vectors here; None: attention reads the residual stream as it is
+    post_norm: Tensor | None = None  # the same of the feed-forward
+    attention_out_norm: Tensor | None = None  # of what attention gives, before it is added to the stream
+    mlp_out_norm: Tensor | None = None
+    input_norm_bias: Tensor | None = None
+    post_norm_bias: Tensor | None = None
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+    qkv_bias: Tensor | None = None
+    output_bias: Tensor | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         wanted = {
-            "qkv": (self.qkv, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim),
+            "qkv": (self.qkv, (self.form.num_heads + 2 * self.form.num_kv_heads) * self.form.head_dim),
             "gate_up": (self.gate_up, 2 * self.down.in_features),
         }
         for name, (parts, out_features) in wanted.items():
@@ -94,6 +101,11 @@ class PackedDecoderLayer:
         """All packed matrices in the order of their use."""
         return (*self.qkv, self.output, *self.gate_up, self.down)
 
+    def parts_of(self, field: str) -> tuple[PackedWeight, ...]:
+        """A field that holds a matrix, or several that share their input."""
+        value: PackedWeight | tuple[PackedWeight, ...] = getattr(self, field)
+        return value if isinstance(value, tuple) else (value,)
+
     @property
     def packed_bytes(self) -> int:
         """Bytes of the packed matrices."""
@@ -102,54 +114,16 @@ class PackedDecoderLayer:
     @functools.cached_property
     def descriptor(self) -> LayerDescriptor:
         """What native code is handed; valid as long as this object lives."""
-        vectors = (
-            self.input_norm, self.post_norm, self.query_norm, self.key_norm,
-            self.qkv_bias, self.output_bias, self.gate_up_bias, self.down_bias,
-        )  # fmt: skip
+        vectors = (getattr(self, name) for name in _VECTORS)
+        form = self.form
         return LayerDescriptor(
             JoinedDescriptor.of(self.qkv), JoinedDescriptor.of(self.gate_up),
             self.output.descriptor, self.down.descriptor,
             *(None if vector is None else vector.data_ptr() for vector in vectors),
-            self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim, self.epsilon, self.scale,
+            form.num_heads, form.num_kv_heads, form.head_dim,
+            form.window or 0, -1 if form.angles is None else form.angles, _ACTIVATIONS[form.activation],
+            form.whole_norms, form.centred, form.epsilon, form.scale, form.score_cap or 0.0, form.residual_scale,
         )  # fmt: skip
-
-
-def check_layer(layer: nn.Module) -> None:
-    """Raises UnsupportedLayer, saying why, for a layer that `pack_decoder_layer` cannot take over."""
-    kind = type(layer).__name__
-    if kind not in SUPPORTED_LAYERS:
-        raise UnsupportedLayer(f"{kind} is not one of {', '.join(SUPPORTED_LAYERS)}")
-    attention: Any = layer.self_attn
-    config = attention.config
-    if config.hidden_act != "silu":
-        raise UnsupportedLayer(f"{kind} with activation {config.hidden_act!r}; the native layer computes silu")
-    window = getattr(attention, "sliding_window", None)
-    if kind == "MistralDecoderLayer":
-        window = getattr(config, "sliding_window", None)
-    if window is not None:
-        raise UnsupportedLayer(f"{kind} with a sliding window of {window}; the native layer attends to all keys")
-    if attention.head_dim % 16:
-        raise UnsupportedLayer(f"{kind} with heads of {attention.head_dim}; the native layer takes multiples of 16")
-    if getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
-        raise UnsupportedLayer(f"{kind} that rotates only part of each head ({config.partial_rotary_factor})")
-
-
-def _joined_weight(*projections: Any) -> Tensor:
-    return torch.cat([projection.weight.detach() for projection in projections])
-
-
-def _vector(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.detach().float().contiguous().clone()
-
-
-def _joined_bias(*projections: Any) -> Tensor | None:
-    if all(projection.bias is None for projection in projections):
-        return None
-    parts = [
-        torch.zeros(projection.out_features) if projection.bias is None else projection.bias.detach().float()
-        for projection in projections
-    ]
-    return _vector(torch.cat(parts))
 
 
 def pack_decoder_layer(layer: nn.Module, bits: int, group_size: int = 32) -> PackedDecoderLayer:
@@ -159,9 +133,10 @@ def pack_decoder_layer(layer: nn.Module, bits: int, group_size: int = 32) -> Pac
     for an architecture that the native layer does not compute, ValueError for weights that have no packed form. A
     matrix whose inputs do not divide into groups stays in bf16.
     """
+    order = row_order(layer, layer_form(layer))
 
     def packed(names: Sequence[str]) -> tuple[PackedWeight, ...]:
-        joined = _joined_weight(*(layer.get_submodule(name) for name in names))
+        joined = _joined_weight(layer, names, order)
         fits = bits > 8 or joined.shape[1] % group_size == 0
         return (pack(joined, bits if fits else 16, group_size),)
 
@@ -174,52 +149,67 @@ def assemble_decoder_layer(
     """A layer from packed matrices that lie elsewhere; only norms and biases are read from the module.
 
     ``matrices`` gives one packed matrix for the names of the projections that read the same input, such as
-    ``("mlp.gate_proj", "mlp.up_proj")``, or one for each where their formats differ.
-    Raises UnsupportedLayer as ``pack_decoder_layer`` does.
+    ``("mlp.gate_proj", "mlp.up_proj")``, or one for each where their formats differ; the rows of qkv in the order of
+    ``row_order``. Raises UnsupportedLayer as ``pack_decoder_layer`` does.
     """
-    check_layer(layer)
+    form, parts = layer_form(layer), layer_parts(layer)
+    qkv, output, gate_up, down = map(matrices, parts.matrices.values())
+    return PackedDecoderLayer(qkv, output[0], gate_up, down[0], form, **_vectors(layer, form, parts))
+
+
+def _vectors(layer: nn.Module, form: LayerForm, parts: LayerParts) -> dict[str, Tensor]:
+    """Norms, whole, and biases, by field; a field without one is left out."""
     attention: Any = layer.self_attn
-    mlp: Any = layer.mlp
-    norms: Any = (layer.input_layernorm, layer.post_attention_layernorm)
-    query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-    input_norm, post_norm = (_vector(norm.weight) for norm in norms)
-    assert input_norm is not None and post_norm is not None
-    return PackedDecoderLayer(
-        qkv=matrices(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        output=matrices(("self_attn.o_proj",))[0],
-        gate_up=matrices(("mlp.gate_proj", "mlp.up_proj")),
-        down=matrices(("mlp.down_proj",))[0],
-        input_norm=input_norm,
-        post_norm=post_norm,
-        query_norm=None if query_norm is None else _vector(query_norm.weight),
-        key_norm=None if key_norm is None else _vector(key_norm.weight),
-        qkv_bias=_joined_bias(attention.q_proj, attention.k_proj, attention.v_proj),
-        output_bias=_joined_bias(attention.o_proj),
-        gate_up_bias=_joined_bias(mlp.gate_proj, mlp.up_proj),
-        down_bias=_joined_bias(mlp.down_proj),
-        **_numbers(attention, norms[0]),
-    )
+    offset = model_type(attention.config).norm_offset
+    found: dict[str, Tensor] = {}
+    for field, name in parts.norms.items():
+        norm: Any = layer.get_submodule(name)
+        found[field] = vector(norm.weight) + offset
+        if centred(norm) and norm.bias is not None:
+            found[f"{field}_bias"] = vector(norm.bias)
+    for field, names in parts.matrices.items():
+        bias = _joined_bias(layer, names, row_order(layer, form))
+        if bias is not None:
+            found[f"{field}_bias"] = bias
+    return found
+
+
+def _joined_weight(layer: nn.Module, names: Sequence[str], order: Tensor | None) -> Tensor:
+    """The rows of these projections behind one another; those of q, k and v in ``order``."""
+    joined = torch.cat([layer.get_parameter(f"{name}.weight").detach() for name in names])
+    return joined if order is None or not _is_qkv(names) else joined[order]
+
+
+def _is_qkv(names: Sequence[str]) -> bool:
+    return names[0] in ("self_attn.q_proj", "self_attn.qkv_proj")
+
+
+def _joined_bias(layer: nn.Module, names: Sequence[str], order: Tensor | None) -> Tensor | None:
+    projections: list[Any] = [layer.get_submodule(name) for name in names]
+    if all(projection.bias is None for projection in projections):
+        return None
+    parts = [
+        torch.zeros(projection.out_features) if projection.bias is None else vector(projection.bias)
+        for projection in projections
+    ]
+    joined = torch.cat(parts)
+    return joined if order is None or not _is_qkv(names) else joined[order]
 
 
 def packing_errors(layer: nn.Module, packed: PackedDecoderLayer) -> dict[str, PackingError]:
     """Each packed matrix of the layer against the module's weights; joined ones as one."""
-    attention: Any = layer.self_attn
-    mlp: Any = layer.mlp
-    originals = {
-        "qkv": (_joined_weight(attention.q_proj, attention.k_proj, attention.v_proj), packed.qkv),
-        "output": (attention.o_proj.weight, (packed.output,)),
-        "gate_up": (_joined_weight(mlp.gate_proj, mlp.up_proj), packed.gate_up),
-        "down": (mlp.down_proj.weight, (packed.down,)),
+    order = row_order(layer, packed.form)
+    return {
+        field: packing_error(_joined_weight(layer, names, order), *packed.parts_of(field))
+        for field, names in layer_parts(layer).matrices.items()
     }
-    return {name: packing_error(original, *parts) for name, (original, parts) in originals.items()}
 
 
 _JOINED = ("qkv", "gate_up")
-_EVERY_LAYER_HAS = (*_JOINED, "output", "down", "input_norm", "post_norm")  # of transformers' layers
 
 
 def layer_tensors(layer: PackedDecoderLayer, prefix: str) -> dict[str, PackedWeight | Tensor]:
-    """What `save_packed` stores of a layer; its numbers come from the model's config again.
+    """What `save_packed` stores of a layer; its form comes from the model's config again.
 
     Named `prefix.field`, the further parts of a joined matrix `prefix.field.1` and `.2`.
     """
@@ -237,37 +227,21 @@ def _part_name(field: str, part: int) -> str:
     return field if part == 0 else f"{field}.{part}"
 
 
-def _is_there(value: PackedWeight | Tensor | tuple[PackedWeight, ...] | None) -> bool:
-    return len(value) > 0 if isinstance(value, tuple) else value is not None
-
-
 def layer_from_tensors(
     weights: Mapping[str, PackedWeight | Tensor], prefix: str, module: nn.Module
 ) -> PackedDecoderLayer:
     """The inverse of `layer_tensors`. `module` is the layer of a model made from the config, on the meta device say."""
-    check_layer(module)
-    attention: Any = module.self_attn
-    norm: Any = module.input_layernorm
-    tensors: dict[str, Any] = {}
-    for field in dataclasses.fields(PackedDecoderLayer):
-        if field.name in _JOINED:
-            names = [f"{prefix}.{_part_name(field.name, i)}" for i in range(_MOST_PARTS)]
-            tensors[field.name] = tuple(weights[name] for name in names if name in weights)
-        elif field.type in ("PackedWeight", "Tensor", "Tensor | None"):
-            tensors[field.name] = weights.get(f"{prefix}.{field.name}")
-        if field.name in _EVERY_LAYER_HAS and not _is_there(tensors[field.name]):
-            raise ValueError(f"the packed checkpoint holds no {prefix}.{field.name}")
-    return PackedDecoderLayer(**tensors, **_numbers(attention, norm))
-
-
-def _numbers(attention: Any, norm: Any) -> dict[str, Any]:
-    return {
-        "num_heads": attention.q_proj.out_features // attention.head_dim,
-        "num_kv_heads": attention.k_proj.out_features // attention.head_dim,
-        "head_dim": attention.head_dim,
-        "epsilon": norm.variance_epsilon,
-        "scale": attention.scaling,
+    form, parts = layer_form(module), layer_parts(module)
+    for name in (*parts.matrices, *parts.norms):
+        if f"{prefix}.{name}" not in weights:
+            raise ValueError(f"the packed checkpoint holds no {prefix}.{name}")
+    tensors: dict[str, Any] = {
+        name: weights[f"{prefix}.{name}"] for name in ("output", "down", *_VECTORS) if f"{prefix}.{name}" in weights
     }
+    for field in _JOINED:
+        names = [f"{prefix}.{_part_name(field, i)}" for i in range(_MOST_PARTS)]
+        tensors[field] = tuple(weights[name] for name in names if name in weights)
+    return PackedDecoderLayer(**tensors, form=form)
 
 
 def unpack_decoder_layer(packed: PackedDecoderLayer, module: nn.Module, dtype: torch.dtype) -> None:
@@ -276,26 +250,27 @@ def unpack_decoder_layer(packed: PackedDecoderLayer, module: nn.Module, dtype: t
     They lie where the packed layer's bytes lie, and are no part of those.
     """
     attention: Any = module.self_attn
-    mlp: Any = module.mlp
-    norms: Any = (module.input_layernorm, module.post_attention_layernorm)
-    for projections, parts, bias in (
-        ((attention.q_proj, attention.k_proj, attention.v_proj), packed.qkv, packed.qkv_bias),
-        ((attention.o_proj,), (packed.output,), packed.output_bias),
-        ((mlp.gate_proj, mlp.up_proj), packed.gate_up, packed.gate_up_bias),
-        ((mlp.down_proj,), (packed.down,), packed.down_bias),
-    ):
-        matrices = [dequantise(part, dtype) for part in parts]
-        whole = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    offset, order = model_type(attention.config).norm_offset, row_order(module, packed.form)
+    parts = layer_parts(module)
+    for field, names in parts.matrices.items():
+        rows = order if _is_qkv(names) else None
+        whole = _given_back(torch.cat([dequantise(part, dtype) for part in packed.parts_of(field)]), rows)
+        projections: list[Any] = [module.get_submodule(name) for name in names]
         sizes = [projection.out_features for projection in projections]
         for projection, part in zip(projections, torch.split(whole, sizes), strict=True):
             projection.weight = nn.Parameter(part, requires_grad=False)
+        bias = getattr(packed, f"{field}_bias")
         if bias is not None:
-            for projection, vector in zip(projections, torch.split(bias, sizes), strict=True):
+            for projection, values in zip(projections, torch.split(_given_back(bias, rows), sizes), strict=True):
                 if projection.bias is not None:
-                    projection.bias = nn.Parameter(vector.to(dtype, copy=True), requires_grad=False)
-    assert packed.input_norm is not None, "every layer of transformers has one"
-    for norm, values in zip(norms, (packed.input_norm, packed.post_norm), strict=True):
-        norm.weight = nn.Parameter(values.to(dtype, copy=True), requires_grad=False)
-    if packed.query_norm is not None and packed.key_norm is not None:
-        attention.q_norm.weight = nn.Parameter(packed.query_norm.to(dtype, copy=True), requires_grad=False)
-        attention.k_norm.weight = nn.Parameter(packed.key_norm.to(dtype, copy=True), requires_grad=False)
+                    projection.bias = nn.Parameter(values.to(dtype, copy=True), requires_grad=False)
+    for field, name in parts.norms.items():
+        norm: Any = module.get_submodule(name)
+        norm.weight = nn.Parameter((getattr(packed, field) - offset).to(dtype), requires_grad=False)
+        if centred(norm) and norm.bias is not None:
+            norm.bias = nn.Parameter(getattr(packed, f"{field}_bias").to(dtype, copy=True), requires_grad=False)
+
+
+def _given_back(rows: Tensor, order: Tensor | None) -> Tensor:
+    """The rows that were taken in this order, in their own."""
+    return rows if order is None else rows[order.argsort().to(rows.device)]

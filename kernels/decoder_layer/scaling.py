@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.decoder_layer.form import UnsupportedLayer, layer_parts, model_type
 from kernels.linear_lowbit.reference import quantise
 
 POWERS = tuple(step / 10 for step in range(10))  # 0 keeps the layer as it is
@@ -41,6 +42,7 @@ def scale_layer(layer: nn.Module, inputs: Mapping[str, Tensor], bits: int, group
     """
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
+    check_scaling(layer)
     norms: Any = (layer.input_layernorm, layer.post_attention_layernorm)
     found = [
         _scale(
@@ -52,6 +54,15 @@ def scale_layer(layer: nn.Module, inputs: Mapping[str, Tensor], bits: int, group
     if attention.v_proj.out_features == attention.o_proj.in_features:  # grouped heads share the rows of v
         found.insert(1, _scale("output", inputs["output"], (attention.o_proj,), attention.v_proj, bits, group_size))
     return found
+
+
+def check_scaling(layer: nn.Module) -> None:
+    """Raises UnsupportedLayer for a layer whose inputs are not made by a plain norm or by projections of their own."""
+    attention: Any = layer.self_attn
+    parts = layer_parts(layer)
+    plain = {"input_norm", "post_norm", "query_norm", "key_norm"}.issuperset(parts.norms)
+    if not plain or len(parts.qkv) != 3 or len(parts.gate_up) != 2 or model_type(attention.config).norm_offset:
+        raise UnsupportedLayer(f"{type(layer).__name__} cannot be scaled by a calibration text; convert it without one")
 
 
 def record_inputs(layer: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:

@@ -11,9 +11,12 @@ from kernels.tree_attention.slots import KVSlots, Segment
 
 
 def tree_attention_reference(
-    query: Tensor, slots: KVSlots, layer: int, segments: Sequence[Segment], scale: float
+    query: Tensor, slots: KVSlots, layer: int, segments: Sequence[Segment], scale: float, window: int | None = None
 ) -> Tensor:
-    """query [num_heads, rows, head_dim] -> [num_heads, rows, head_dim]; keys of the pass are stored already."""
+    """query [num_heads, rows, head_dim] -> [num_heads, rows, head_dim]; keys of the pass are stored already.
+
+    window: each row sees so many positions of its own path, its own the last; None: all.
+    """
     output = torch.empty_like(query)
     group = query.shape[0] // slots.keys.shape[2]
     row = 0
@@ -26,6 +29,8 @@ def tree_attention_reference(
                 seen[segment.prefix + i + 1 :] = False
             else:
                 seen[segment.prefix :] = segment.tail_mask[i]
+            if window is not None:
+                seen[seen.nonzero()[:-window, 0]] = False
             for head in range(query.shape[0]):
                 scores = (keys[head, seen] @ query[head, row].double()) * scale
                 output[head, row] = (scores.softmax(0) @ values[head, seen]).to(query.dtype)

@@ -61,8 +61,8 @@ def stored_tensors(packed: PackedModel) -> Iterator[Stored]:
     yield "output_norm.weight", gguf.GGMLQuantizationType.F32, base.norm.weight.detach().float().numpy()
     yield "output.weight", TYPES[packed.head.bits], blocks(unpack_rows(packed.head), packed.head.bits)
     for index, layer in enumerate(packed.layers):
-        query = layer.num_heads * layer.head_dim
-        key = layer.num_kv_heads * layer.head_dim
+        form = layer.form
+        query, key = form.num_heads * form.head_dim, form.num_kv_heads * form.head_dim
         inner = config.intermediate_size
         joined = unpack_rows(*layer.qkv)
         q, k, v = (
@@ -70,13 +70,13 @@ def stored_tensors(packed: PackedModel) -> Iterator[Stored]:
         )
         both = unpack_rows(*layer.gate_up)
         matrices = {
-            "attn_q": reordered(q, layer.num_heads), "attn_k": reordered(k, layer.num_kv_heads), "attn_v": v,
+            "attn_q": reordered(q, form.num_heads), "attn_k": reordered(k, form.num_kv_heads), "attn_v": v,
             "attn_output": unpack_rows(layer.output), "ffn_down": unpack_rows(layer.down),
             "ffn_gate": rows_of(both, 0, inner), "ffn_up": rows_of(both, inner, 2 * inner),
         }  # fmt: skip
         for name, matrix in matrices.items():
             yield f"blk.{index}.{name}.weight", TYPES[layer.down.bits], blocks(matrix, layer.down.bits)
-        assert layer.input_norm is not None, "every layer of transformers has one"
+        assert layer.input_norm is not None and layer.post_norm is not None, "a Llama's layers have both"
         for name, norm in (("attn_norm", layer.input_norm), ("ffn_norm", layer.post_norm)):
             yield f"blk.{index}.{name}.weight", gguf.GGMLQuantizationType.F32, norm.numpy()
 

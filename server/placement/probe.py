@@ -31,12 +31,13 @@ class LayerProbe:
         self.copies = max(1, min(num_layers, -(-COPIES_BYTES // max(layer.packed_bytes, 1))))
         self.stack = LayerStack([copied(layers[number % len(layers)]) for number in range(self.copies)])
         self.slots = KVSlots(
-            1, longest + most_rows, self.copies, layer.num_kv_heads, layer.head_dim, torch.bfloat16,
+            1, longest + most_rows, self.copies, layer.form.num_kv_heads, layer.form.head_dim, torch.bfloat16,
             torch.device("cpu"),
         )  # fmt: skip
         self.slots.keys.normal_()
         self.slots.values.normal_()
-        self.angles = torch.ones(most_rows, layer.head_dim), torch.zeros(most_rows, layer.head_dim)
+        turned = max(1, self.stack.num_tables), most_rows, layer.form.head_dim
+        self.angles = torch.ones(turned), torch.zeros(turned)
         self.states = torch.randn(most_rows, self.stack.hidden_size)
 
     def times(self, rows: int, context: int) -> tuple[float, float]:

@@ -38,7 +38,7 @@ MALFORMED = (
 )  # fmt: skip
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "intermediate_size", "max_position_embeddings", "head_dim",
+    "intermediate_size", "max_position_embeddings", "head_dim", "sliding_window",
 )  # fmt: skip
 MAX_SHOWN = 5
 NO_MEMORY = re.compile(r"tried to allocate (\d+) bytes")

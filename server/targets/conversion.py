@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kernels.decoder_layer import PackedDecoderLayer, packing_errors
-from kernels.decoder_layer.scaling import record_inputs, scale_layer
+from kernels.decoder_layer.scaling import check_scaling, record_inputs, scale_layer
 from kernels.tree_attention import KVSlots, causal_segment
 from kernels.tree_attention.transformers_plugin import RowPass
 from server.own_models import is_gguf
@@ -26,6 +27,7 @@ from server.targets.packed_model import (
     BITS,
     GROUP_SIZE,
     check_model,
+    embedding_factor,
     empty_model,
     is_packed,
     model_of,
@@ -152,6 +154,8 @@ class Calibration:
         check_model(model)
         base = model.base_model
         files = ModelFiles(folder, model.base_model_prefix)
+        for layer in base.layers:
+            check_scaling(layer)
         files.fill(base.embed_tokens, f"{model.base_model_prefix}.embed_tokens", torch.float32)
         token_ids = read_tokens(folder, options.calibration, options.calibration_tokens)
         self.bits, self.group_size = BITS[options.weights], options.group_size
@@ -159,7 +163,8 @@ class Calibration:
         self.lengths = [
             min(CALIBRATION_WINDOW, len(token_ids) - start) for start in range(0, len(token_ids), CALIBRATION_WINDOW)
         ]
-        self.hidden = base.embed_tokens(token_ids)[None].detach()
+        embedded = functional.embedding(token_ids, base.embed_tokens.weight)
+        self.hidden = embedded[None].detach() * embedding_factor(model)
         positions = torch.cat([torch.arange(length) for length in self.lengths])
         self.position_embeddings: tuple[Tensor, Tensor] = base.rotary_emb(self.hidden, positions[None])
         attention = base.layers[0].self_attn

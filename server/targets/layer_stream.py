@@ -126,7 +126,7 @@ class LayerStream:
         self.layers, self.modules = layers, modules
         self.angles = DeviceAngles(angles, place)
         one = layers[0]
-        self.slots = KVSlots(1, capacity, 1, one.num_kv_heads, one.head_dim, self.dtype, self.device)
+        self.slots = KVSlots(1, capacity, 1, one.form.num_kv_heads, one.form.head_dim, self.dtype, self.device)
         size = max(map(buffer_bytes, layers))
         self.buffers = [WeightBuffer(size, self.device) for _ in range(2)]
         self.rows, self.kept = Staging(self.device), Staging(self.device)
@@ -153,7 +153,8 @@ class LayerStream:
             module.self_attn.layer_idx = 0
             self.buffers[index % 2].unpack(module, self.dtype)
             self._attend_before(slots, index, segment)
-            states = module(states, position_embeddings=turns, row_pass=RowPass(self.slots, [own]))
+            turned = turns[self.layers[index].form.angles or 0]
+            states = module(states, position_embeddings=turned, row_pass=RowPass(self.slots, [own]))
             if index + 1 < layers.stop:
                 self._send(index + 1)  # on its way while this one computes
             new = self.slots.views(own)

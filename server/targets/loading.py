@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kernels.decoder_layer.form import MODEL_TYPES
 from server.own_models import is_gguf
 from server.placement.machine import available_bytes, compute_with
 from server.settings import LLAMA_CPP, NATIVE
@@ -106,6 +107,9 @@ def load_own_target(
     """The target on the native layers, else on transformers'. Errors: TargetError, PackedFormatError."""
     compute_with(threads)
     load = load_gguf_target if is_gguf(path) else load_folder
+    if (split or stream) and not rows_on_device(model_config(path)):
+        logger.warning("transformers' layers of %s cannot run row by row, so a GPU gets none of them", path.name)
+        split = stream = None
     create: CreateNative = functools.partial(NativeTarget, stream=stream)
     if split is not None:
         create = functools.partial(SplitTarget, split=split, stream=stream)
@@ -122,6 +126,12 @@ def load_own_target(
         slots.bytes_per_position * capacity / 2**20, capacity, num_slots,
     )  # fmt: skip
     return target
+
+
+def rows_on_device(config: Any) -> bool:
+    """Whether transformers' own layers, which run on accelerators, take the rows of a pass; unknown ones might."""
+    known = MODEL_TYPES.get(config.get_text_config().model_type)
+    return known is None or known.hands_on
 
 
 def memory_plan(path: Path, wanted: Wanted, num_slots: int, kv_cache: str | None, engine: str = NATIVE) -> MemoryPlan:

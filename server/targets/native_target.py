@@ -1,4 +1,4 @@
-"""Llama-like targets on the project's own CPU kernels: all decoder layers are one native call over packed weights.
+"""Targets on the project's own CPU kernels: all decoder layers are one native call over packed weights.
 
 transformers still gives the model (config, embedding, rotary angles, final norm); its decoder layers are packed one by
 one to fp32, bf16, int8 or int4 and dropped. Rows come out bit-equal whatever their number and neighbours,
@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels import native
-from kernels.decoder_layer import LayerPass, LayerStack, UnsupportedLayer, decoder_layers, head_argmax, rms_norm
+from kernels.decoder_layer import (
+    LayerPass,
+    LayerStack,
+    Norm,
+    UnsupportedLayer,
+    decoder_layers,
+    head_argmax,
+    model_type,
+    normalise,
+    rotary_kinds,
+)
 from kernels.linear_lowbit import PackedWeight, dequantise, linear
 from kernels.tree_attention import Segment
 from server.targets.checkpoint import check_files, stored_weights
@@ -27,6 +37,7 @@ from server.targets.packed_model import (
     BITS,
     PackedModel,
     check_model,
+    embedding_factor,
     empty_model,
     is_packed,
     load_packed_model,
@@ -45,30 +56,31 @@ class NativeHead(LogitsHead):
     def __init__(self, model: Any, packed: PackedWeight) -> None:
         super().__init__(model)
         self.packed = packed
-        if self.factor != 1.0 or self.cap is not None:
-            raise UnsupportedLayer("logits that are scaled or capped")
+        if self.factor <= 0:
+            raise UnsupportedLayer(f"logits times {self.factor:g}, which turns their order around")
 
     def __call__(self, features: Tensor) -> Tensor:
         """features [rows, hidden] -> logits [rows, vocabulary] in fp32."""
-        return linear(features, self.packed)
+        return self.finished(linear(features, self.packed))
 
     def argmax(self, features: Tensor) -> list[int]:
-        """The greedy token after each row."""
+        """The greedy token after each row: of the product, whose order a factor and a cap leave as it is."""
         token_ids: list[int] = head_argmax(features, self.packed)[0].tolist()
         return token_ids
 
 
 class RotaryAngles:
-    """Cosines and sines by position, from a table; angles that depend on more than that are computed when asked."""
+    """Cosines and sines by position, from tables; angles that depend on more than that are computed when asked."""
 
-    def __init__(self, rotary_embedding: Any, capacity: int) -> None:
-        self.rotary_embedding = rotary_embedding
+    def __init__(self, rotary_embedding: Any, kinds: Sequence[str | None], capacity: int) -> None:
+        """``kinds``: one table for each; see ``rotary_kinds``."""
+        self.rotary_embedding, self.kinds = rotary_embedding, kinds
         self.table: tuple[Tensor, Tensor] | None = None
         if rotary_embedding.rope_type != "dynamic":  # its every length has frequencies of its own
             self.table = self.compute(torch.arange(capacity))
 
     def __call__(self, positions: list[int]) -> tuple[Tensor, Tensor, list[int]]:
-        """Cosine and sine [n, head size] fp32 and, for each row, which of them turns it."""
+        """Cosine and sine [kinds, n, turned values] fp32 and, for each row, which of the n turns it."""
         if self.table is None:
             return *self.compute(torch.tensor(positions)), list(range(len(positions)))
         return *self.table, positions
@@ -77,8 +89,9 @@ class RotaryAngles:
     def compute(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """By the model's own code."""
         like = torch.empty(1, 1, 1)  # tells the embedding type and device
-        cosine, sine = self.rotary_embedding(like, positions[None])
-        return cosine[0], sine[0]
+        given = [{} if kind is None else {"layer_type": kind} for kind in self.kinds]
+        cosines, sines = zip(*(self.rotary_embedding(like, positions[None], **which) for which in given), strict=True)
+        return torch.cat(cosines), torch.cat(sines)
 
 
 class NativeTarget(TorchTarget):
@@ -99,8 +112,9 @@ class NativeTarget(TorchTarget):
         for index in range(len(layers)):
             layers[index] = nn.Identity()
         self.stack = LayerStack(packed.layers)
-        self.norm_weight, self.norm_epsilon = base.norm.weight.detach().float().clone(), base.norm.variance_epsilon
-        self.angles = RotaryAngles(base.rotary_emb, capacity)
+        self.norm = Norm.of(base.norm, model_type(packed.model.config).norm_offset)
+        self.factor = embedding_factor(packed.model)
+        self.angles = RotaryAngles(base.rotary_emb, rotary_kinds(packed.model.config), capacity)
         self.info = dataclasses.replace(self.info, exact_rows=self.angles.table is not None)
         self.prompts: PromptStream | None = None
         if stream is not None:
@@ -133,7 +147,7 @@ class NativeTarget(TorchTarget):
         """Features [rows, hidden] after the final norm, fp32."""
         hidden, row_pass = self._begin(segments, token_ids, positions)
         self._run(hidden, row_pass, range(len(self.stack)))
-        return rms_norm(hidden, self.norm_weight, self.norm_epsilon)
+        return normalise(hidden, self.norm)
 
     def _begin(
         self, segments: Sequence[Segment], token_ids: list[int], positions: list[int]
@@ -142,6 +156,8 @@ class NativeTarget(TorchTarget):
         for segment in segments:
             self.slots.check(segment)
         hidden = functional.embedding(torch.tensor(token_ids), self.embedding()).float()
+        if self.factor != 1.0:
+            hidden *= self.factor
         return hidden, LayerPass(self.slots, segments, *self.angles(positions))
 
     def _run(self, hidden: Tensor, row_pass: LayerPass, layers: range) -> None:

@@ -1,4 +1,4 @@
-"""Llama-like models packed layer by layer: from a folder of safetensors, into a packed folder, and back from it.
+"""Models packed layer by layer: from a folder of safetensors, into a packed folder, and back from it.
 
 The model is made without weights; one layer at a time is filled from the files (by memory map), packed and emptied
 again. So the peak is the packed weights and two layers, whatever the size of the model.
@@ -7,6 +7,7 @@ again. So the peak is the packed weights and two layers, whatever the size of th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ from transformers.initialization import no_init_weights
 from kernels.decoder_layer import (
     PackedDecoderLayer,
     UnsupportedLayer,
-    check_layer,
+    layer_form,
     layer_from_tensors,
+    layer_parts,
     layer_tensors,
     pack_decoder_layer,
 )
@@ -36,8 +38,8 @@ PACKED_FILE = "packed.safetensors"
 BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 HEAD_BITS = 8  # an int4 head costs more accuracy than the bytes it saves (ours); it is read once a pass
 GROUP_SIZE = 32
-# Models that are: embedding, decoder layers, norm, head, with nothing between. Names decide, as for the layers.
-SUPPORTED_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+OWN_TENSORS = {"embedding": "embed_tokens.weight", "norm": "norm.weight", "norm_bias": "norm.bias"}
+BASE_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 
 LayerStep = Callable[[int, nn.Module], None]
 PackedStep = Callable[[int, nn.Module, PackedDecoderLayer], None]
@@ -111,10 +113,19 @@ def model_of(config: Any, source: Path) -> Any:
 
 def check_model(model: Any) -> None:
     """Raises UnsupportedLayer, saying why, for a model that cannot be packed whole."""
-    if type(model).__name__ not in SUPPORTED_MODELS:
-        raise UnsupportedLayer(f"{type(model).__name__} is not one of {', '.join(SUPPORTED_MODELS)}")
+    if missing := [part for part in BASE_PARTS if not hasattr(model.base_model, part)]:
+        raise UnsupportedLayer(f"{type(model).__name__} is put together in another way: it has no {missing[0]}")
     for layer in model.base_model.layers:
-        check_layer(layer)
+        layer_form(layer)
+
+
+def embedding_factor(model: Any) -> float:
+    """What the rows of the embedding are multiplied by (Gemma, Granite), in the precision of its weights."""
+    table = model.get_input_embeddings()
+    scale: Tensor | None = getattr(table, "embed_scale", None)
+    if scale is not None:
+        return float(scale.to(table.weight.dtype))
+    return float(getattr(model.config, "embedding_multiplier", 1.0))
 
 
 def pack_model(
@@ -179,16 +190,19 @@ def named_damage(part: str) -> Iterator[None]:
 def save_packed_model(packed: PackedModel, folder: Path) -> None:
     """Write the packed weights into ``folder``; config and tokenizer are the caller's business."""
     base = packed.model.base_model
-    tensors: dict[str, PackedWeight | Tensor] = {
-        "embedding": base.embed_tokens.weight.detach(),
-        "norm": base.norm.weight.detach(),
-        "head": packed.head,
-    }
+    tensors: dict[str, PackedWeight | Tensor] = {name: values.detach() for name, values in _own_tensors(base).items()}
+    tensors["head"] = packed.head
     for index, layer in enumerate(packed.layers):
         tensors |= layer_tensors(layer, f"layers.{index}")
     partial = folder / f"{PACKED_FILE}.partial"
     save_packed(partial, tensors)
     partial.replace(folder / PACKED_FILE)
+
+
+def _own_tensors(base: Any) -> dict[str, Tensor]:
+    """What a base model holds beside its layers, by the names of a packed folder."""
+    parameters = dict(base.named_parameters())
+    return {name: parameters[place] for name, place in OWN_TENSORS.items() if place in parameters}
 
 
 def load_packed_model(folder: Path) -> PackedModel:
@@ -201,11 +215,12 @@ def load_packed_model(folder: Path) -> PackedModel:
     model = empty_model(folder)
     check_model(model)
     base = model.base_model
-    for module, name in ((base.embed_tokens, "embedding"), (base.norm, "norm")):
+    for name, wanted in _own_tensors(base).items():
         tensor = stored.get(name)
-        if not isinstance(tensor, Tensor) or tensor.shape != module.weight.shape:
-            raise PackedFormatError(f"{file} does not fit config.json: {name} should be {list(module.weight.shape)}")
-        module.weight = nn.Parameter(tensor, requires_grad=False)
+        if not isinstance(tensor, Tensor) or tensor.shape != wanted.shape:
+            raise PackedFormatError(f"{file} does not fit config.json: {name} should be {list(wanted.shape)}")
+        module, _, part = OWN_TENSORS[name].partition(".")
+        setattr(getattr(base, module), part, nn.Parameter(tensor, requires_grad=False))
     try:
         layers = [layer_from_tensors(stored, f"layers.{index}", layer) for index, layer in enumerate(base.layers)]
     except ValueError as error:
@@ -222,27 +237,32 @@ def load_packed_model(folder: Path) -> PackedModel:
     return PackedModel(model, layers, head, names[layers[0].qkv[0].bits], model.config.tie_word_embeddings)
 
 
-Shapes = list[tuple[int, ...] | None]  # matrices [out, in], then vectors, None where there is none
+Shapes = dict[str, tuple[int, ...]]  # matrices [out, in] and vectors, by field
 
 
 def _shapes(packed: PackedDecoderLayer) -> Shapes:
-    joined = (packed.qkv, (packed.output,), packed.gate_up, (packed.down,))
-    vectors = (
-        packed.qkv_bias, packed.output_bias, packed.gate_up_bias, packed.down_bias,
-        packed.input_norm, packed.post_norm, packed.query_norm, packed.key_norm,
-    )  # fmt: skip
-    matrices: Shapes = [(sum(part.out_features for part in parts), parts[0].in_features) for parts in joined]
-    return matrices + [None if vector is None else tuple(vector.shape) for vector in vectors]
+    shapes: Shapes = {}
+    for field in dataclasses.fields(packed):
+        value = getattr(packed, field.name)
+        if isinstance(value, Tensor):
+            shapes[field.name] = tuple(value.shape)
+        elif isinstance(value, PackedWeight | tuple):
+            parts = packed.parts_of(field.name)
+            shapes[field.name] = (sum(part.out_features for part in parts), parts[0].in_features)
+    return shapes
 
 
 def _wanted_shapes(layer: Any) -> Shapes:
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-    joined: list[tuple[Any, ...]] = [qkv, (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)]
-    outputs = [sum(part.out_features for part in parts) for parts in joined]
-    matrices: Shapes = [(out, parts[0].in_features) for out, parts in zip(outputs, joined, strict=True)]
-    has_bias = [any(part.bias is not None for part in parts) for parts in joined]
-    biases: Shapes = [(out,) if given else None for out, given in zip(outputs, has_bias, strict=True)]
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    return matrices + biases + [None if norm is None else tuple(norm.weight.shape) for norm in norms]
+    parts = layer_parts(layer)
+    shapes: Shapes = {}
+    for field, names in parts.matrices.items():
+        projections = [layer.get_submodule(name) for name in names]
+        shapes[field] = (sum(part.out_features for part in projections), projections[0].in_features)
+        if any(part.bias is not None for part in projections):
+            shapes[f"{field}_bias"] = shapes[field][:1]
+    for field, name in parts.norms.items():
+        norm = layer.get_submodule(name)
+        shapes[field] = tuple(norm.weight.shape)
+        if getattr(norm, "bias", None) is not None:
+            shapes[f"{field}_bias"] = shapes[field]
+    return shapes

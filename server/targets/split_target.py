@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kernels.decoder_layer import LayerPass, decoder_layers, rms_norm
+from kernels.decoder_layer import LayerPass, decoder_layers, normalise
 from kernels.tree_attention import Segment, causal_segment
 from server.placement.devices import Placement, is_device_failure
 from server.placement.recovery import Recovery
@@ -135,7 +135,7 @@ class SplitTarget(NativeTarget):
         """[len(row_ids), vocabulary] fp32 of rows of a pass: from the device, or from the CPU's head if that fails."""
         upper, rows = self.upper, list(row_ids)
         logits = None if upper is None else self._attempt(lambda: upper.logits(found.last[rows]))
-        return self.head(found.here[rows]) if logits is None else logits
+        return self.head(found.here[rows]) if logits is None else self.head.finished(logits)
 
     def keep(self, slot: int, rows: Sequence[int]) -> None:
         """Commit a path of the last verify pass."""
@@ -187,7 +187,7 @@ class SplitTarget(NativeTarget):
         """Without the device: features [rows, hidden] after the final norm, fp32."""
         hidden, row_pass = self._lower(segments, token_ids, positions)
         self._run(hidden, row_pass, range(self.split.first, len(self.stack)))
-        return rms_norm(hidden, self.norm_weight, self.norm_epsilon)
+        return normalise(hidden, self.norm)
 
     @torch.inference_mode()
     def _lower(

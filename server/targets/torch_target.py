@@ -69,7 +69,10 @@ class LogitsHead:
 
     def __call__(self, features: Tensor) -> Tensor:
         """features [rows, hidden] -> logits [rows, vocabulary] in fp32."""
-        logits: Tensor = self.projection(features).float()
+        return self.finished(self.projection(features).float())
+
+    def finished(self, logits: Tensor) -> Tensor:
+        """A product of the head as logits."""
         if self.factor != 1.0:
             logits = logits * self.factor
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap

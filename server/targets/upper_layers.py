@@ -82,14 +82,14 @@ class DeviceAngles:
         table = angles.table
         self.table = None if table is None else tuple(part.to(place.device, place.dtype) for part in table)
 
-    def __call__(self, positions: list[int]) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [1, rows, head size] of each position."""
+    def __call__(self, positions: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """Cosine and sine [1, rows, turned values] of each position, for each of the target's rotary tables."""
         cosine, sine, rows = self.angles(positions)
         if self.table is not None:
             cosine, sine = self.table
         index = torch.tensor(rows, device=self.place.device)
-        cosine, sine = (part.to(self.place.device, self.place.dtype)[index][None] for part in (cosine, sine))
-        return cosine, sine
+        turned = (part.to(self.place.device, self.place.dtype)[:, index][:, None] for part in (cosine, sine))
+        return list(zip(*turned, strict=True))
 
 
 class UpperLayers:
@@ -113,6 +113,7 @@ class UpperLayers:
         self.staging = Staging(self.device)
         base = packed.model.base_model
         self.layers: list[Any] = []
+        self.tables = [layer.form.angles or 0 for layer in packed.layers[split.first :]]
         for number, layer in enumerate(packed.layers[split.first :]):
             module: Any = copy.deepcopy(modules[split.first + number])
             module.self_attn.layer_idx = number
@@ -122,7 +123,7 @@ class UpperLayers:
         self.head = dequantise(packed.head, self.dtype).to(self.device)
         one = packed.layers[0]
         self.slots = KVSlots(
-            num_slots, capacity, len(self.layers), one.num_kv_heads, one.head_dim, self.dtype, self.device
+            num_slots, capacity, len(self.layers), one.form.num_kv_heads, one.form.head_dim, self.dtype, self.device
         )
 
     def __call__(self, hidden: Tensor, segments: Sequence[Segment], positions: list[int], tap: FeatureTap) -> UpperPass:
@@ -133,7 +134,7 @@ class UpperLayers:
         states = crossed[None]
         for number, layer in enumerate(self.layers):
             tap.record(self.first + number, states[0])
-            states = layer(states, position_embeddings=turns, row_pass=row_pass)
+            states = layer(states, position_embeddings=turns[self.tables[number]], row_pass=row_pass)
         last = self.norm(states)[0]
         here = self.staging.down(last).to(torch.float32, copy=True)
         return UpperPass(last, here, tap.features(here))
@@ -144,5 +145,5 @@ class UpperLayers:
         return token_ids
 
     def logits(self, last: Tensor) -> Tensor:
-        """[rows, vocabulary] fp32 on the CPU, of rows of a pass's ``last``."""
+        """The head's product [rows, vocabulary] fp32 on the CPU, of rows of a pass's ``last``."""
         return self.staging.down(functional.linear(last, self.head)).float()

@@ -25,11 +25,9 @@ float* scratch_for(const AttendTask& task) {
   return scratch.reserve(attend_scratch(task));
 }
 
-int whole_chunks(const AttendTask& task) { return task.closed() / kKeyChunk; }
-
 struct Piece {
   AttendTask* task;
-  int chunk;
+  int index;  // of the chunk, from the task's first on
 };
 
 // Computes every task's whole chunks, one piece of work each, into `partials`.
@@ -38,24 +36,24 @@ void attend_chunks(Pool& pool, AlignedFloats& partials, std::vector<AttendTask>&
   std::vector<Piece> pieces;
   int64_t floats = 0;
   for (AttendTask& task : tasks) {
-    for (int chunk = 0; chunk < whole_chunks(task); ++chunk) pieces.push_back({&task, chunk});
-    floats += whole_chunks(task) * partial_floats(task);
+    for (int i = 0; i < task.whole_chunks(); ++i) pieces.push_back({&task, i});
+    floats += task.whole_chunks() * partial_floats(task);
   }
   float* memory = partials.reserve(floats);
   for (AttendTask& task : tasks) {
     task.partials = memory;
-    memory += whole_chunks(task) * partial_floats(task);
+    memory += task.whole_chunks() * partial_floats(task);
   }
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const AttendTask& task = *pieces[i].task;
-      float* partial = const_cast<float*>(task.partials) + pieces[i].chunk * partial_floats(task);
-      math.attend_chunk(task, pieces[i].chunk, partial, scratch_for(task));
+      float* partial = const_cast<float*>(task.partials) + pieces[i].index * partial_floats(task);
+      math.attend_chunk(task, task.first_chunk() + pieces[i].index, partial, scratch_for(task));
       lap(Part::kAttention);
     }
   };
   pool.run(static_cast<int64_t>(pieces.size()), 1, body);
-  for (AttendTask& task : tasks) task.num_partials = whole_chunks(task);
+  for (AttendTask& task : tasks) task.num_partials = task.whole_chunks();
 }
 
 }  // namespace
@@ -72,7 +70,7 @@ void attend(Pool& pool, AlignedFloats& partials, std::vector<AttendTask>& tasks)
   const LayerMath& math = layer_math();
   const auto count = static_cast<int64_t>(tasks.size());
   const bool few = pool.threads() > 1 && count < int64_t{2} * pool.threads();
-  if (few && std::any_of(tasks.begin(), tasks.end(), [](const AttendTask& task) { return whole_chunks(task) > 0; })) {
+  if (few && std::any_of(tasks.begin(), tasks.end(), [](const AttendTask& task) { return task.whole_chunks() > 0; })) {
     attend_chunks(pool, partials, tasks);
   }
   auto body = [&](int64_t begin, int64_t end) {

@@ -29,6 +29,13 @@ struct CacheRows {
   const float* scales;  // [capacity] with int8, else null
 };
 
+// What a sliding window leaves of the keys: each row sees its path from a position of its own on.
+struct Window {
+  const int32_t* first = nullptr;  // [num_rows] that position; null: every row sees all of its path
+  int lowest = 0;                  // of these
+  int highest = 0;
+};
+
 // One key head of one segment: `num_rows` new rows times the query heads that share the key head.
 struct AttendTask {
   CacheRows keys;
@@ -41,15 +48,23 @@ struct AttendTask {
   const uint8_t* mask;   // [num_rows, tail]: nonzero where the row sees that key of the tail; null for causal rows
   int group;             // query heads
   float scale;           // of the scores
+  float cap;             // scores s become cap * tanh(s / cap); 0: they stay
+  Window window;
   const float* query;    // row r, head h of the group: query + r * row_stride + h * head_dim
   float* output;         // the same places
   int64_t row_stride;
-  const float* partials = nullptr;  // the softmax of each of the first chunks, where others have computed them
+  const float* partials = nullptr;  // the softmax of each chunk from first_chunk on, where others have computed them
   int num_partials = 0;
 
   int num_queries() const { return num_rows * group; }
   int closed() const { return prefix / kKeyBlock * kKeyBlock; }  // keys in whole blocks that every row sees
   int open() const { return prefix + tail - closed(); }          // the keys behind them
+  int begin() const { return window.lowest / kKeyBlock * kKeyBlock; }  // blocks before are seen by none
+  int first_chunk() const { return begin() / kKeyChunk; }
+  int whole_chunks() const {  // closed ones from first_chunk on
+    const int count = closed() / kKeyChunk - first_chunk();
+    return count > 0 ? count : 0;
+  }
 };
 
 // Floats of one chunk's softmax for all queries of a task.

@@ -35,6 +35,13 @@ inline void fold(const Softmax& to, const Softmax& chunk, int width, int first, 
   }
 }
 
+// The same for the chunk of keys up to `stop`, for the rows that see any of them.
+inline void fold_seen(const AttendTask& task, const Softmax& to, const Softmax& chunk, int stop) {
+  if (task.window.highest < stop) return fold(to, chunk, task.head_dim, 0, task.num_queries());
+  for (int row = 0; row < task.num_rows; ++row)
+    if (task.window.first[row] < stop) fold(to, chunk, task.head_dim, row * task.group, (row + 1) * task.group);
+}
+
 // The scratch memory of one task, cut up. Rows of keys and values are [rows][words], blocks of values [head_dim] words a pack.
 struct Buffers {
   Softmax running;
@@ -116,6 +123,12 @@ inline void join_values(const uint32_t* rows, const int32_t* at, int count, int 
   if (key < count) Words::template join_rows<false>(rows + int64_t{at[key]} * words, nullptr, width, out);
 }
 
+// Soft cap of one row against a block of keys: s becomes cap * tanh(s / cap).
+inline void cap_scores(float* scores, float cap) {
+  for (int k = 0; k < kKeyBlock; k += 16)
+    store(scores + k, multiply(broadcast(cap), hyperbolic_tangent(divide(load(scores + k), broadcast(cap)))));
+}
+
 // Scores of queries [first, end) against the turned keys, whose first is `key` of the cache, into rows `stride` apart.
 template <typename Words>
 inline void score(const AttendTask& task, const Buffers& b, int first, int end, int key, int count, float* scores, int64_t stride) {
@@ -123,9 +136,9 @@ inline void score(const AttendTask& task, const Buffers& b, int first, int end, 
     const int rows = i + kRowsTogether <= end ? kRowsTogether : end - i;
     float* out = scores + (i - first) * stride;
     multiply<Words, true>(rows, b.queries + int64_t{i} * b.words, b.words, b.turned, kKeyBlock, b.words, nullptr, out, stride, kKeyBlock);
-    if (task.keys.scales == nullptr) continue;
-    for (int r = 0; r < rows; ++r)
+    for (int r = 0; task.keys.scales != nullptr && r < rows; ++r)
       for (int k = 0; k < count; ++k) out[r * stride + k] *= task.keys.scales[key + k];
+    for (int r = 0; task.cap > 0.0f && r < rows; ++r) cap_scores(out + r * stride, task.cap * kLog2E);
   }
 }
 
@@ -169,6 +182,36 @@ inline void fetch_lines(const void* data, int64_t bytes, int64_t first, int64_t 
   for (int64_t at = first * 64; at < (first + count) * 64 && at < bytes; at += 64) __builtin_prefetch(p + at);
 }
 
+// Takes the block of keys from `first` on, where windows begin: each row what it sees of it, if anything. `rows` are its values.
+template <typename Words>
+inline void take_edge(const AttendTask& task, const Buffers& b, const Softmax& s, const uint32_t* rows, int first) {
+  constexpr int packs = kKeyBlock / Words::kPack;
+  const int width = task.head_dim;
+  const bool scaled = task.values.scales != nullptr;
+  for (int row = 0; row < task.num_rows; ++row) {
+    const int hidden = task.window.first[row] > first ? task.window.first[row] - first : 0;
+    if (hidden >= kKeyBlock) continue;
+    const int count = kKeyBlock - hidden;
+    int32_t at[kKeyBlock];
+    float value_scales[kKeyBlock] = {};
+    for (int key = 0; key < count; ++key) at[key] = hidden + key;
+    for (int key = 0; scaled && key < count; ++key) value_scales[key] = task.values.scales[first + at[key]];
+    join_values<Words>(rows, at, count, width, b.rest);
+    const int end = (row + 1) * task.group;
+    for (int i = row * task.group; i < end; i += kRowsTogether) {
+      const int together = i + kRowsTogether <= end ? kRowsTogether : end - i;
+      float keep[16];
+      float scores[kRowsTogether * kKeyBlock];
+      uint32_t weights[kRowsTogether * packs];
+      score<Words>(task, b, i, i + together, first, kKeyBlock, scores, kKeyBlock);
+      for (int r = 0; r < together; ++r)
+        std::memmove(scores + r * kKeyBlock, scores + r * kKeyBlock + hidden, static_cast<size_t>(count) * sizeof(float));
+      weigh<Words>(s, i, together, scores, count, scaled ? value_scales : nullptr, weights, keep);
+      multiply<Words, false>(together, weights, packs, b.rest, width, (count + Words::kPack - 1) / Words::kPack, keep, s.sums + int64_t{i} * width, width, width);
+    }
+  }
+}
+
 // Takes the whole blocks of keys [first, end), a part of one chunk, into the softmax of all queries.
 template <typename Words>
 inline void take_blocks(const AttendTask& task, const Buffers& b, const Softmax& s, int first, int end) {
@@ -187,6 +230,10 @@ inline void take_blocks(const AttendTask& task, const Buffers& b, const Softmax&
     const int64_t next_bytes = (task.prefix + task.tail) * row_bytes - next;
     turn_keys<Words>(task, b, first, kKeyBlock);
     const uint32_t* rows = rows_of<Words>(task, task.values, first, kKeyBlock, true, b.rows);
+    if (first < task.window.highest) {
+      take_edge<Words>(task, b, s, rows, first);
+      continue;
+    }
     join_values<Words>(rows, in_order, kKeyBlock, task.head_dim, b.joined);
     const float* value_scales = task.values.scales == nullptr ? nullptr : task.values.scales + first;
     for (int i = 0; i < task.num_queries(); i += kRowsTogether) {
@@ -225,12 +272,13 @@ constexpr float kWhole[4] = {1.0f, 1.0f, 1.0f, 1.0f};
 static_assert(kRowsTogether <= 4);
 
 // Takes the keys [from, from + count) of a row's path into the softmax of its queries. `rows` are the open values; the keys in
-// order have their packs in `joined` already, the others are joined here.
+// order have their packs in `joined` already, where `from` begins one; the others are joined here.
 template <typename Words>
 inline void take_path(const AttendTask& task, const Buffers& b, const uint32_t* rows, const Path& path, int row, int from, int count) {
   constexpr int packs = kKeyBlock / Words::kPack;
   const int width = task.head_dim;
-  const int in_order = path.in_order - from < count ? (path.in_order > from ? path.in_order - from : 0) : count;
+  const int ready = from % Words::kPack == 0 ? path.in_order - from : 0;
+  const int in_order = ready < count ? (ready > 0 ? ready : 0) : count;
   const int shared = in_order / Words::kPack;  // packs
   const int own = (count + Words::kPack - 1) / Words::kPack - shared;
   join_values<Words>(rows, path.at + from + shared * Words::kPack, count - shared * Words::kPack, width, b.rest);
@@ -281,12 +329,16 @@ inline void take_open(const AttendTask& task, const Buffers& b) {
     const Path path = path_of(task, row, b.at);
     const int first = row * task.group;
     const int end = first + task.group;
-    for (int from = 0; from < path.length; from += kKeyBlock) {
-      if (from > 0 && (closed + from) % kKeyChunk == 0) {
+    const int hidden = task.window.highest > closed && task.window.first[row] > closed ? task.window.first[row] - closed : 0;
+    const int first_block = hidden / kKeyBlock * kKeyBlock;
+    for (int block = first_block; block < path.length; block += kKeyBlock) {
+      if (block > first_block && (closed + block) % kKeyChunk == 0) {
         fold(b.running, b.chunk, task.head_dim, first, end);
         start(b.chunk, task.head_dim, first, end);
       }
-      take_path<Words>(task, b, rows, path, row, from, path.length - from < kKeyBlock ? path.length - from : kKeyBlock);
+      const int from = hidden > block ? hidden : block;
+      const int stop = path.length - block < kKeyBlock ? path.length : block + kKeyBlock;
+      take_path<Words>(task, b, rows, path, row, from, stop - from);
     }
     fold(b.running, b.chunk, task.head_dim, first, end);
     for (int i = first; i < end; ++i) finish(task, b.running, i);
@@ -303,13 +355,13 @@ inline void attend_as(const AttendTask& task, float* scratch) {
   start(b.chunk, task.head_dim, 0, queries);
   for (int chunk = 0; chunk < task.num_partials; ++chunk) {
     const Softmax partial = softmax_at(task, const_cast<float*>(task.partials) + chunk * partial_floats(task));
-    fold(b.running, partial, task.head_dim, 0, queries);
+    fold_seen(task, b.running, partial, (task.first_chunk() + chunk + 1) * kKeyChunk);
   }
-  for (int first = task.num_partials * kKeyChunk; first < closed; first += kKeyChunk) {
+  for (int first = (task.first_chunk() + task.num_partials) * kKeyChunk; first < closed; first += kKeyChunk) {
     const bool whole = first + kKeyChunk <= closed;
-    take_blocks<Words>(task, b, b.chunk, first, whole ? first + kKeyChunk : closed);
+    take_blocks<Words>(task, b, b.chunk, first > task.begin() ? first : task.begin(), whole ? first + kKeyChunk : closed);
     if (!whole) break;
-    fold(b.running, b.chunk, task.head_dim, 0, queries);
+    fold_seen(task, b.running, b.chunk, first + kKeyChunk);
     start(b.chunk, task.head_dim, 0, queries);
   }
   take_open<Words>(task, b);
@@ -321,7 +373,8 @@ inline void attend_chunk_as(const AttendTask& task, int chunk, float* partial, f
   const Softmax s = softmax_at(task, partial);
   take_queries<Words>(task, b);
   start(s, task.head_dim, 0, task.num_queries());
-  take_blocks<Words>(task, b, s, chunk * kKeyChunk, (chunk + 1) * kKeyChunk);
+  const int first = chunk * kKeyChunk;
+  take_blocks<Words>(task, b, s, first > task.begin() ? first : task.begin(), first + kKeyChunk);
 }
 
 #ifdef DOVETAIL_BF16_DOTS

@@ -1,5 +1,7 @@
-// Decoder layers (RMSNorm, grouped attention with rope over KV slots, SwiGLU) for the rows of several slots in one call.
+// Decoder layers (norms, grouped attention with rope over KV slots, a gated feed-forward) for the rows of several slots in one call.
 #include "layer.h"
+
+#include <algorithm>
 
 #include "layer_math.h"
 
@@ -20,10 +22,22 @@ void add(const float* x, int64_t width, float* to) {
   for (int64_t i = 0; i < width; ++i) to[i] += x[i];
 }
 
-// A product's row with its bias, where it has one.
-void add_with_bias(const float* x, const float* bias, int64_t width, float* to) {
-  if (bias == nullptr) return add(x, width, to);
-  for (int64_t i = 0; i < width; ++i) to[i] += x[i] + bias[i];
+void add_scaled(const float* x, float scale, int64_t width, float* to) {
+  if (scale == 1.0f) return add(x, width, to);
+  for (int64_t i = 0; i < width; ++i) to[i] += x[i] * scale;
+}
+
+// A product's row goes to the stream, with what the layer does to it before: bias, norm, scale.
+void add_product(const Layer& layer, float* x, const float* bias, const float* norm, int width, float* to) {
+  if (bias != nullptr) add(bias, width, x);
+  if (norm != nullptr) layer_math().normalise(x, norm, layer.epsilon, width, x);
+  add_scaled(x, layer.residual_scale, width, to);
+}
+
+// A norm of the stream.
+void normalise_stream(const Layer& layer, const float* x, const float* norm, const float* bias, int width, float* out) {
+  const LayerMath& math = layer_math();
+  layer.centred ? math.centre(x, norm, bias, layer.epsilon, width, out) : math.normalise(x, norm, layer.epsilon, width, out);
 }
 
 // y = W x by the parts of W: the first makes the rows' input with x(row), the others find it there with again(row).
@@ -43,8 +57,23 @@ float* scale_at(float* scales, int64_t row) { return scales == nullptr ? nullptr
 
 void Runner::find_places(const Pass& pass) {
   places_.clear();
-  for (const Segment* s = pass.segments; s < pass.segments + pass.num_segments; ++s)
-    for (int row = 0; row < s->num_rows; ++row) places_.push_back({s->slot, s->prefix + s->tail - s->num_rows + row});
+  for (const Segment* s = pass.segments; s < pass.segments + pass.num_segments; ++s) {
+    for (int row = 0; row < s->num_rows; ++row) {
+      const int32_t place = s->prefix + s->tail - s->num_rows + row;
+      const uint8_t* seen = s->mask + (s->mask == nullptr ? 0 : int64_t{row} * s->tail);
+      const auto path = [&] { return static_cast<int32_t>(s->tail - std::count(seen, seen + s->tail, uint8_t{0})); };
+      places_.push_back({s->slot, place, s->mask == nullptr ? place : s->prefix + path() - 1});
+    }
+  }
+}
+
+// What the layer's window leaves of the keys for rows from `first_row` on, which are of one segment.
+Window Runner::window_of(const Layer& layer, int64_t first_row, int num_rows) {
+  if (layer.window == 0) return {};
+  int32_t* const first = first_keys_.data() + first_row;
+  for (int row = 0; row < num_rows; ++row) first[row] = std::max(0, places_[first_row + row].position - layer.window + 1);
+  const auto [lowest, highest] = std::minmax_element(first, first + num_rows);
+  return *highest == 0 ? Window{} : Window{first, *lowest, *highest};
 }
 
 // Norms and rotates queries and keys; writes keys and values to their slots. Queries stay in qkv_.
@@ -54,16 +83,21 @@ void Runner::place_rows(Pool& pool, const Layer& layer, const Pass& pass, const 
   const CacheFormat format = pass.format;
   for_rows(pool, pass.num_rows, layer.qkv.out(), [&](int64_t r) {
     float* row = qkv_.data() + r * layer.qkv.out();
-    const int64_t angles = int64_t{pass.positions[r]} * layer.rotary_dim;
+    const int64_t angles = (int64_t{layer.angles} * pass.num_positions + pass.positions[r]) * pass.rotary_dim;
+    const int queries = layer.num_heads * width;
     if (layer.qkv_bias != nullptr) add(layer.qkv_bias, layer.qkv.out(), row);
+    if (layer.whole_norms) {
+      math.normalise(row, layer.query_norm, layer.epsilon, queries, row);
+      math.normalise(row + queries, layer.key_norm, layer.epsilon, layer.num_kv_heads * width, row + queries);
+    }
     for (int head = 0; head < layer.num_heads + layer.num_kv_heads; ++head) {
       float* x = row + head * width;
       const float* norm = head < layer.num_heads ? layer.query_norm : layer.key_norm;
-      if (norm != nullptr) math.normalise(x, norm, layer.epsilon, width, x);
-      math.rotate(x, pass.cosine + angles, pass.sine + angles, layer.rotary_dim);
+      if (norm != nullptr && !layer.whole_norms) math.normalise(x, norm, layer.epsilon, width, x);
+      if (layer.angles >= 0) math.rotate(x, pass.cosine + angles, pass.sine + angles, pass.rotary_dim);
     }
     for (int head = 0; head < layer.num_kv_heads; ++head) {
-      const int64_t at = (places_[r].slot * layer.num_kv_heads + head) * pass.capacity + places_[r].position;
+      const int64_t at = (places_[r].slot * layer.num_kv_heads + head) * pass.capacity + places_[r].place;
       const float* key = row + (layer.num_heads + head) * width;
       const float* value = key + layer.num_kv_heads * width;
       math.store_row(key, width, format, row_at(slots.keys, at, width, format), scale_at(slots.key_scales, at));
@@ -79,14 +113,18 @@ void Runner::attend_rows(Pool& pool, const Layer& layer, const Pass& pass, const
   const int group = layer.num_heads / layer.num_kv_heads;
   const CacheFormat format = pass.format;
   tasks_.clear();
+  first_keys_.resize(places_.size());
   float* rows = qkv_.data();
-  for (const Segment* s = pass.segments; s < pass.segments + pass.num_segments; ++s) {
+  int64_t first_row = 0;
+  for (const Segment* s = pass.segments; s < pass.segments + pass.num_segments; first_row += s->num_rows, ++s) {
+    const Window window = window_of(layer, first_row, s->num_rows);
     for (int64_t head = 0; head < layer.num_kv_heads; ++head) {
       const int64_t at = (s->slot * layer.num_kv_heads + head) * pass.capacity;
       float* queries = rows + head * group * width;
       tasks_.push_back({{row_at(slots.keys, at, width, format), scale_at(slots.key_scales, at)},
                         {row_at(slots.values, at, width, format), scale_at(slots.value_scales, at)},
-                        format, width, s->prefix, s->tail, s->num_rows, s->mask, group, layer.scale, queries, queries, layer.qkv.out()});
+                        format, width, s->prefix, s->tail, s->num_rows, s->mask, group, layer.scale, layer.score_cap, window,
+                        queries, queries, layer.qkv.out()});
     }
     rows += int64_t{s->num_rows} * layer.qkv.out();
   }
@@ -98,36 +136,42 @@ void Runner::run_layer(Pool& pool, const Layer& layer, const Pass& pass, const S
   const int64_t rows = pass.num_rows;
   const int64_t width = layer.qkv.in();
   const int64_t intermediate = layer.down.in;
-  auto normal = [&](int64_t r, const float* norm) {
+  auto normal = [&](int64_t r, const float* norm, const float* bias) {
+    if (norm == nullptr) return hidden + r * width;
     float* out = normal_.data() + r * width;
-    math.normalise(hidden + r * width, norm, layer.epsilon, static_cast<int>(width), out);
+    normalise_stream(layer, hidden + r * width, norm, bias, static_cast<int>(width), out);
     lap(Part::kNorms);
     return out;
   };
-  auto attention_input = [&](int64_t r) { return layer.input_norm == nullptr ? hidden + r * width : normal(r, layer.input_norm); };
-  auto normal_again = [&](int64_t r) { return normal_.data() + r * width; };
-  auto attention_again = [&](int64_t r) { return layer.input_norm == nullptr ? hidden + r * width : normal_again(r); };
+  auto again = [&](int64_t r, const float* norm) { return (norm == nullptr ? hidden : normal_.data()) + r * width; };
+  auto attention_input = [&](int64_t r) { return normal(r, layer.input_norm, layer.input_norm_bias); };
+  auto attention_again = [&](int64_t r) { return again(r, layer.input_norm); };
   joined_of(pool, workspace_, layer.qkv, rows, row_grain(2 * width), attention_input, attention_again, qkv_.data());
   place_rows(pool, layer, pass, slots);
   attend_rows(pool, layer, pass, slots);
   auto attended = [&](int64_t r) { return qkv_.data() + r * layer.qkv.out(); };
   linear_of(pool, workspace_, layer.output, rows, row_grain(layer.output.in), attended, projected_.data(), width);
-  auto mlp_input = [&](int64_t r) {
-    add_with_bias(projected_.data() + r * width, layer.output_bias, width, hidden + r * width);
-    return normal(r, layer.post_norm);
+  auto add_row = [&](int64_t r, const float* bias, const float* norm) {
+    add_product(layer, projected_.data() + r * width, bias, norm, static_cast<int>(width), hidden + r * width);
   };
-  joined_of(pool, workspace_, layer.gate_up, rows, row_grain(2 * width), mlp_input, normal_again, gate_up_.data());
+  auto mlp_input = [&](int64_t r) {
+    add_row(r, layer.output_bias, layer.attention_out_norm);
+    return normal(r, layer.post_norm, layer.post_norm_bias);
+  };
+  auto mlp_again = [&](int64_t r) { return again(r, layer.post_norm); };
+  joined_of(pool, workspace_, layer.gate_up, rows, row_grain(2 * width), mlp_input, mlp_again, gate_up_.data());
+  const auto gated = layer.activation == Activation::kSilu ? math.swiglu : math.geglu;
   auto activated = [&](int64_t r) {
     float* gate = gate_up_.data() + r * 2 * intermediate;
     float* out = middle_.data() + r * intermediate;
     if (layer.gate_up_bias != nullptr) add(layer.gate_up_bias, 2 * intermediate, gate);
-    math.swiglu(gate, gate + intermediate, static_cast<int>(intermediate), out);
+    gated(gate, gate + intermediate, static_cast<int>(intermediate), out);
     lap(Part::kActivation);
     return out;
   };
   linear_of(pool, workspace_, layer.down, rows, row_grain(kExponentials * intermediate), activated, projected_.data(), width);
   for_rows(pool, rows, width, [&](int64_t r) {
-    add_with_bias(projected_.data() + r * width, layer.down_bias, width, hidden + r * width);
+    add_row(r, layer.down_bias, layer.mlp_out_norm);
     lap(Part::kNorms);
   });
 }
@@ -162,9 +206,12 @@ void dovetail_decoder_layers(const Layer* layers, int64_t num_layers, const Pass
   runner->run(pool, layers, num_layers, *pass, *slots, hidden);
 }
 
-// RMSNorm of rows [rows, width].
-void dovetail_normalise(const float* x, const float* weight, float epsilon, int64_t rows, int64_t width, float* out) {
-  for (int64_t r = 0; r < rows; ++r) layer_math().normalise(x + r * width, weight, epsilon, static_cast<int>(width), out + r * width);
+// RMSNorm of rows [rows, width], or LayerNorm where `centred`; bias may be null, and is where not centred.
+void dovetail_normalise(const float* x, const float* weight, const float* bias, int centred, float epsilon, int64_t rows, int64_t width, float* out) {
+  const LayerMath& math = layer_math();
+  const int count = static_cast<int>(width);
+  for (const float* const end = x + rows * width; x < end; x += width, out += width)
+    centred ? math.centre(x, weight, bias, epsilon, count, out) : math.normalise(x, weight, epsilon, count, out);
 }
 }
 #pragma GCC visibility pop

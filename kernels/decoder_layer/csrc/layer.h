@@ -22,25 +22,37 @@ struct Joined {
   }
 };
 
+enum class Activation : int32_t { kSilu, kGeluTanh };
+
 struct Layer {
   Joined qkv;      // [heads * head_dim + 2 * kv_heads * head_dim, hidden]
   Joined gate_up;  // [2 * intermediate, hidden]
   Packed output;   // [hidden, heads * head_dim]
   Packed down;     // [hidden, intermediate]
   const float* input_norm;  // null: attention reads the residual stream as it is
-  const float* post_norm;
-  const float* query_norm;  // [head_dim], or null
+  const float* post_norm;   // the same of the feed-forward
+  const float* attention_out_norm;  // of what attention gives, before it is added to the stream; or null
+  const float* mlp_out_norm;
+  const float* input_norm_bias;  // or null, as is every bias
+  const float* post_norm_bias;
+  const float* query_norm;  // [head_dim], or of all heads where whole_norms; or null
   const float* key_norm;
-  const float* qkv_bias;  // or null, as the three below
+  const float* qkv_bias;
   const float* output_bias;
   const float* gate_up_bias;
   const float* down_bias;
   int32_t num_heads;
   int32_t num_kv_heads;
   int32_t head_dim;
-  int32_t rotary_dim;
+  int32_t window;    // each row sees so many positions, its own the last; 0: all
+  int32_t angles;    // which of the pass's tables turns queries and keys; -1: none
+  Activation activation;
+  int32_t whole_norms;  // query_norm and key_norm are over all heads together
+  int32_t centred;      // the norms of the stream take off the mean
   float epsilon;
-  float scale;
+  float scale;      // of the scores
+  float score_cap;  // of the scores, 0: none
+  float residual_scale;  // of what is added to the stream
 };
 
 struct Segment {
@@ -56,8 +68,10 @@ struct Pass {
   int32_t num_segments;
   int32_t num_rows;
   const int32_t* positions;  // [num_rows]: the row of cosine and sine that turns each row
-  const float* cosine;       // [positions, rotary_dim]
+  const float* cosine;       // [tables, num_positions, rotary_dim]
   const float* sine;
+  int32_t rotary_dim;     // leading values of each head that are turned
+  int32_t num_positions;  // of a table; of no account where there is one
   int64_t capacity;    // rows of a slot
   CacheFormat format;  // of the KV slots
 };
@@ -85,10 +99,11 @@ class Runner {
   void run(Pool& pool, const Layer* layers, int64_t num_layers, const Pass& pass, const Slots& slots, float* hidden);
 
  private:
-  // Where each row of the pass goes: its slot and its place there.
+  // Where each row of the pass goes, its slot and its place there; and where in its text it stands.
   struct Place {
     int64_t slot;
-    int64_t position;
+    int64_t place;
+    int32_t position;
   };
 
   // `slots` begin with those of the layer.
@@ -96,11 +111,13 @@ class Runner {
   void find_places(const Pass& pass);
   void place_rows(Pool& pool, const Layer& layer, const Pass& pass, const Slots& slots);
   void attend_rows(Pool& pool, const Layer& layer, const Pass& pass, const Slots& slots);
+  Window window_of(const Layer& layer, int64_t first_row, int num_rows);
 
   Workspace workspace_;
   std::vector<float> normal_, qkv_, projected_, gate_up_, middle_;
   std::vector<Place> places_;
   std::vector<AttendTask> tasks_;
+  std::vector<int32_t> first_keys_;  // of each row, under the window of the layer at hand
   AlignedFloats partials_;
 };
 

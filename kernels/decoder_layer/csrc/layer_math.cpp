@@ -89,8 +89,8 @@ namespace portable_loops {
 }  // namespace portable_loops
 
 #define DOVETAIL_LAYER_MATH(LOOPS)                                                                                    \
-  {LOOPS::normalise,   LOOPS::rotate,    LOOPS::swiglu,      LOOPS::silu,        LOOPS::blend, \
-   LOOPS::log_sum_exp, LOOPS::store_row, LOOPS::attend_task, LOOPS::attend_chunk}
+  {LOOPS::normalise, LOOPS::centre,      LOOPS::rotate,    LOOPS::swiglu,      LOOPS::geglu,       LOOPS::silu, \
+   LOOPS::blend,     LOOPS::log_sum_exp, LOOPS::store_row, LOOPS::attend_task, LOOPS::attend_chunk}
 
 #if defined(__x86_64__) || defined(_M_X64)
 const LayerMath kAvx512Bf16 = DOVETAIL_LAYER_MATH(avx512_bf16_loops);

@@ -13,10 +13,14 @@ constexpr float kTiny = 1e-30f;  // a row of int8 whose largest magnitude is bel
 struct LayerMath {
   // out = x / rms(x) * weight
   void (*normalise)(const float* x, const float* weight, float epsilon, int width, float* out);
+  // out = (x - mean(x)) / deviation(x) * weight + bias; bias may be null
+  void (*centre)(const float* x, const float* weight, const float* bias, float epsilon, int width, float* out);
   // x[i] = x[i] * cos[i] + rotated(x)[i] * sin[i] over the first `width` values, halves rotated against each other
   void (*rotate)(float* x, const float* cosine, const float* sine, int width);
   // out[i] = silu(gate[i]) * up[i]
   void (*swiglu)(const float* gate, const float* up, int width, float* out);
+  // out[i] = gelu(gate[i]) * up[i], by the approximation with tanh
+  void (*geglu)(const float* gate, const float* up, int width, float* out);
   // x[i] = silu(x[i])
   void (*silu)(float* x, int width);
   // out[i] = second[i] + sigmoid(gate[i]) * (first[i] - second[i])

@@ -20,6 +20,15 @@ void normalise(const float* x, const float* weight, float epsilon, int width, fl
   for (int j = 0; j < width; ++j) out[j] = weight[j] * (x[j] * inverse);
 }
 
+void centre(const float* x, const float* weight, const float* bias, float epsilon, int width, float* out) {
+  float sums[kLanes] = {};
+  for (int i = 0; i < width; ++i) sums[i % kLanes] += x[i];
+  const float mean = add_lanes(sums) / static_cast<float>(width);
+  for (int i = 0; i < width; ++i) out[i] = x[i] - mean;
+  normalise(out, weight, epsilon, width, out);
+  for (int i = 0; bias != nullptr && i < width; ++i) out[i] += bias[i];
+}
+
 void rotate(float* x, const float* cosine, const float* sine, int width) {
   const int half = width / 2;
   for (int i = 0; i < half; ++i) {
@@ -53,6 +62,16 @@ void swiglu(const float* gate, const float* up, int width, float* out) {
   for (int i = 0; i < width; i += kLanes) {
     const Vec x = load_some(gate + i, width - i);
     store_some(out + i, width - i, multiply(gated(x, x), load_some(up + i, width - i)));
+  }
+}
+
+// gelu(x) = x / 2 * (1 + tanh(z)) = x * sigmoid(2 z) with z = sqrt(2 / pi) * (x + 0.044715 x^3).
+void geglu(const float* gate, const float* up, int width, float* out) {
+  constexpr float kTwoRootTwoOverPi = 1.59576912f;
+  for (int i = 0; i < width; i += kLanes) {
+    const Vec x = load_some(gate + i, width - i);
+    const Vec bent = multiply_add(multiply(multiply(x, x), x), broadcast(0.044715f), x);
+    store_some(out + i, width - i, multiply(gated(x, multiply(bent, broadcast(kTwoRootTwoOverPi))), load_some(up + i, width - i)));
   }
 }
 

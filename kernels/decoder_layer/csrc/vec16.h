@@ -124,18 +124,31 @@ constexpr int kRowsTogether = 1;
 constexpr int kVectorsTogether = 1;
 #endif
 
+// (2^x - 1) / x for x from -0.5 to 0.5, a polynomial fitted there.
+inline Vec slope_of_power(Vec x) {
+  Vec y = broadcast(1.326472731e-3f);
+  y = multiply_add(y, x, broadcast(9.671512991e-3f));
+  y = multiply_add(y, x, broadcast(5.550733581e-2f));
+  y = multiply_add(y, x, broadcast(2.402224243e-1f));
+  return multiply_add(y, x, broadcast(6.931470037e-1f));
+}
+
 // 2^x to 2e-7 relative for x from -125 to 127, clamped beyond; NaN stays NaN. Exactly 1 at 0. Without branches or tables: the
-// whole part moves the exponent, a polynomial fitted on [-0.5, 0.5] takes the rest.
+// whole part moves the exponent, the polynomial takes the rest.
 inline Vec exponential2(Vec x) {
   x = minimum(broadcast(127.0f), maximum(broadcast(-125.0f), x));
   const Vec whole = whole_part(x);
   const Vec rest = subtract(x, whole);
-  Vec y = broadcast(1.326472731e-3f);
-  y = multiply_add(y, rest, broadcast(9.671512991e-3f));
-  y = multiply_add(y, rest, broadcast(5.550733581e-2f));
-  y = multiply_add(y, rest, broadcast(2.402224243e-1f));
-  y = multiply_add(y, rest, broadcast(6.931470037e-1f));
-  y = multiply_add(y, rest, broadcast(1.0f));
-  return scale_by_power(y, whole);
+  return scale_by_power(multiply_add(slope_of_power(rest), rest, broadcast(1.0f)), whole);
 }
 constexpr float kLog2E = 1.44269504f;
+
+// tanh(x) to 1e-6 relative, by way of e = exp(2 x) - 1, which is summed so that small x lose nothing: e / (e + 2).
+inline Vec hyperbolic_tangent(Vec x) {
+  const Vec doubled = minimum(broadcast(60.0f), maximum(broadcast(-60.0f), multiply(x, broadcast(2.0f * kLog2E))));
+  const Vec whole = whole_part(doubled);
+  const Vec rest = subtract(doubled, whole);
+  const Vec power = scale_by_power(broadcast(1.0f), whole);
+  const Vec e = multiply_add(multiply(slope_of_power(rest), rest), power, subtract(power, broadcast(1.0f)));
+  return divide(e, add(e, broadcast(2.0f)));
+}

@@ -97,7 +97,7 @@ void Drafting::forward(Pool& pool, const DraftModel& model, const std::vector<Se
   for (size_t r = 0; r < rows; ++r) read_embedding(model, token_ids[r], width, embeddings_.data() + r * width);
   fuser_.run(pool, model.fusion, features, embeddings_.data(), static_cast<int64_t>(rows), outputs.data());
   const Pass pass{segments.data(), static_cast<int32_t>(segments.size()), static_cast<int32_t>(rows), positions.data(),
-                  model.cosine, model.sine, model.capacity, model.slots_format};
+                  model.cosine, model.sine, model.layers[0].head_dim, 0, model.capacity, model.slots_format};
   runner_.run(pool, model.layers, model.num_layers, pass, model.slots, outputs.data());
 }
 

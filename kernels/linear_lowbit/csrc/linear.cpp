@@ -148,7 +148,7 @@ extern "C" {
 using namespace dovetail;
 
 // What dovetail_abi answers: raised with every change of a structure or signature below.
-int dovetail_abi() { return 7; }
+int dovetail_abi() { return 8; }
 
 const char* dovetail_instruction_set() { return instruction_set().name; }
 

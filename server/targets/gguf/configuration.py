@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from gguf.constants import MODEL_ARCH
+from gguf.constants import MODEL_ARCH, GGMLQuantizationType
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
@@ -30,14 +30,15 @@ class BeyondNative(TargetError):
 class Architecture:
     """One ``general.architecture``.
 
-    permuted: the rows of q and k lie with the two halves of each rotary pair side by side. extra: settings beyond the
-    shared ones.
+    permuted: the rows of q and k lie with the two halves of each rotary pair side by side. norm_offset: what the file's
+    norms hold beyond transformers'. extra: settings beyond the shared ones.
     """
 
     model_type: str
     model: MODEL_ARCH
     extra: Callable[[GGUFFile, str], dict[str, Any]]
     permuted: bool = False
+    norm_offset: float = 0.0
 
 
 def llama_extra(file: GGUFFile, _: str) -> dict[str, Any]:
@@ -73,12 +74,78 @@ def smollm3_extra(file: GGUFFile, name: str) -> dict[str, Any]:
     return llama_extra(file, name) | {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(layers)]}
 
 
+def gemma_extra(file: GGUFFile, name: str, largest: int) -> dict[str, Any]:
+    """The largest model of a generation, known by its layers, scales scores by its hidden size over its heads."""
+    layers, hidden, heads, head_size = sizes(file, name)
+    return {
+        "query_pre_attn_scalar": hidden // heads if layers == largest else head_size,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "final_logit_softcapping": file.get(f"{name}.final_logit_softcapping", NUMBER),
+    }
+
+
+def gemma2_extra(file: GGUFFile, name: str) -> dict[str, Any]:
+    """Caps on scores and logits; every other layer has a window, the first one does."""
+    extra = gemma_extra(file, name, 46)
+    return extra | {
+        "sliding_window": number(file, f"{name}.attention.sliding_window", 4096),
+        "attn_logit_softcapping": file.get(f"{name}.attn_logit_softcapping", NUMBER, 50.0),
+        "final_logit_softcapping": extra["final_logit_softcapping"] or 30.0,
+    }
+
+
+def gemma3_extra(file: GGUFFile, name: str) -> dict[str, Any]:
+    """Five layers with a window and a rotary base of their own before each without; all without where none is told."""
+    layers, _, _, head_size = sizes(file, name)
+    window = file.get(f"{name}.attention.sliding_window", int, 0)
+    kinds = ["sliding_attention" if window and (i + 1) % 6 else "full_attention" for i in range(layers)]
+    local_base = float(file.get(f"{name}.rope.freq_base_swa", NUMBER, 10000.0))
+    ropes = {
+        "full_attention": rope_parameters(file, name, head_size),
+        "sliding_attention": {"rope_type": "default", "rope_theta": local_base},
+    }
+    extra = gemma_extra(file, name, 62)
+    return extra | {"sliding_window": window or None, "layer_types": kinds, "rope_parameters": ropes}
+
+
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+
+
+def phi3_extra(file: GGUFFile, name: str) -> dict[str, Any]:
+    """A window in every layer, where one is told; two sets of rotary factors, where the file holds them."""
+    extra: dict[str, Any] = {"sliding_window": file.get(f"{name}.attention.sliding_window", int, 0) or None}
+    if LONG_FACTORS not in file.tensors or SHORT_FACTORS not in file.tensors:
+        return extra
+    base = rope_parameters(file, name, sizes(file, name)[3])
+    original = number(file, f"{name}.rope.scaling.original_context_length", number(file, f"{name}.context_length"))
+    return extra | {
+        "rope_parameters": base | {
+            "rope_type": "longrope", "original_max_position_embeddings": original,
+            "attention_factor": float(file.get(f"{name}.rope.scaling.attn_factor", NUMBER, 1.0)),
+            "short_factor": factors(file, SHORT_FACTORS), "long_factor": factors(file, LONG_FACTORS),
+        }
+    }  # fmt: skip
+
+
+def factors(file: GGUFFile, name: str) -> list[float]:
+    """A tensor of a few numbers. Errors: TargetError for another type than F32."""
+    tensor = file.tensors[name]
+    if tensor.kind is not GGMLQuantizationType.F32:
+        raise TargetError(f"{file.path}: the tensor {name} is of type {tensor.kind.name}, rotary factors are F32")
+    values: list[float] = tensor.data.view("<f4").tolist()
+    return values
+
+
 ARCHITECTURES = {
     "llama": Architecture("llama", MODEL_ARCH.LLAMA, llama_extra, permuted=True),
     "qwen2": Architecture("qwen2", MODEL_ARCH.QWEN2, qwen2_extra),
     "qwen3": Architecture("qwen3", MODEL_ARCH.QWEN3, qwen3_extra),
     "granite": Architecture("granite", MODEL_ARCH.GRANITE, granite_extra, permuted=True),
     "smollm3": Architecture("smollm3", MODEL_ARCH.SMOLLM3, smollm3_extra, permuted=True),
+    "gemma2": Architecture("gemma2", MODEL_ARCH.GEMMA2, gemma2_extra, norm_offset=1.0),
+    "gemma3": Architecture("gemma3_text", MODEL_ARCH.GEMMA3, gemma3_extra, norm_offset=1.0),
+    "phi3": Architecture("phi3", MODEL_ARCH.PHI3, phi3_extra),
+    "olmo2": Architecture("olmo2", MODEL_ARCH.OLMO2, llama_extra),
 }
 
 
@@ -112,12 +179,11 @@ def shared_settings(file: GGUFFile, name: str) -> dict[str, Any]:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise TargetError(f"{file.path} has no matrix token_embd.weight; it is no language model")
-    hidden, heads = number(file, f"{name}.embedding_length"), number(file, f"{name}.attention.head_count")
+    _, hidden, heads, head_size = sizes(file, name)
     if embedding.shape[1] != hidden:
         raise TargetError(
             f"{file.path}: {name}.embedding_length is {hidden}, token_embd.weight has {embedding.shape[1]}"
         )
-    head_size = number(file, f"{name}.attention.key_length", max(1, hidden // heads))
     kv_heads = number(file, f"{name}.attention.head_count_kv", heads)
     if head_size % 2 or heads % kv_heads:
         raise TargetError(f"{file.path}: {heads} heads of {head_size} over {kv_heads} key heads cannot be")
@@ -143,6 +209,13 @@ def shared_settings(file: GGUFFile, name: str) -> dict[str, Any]:
             for token, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         },
     }
+
+
+def sizes(file: GGUFFile, name: str) -> tuple[int, int, int, int]:
+    """Layers, hidden size, query heads and the size of a head, as the file tells them."""
+    layers, hidden = number(file, f"{name}.block_count"), number(file, f"{name}.embedding_length")
+    heads = number(file, f"{name}.attention.head_count")
+    return layers, hidden, heads, number(file, f"{name}.attention.key_length", max(1, hidden // heads))
 
 
 def num_layers(file: GGUFFile, name: str) -> int:

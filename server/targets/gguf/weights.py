@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kernels.linear_lowbit import PackedWeight, QuantisedWeight, pack, pack_quantised
 from server.targets.checkpoint import tell_unused
 from server.targets.gguf.blocks import DECODERS, FLOATS, decode
-from server.targets.gguf.configuration import BeyondNative, architecture
+from server.targets.gguf.configuration import LONG_FACTORS, SHORT_FACTORS, BeyondNative, architecture
 from server.targets.gguf.header import GGUFFile, StoredTensor
 from server.targets.target import TargetError
 
@@ -36,7 +36,7 @@ class GGUFWeights:
         self.architecture = architecture(file)
         self.names = get_tensor_name_map(self.architecture.model, config.num_hidden_layers)
         self.num_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        self.unused = set(file.tensors) - {FACTORS}
+        self.unused = set(file.tensors) - {FACTORS, LONG_FACTORS, SHORT_FACTORS}
         for tensor in file.tensors.values():
             if tensor.kind not in DECODERS and tensor.kind not in FLOATS:
                 known = ", ".join(kind.name for kind in (*FLOATS, *DECODERS))
@@ -84,6 +84,8 @@ class GGUFWeights:
                 part = values[begin : begin + ROWS_AT_ONCE]
                 part.copy_(read_codes(rows_between(tensor, begin, begin + len(part))).dequantise())
         self.file.forget_pages()
+        if self.architecture.norm_offset and name.endswith("norm.weight"):
+            values = values.float() - self.architecture.norm_offset
         order = self.row_order(name, tensor.shape[0])
         return values if order is None else values[order]
 

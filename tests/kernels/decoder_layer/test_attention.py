@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
-from kernels.decoder_layer import LayerPass, LayerStack, PackedDecoderLayer, decoder_layers
+from kernels.decoder_layer import LayerForm, LayerPass, LayerStack, PackedDecoderLayer, decoder_layers
 from kernels.linear_lowbit import pack
 from kernels.tree_attention import KVSlots, Segment, causal_segment, tree_segment
 from kernels.tree_attention.reference import tree_attention_reference
@@ -29,7 +29,9 @@ def eye(size: int, rows: int | None = None) -> Tensor:
 class Attention:
     """A layer that hands q, k and v through from its input and adds what was attended to it: its MLP is zero."""
 
-    def __init__(self, kv: torch.dtype, heads: int, kv_heads: int, width: int, capacity: int) -> None:
+    def __init__(
+        self, kv: torch.dtype, heads: int, kv_heads: int, width: int, capacity: int, window: int | None = None
+    ) -> None:
         self.sizes = [heads * width, kv_heads * width, kv_heads * width]
         # The norm makes every row's mean square 1; q, k and v are thirds of the row.
         hidden = (sum(self.sizes) + 31) // 32 * 32
@@ -37,8 +39,8 @@ class Attention:
         zero, ones = torch.zeros(hidden, 32), torch.ones(hidden)
         self.layer = PackedDecoderLayer(
             (pack(eye(hidden, sum(self.sizes)), 32),), pack(eye(heads * width, hidden), 32),
-            (pack(torch.zeros(64, hidden), 32),), pack(zero, 32), ones, ones, None, None, None, None, None, None,
-            heads, kv_heads, width, 0.0, self.scale,
+            (pack(torch.zeros(64, hidden), 32),), pack(zero, 32),
+            LayerForm(heads, kv_heads, width, 0.0, self.scale, window=window), ones, ones,
         )  # fmt: skip
         self.slots = KVSlots(2, capacity, 1, kv_heads, width, kv, CPU)
         for store, scales in ((self.slots.keys, self.slots.key_scales), (self.slots.values, self.slots.value_scales)):
@@ -65,7 +67,8 @@ class Attention:
 
     def reference(self, hidden: Tensor, segments: Sequence[Segment]) -> Tensor:
         query = hidden[:, : self.sizes[0]].reshape(len(hidden), self.heads, -1).transpose(0, 1)
-        return tree_attention_reference(query, self.slots, 0, segments, self.scale).transpose(0, 1).flatten(1)
+        window = self.layer.form.window
+        return tree_attention_reference(query, self.slots, 0, segments, self.scale, window).transpose(0, 1).flatten(1)
 
 
 @pytest.mark.parametrize("name", native.available_instruction_sets())
@@ -104,6 +107,38 @@ def test_a_tree_row_equals_the_plain_row(prefix: int, kv: torch.dtype, name: str
                 assert torch.equal(plain[0], tree[row])
             chunk = attention.run(drafted[path], [causal_segment(1, prefix, len(path))])
             assert torch.equal(chunk, tree[path])
+
+
+@pytest.mark.parametrize("name", native.available_instruction_sets())
+@pytest.mark.parametrize("kv", CACHES)
+def test_rows_in_a_window_equal_the_twin_and_themselves(kv: torch.dtype, name: str) -> None:
+    """Windows that begin in the keys of the tree, in a block, on its edge, in an earlier chunk, and before the text."""
+    torch.manual_seed(0)
+    with native.use_instruction_set(name):
+        for prefix, window in (
+            (5, 2),
+            (130, 3),
+            (130, 67),
+            (640, 64),
+            (640, 65),
+            (700, 190),
+            (1100, 515),
+            (1100, 1101),
+        ):
+            attention = Attention(kv, 4, 2, 32, 1200, window)
+            for store in attention.slots.stores:
+                store[:, 1] = store[:, 0]
+            drafted = attention.rows(8)
+            segments = [tree_segment(0, prefix, PARENTS, CPU)]
+            tree = attention.run(drafted, segments)
+            want = attention.reference(drafted, segments)
+            assert (tree - want).norm() < BOUNDS[kv] * want.norm()
+            for path in ([0, 1, 3, 4, 6, 7], [0, 2, 5]):
+                for depth, row in enumerate(path):
+                    plain = attention.run(drafted[row][None], [causal_segment(1, prefix + depth, 1)])
+                    assert torch.equal(plain[0], tree[row])
+                chunk = attention.run(drafted[path], [causal_segment(1, prefix, len(path))])
+                assert torch.equal(chunk, tree[path])
 
 
 @pytest.mark.skipif(native.num_threads() < 2, reason="one processor has nobody to share a head's keys with")

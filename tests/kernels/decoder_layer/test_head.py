@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import native
-from kernels.decoder_layer import head_top_k, rms_norm
+from kernels.decoder_layer import Norm, head_top_k, normalise
 from kernels.linear_lowbit import linear, pack
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native kernels are not built")
@@ -48,9 +48,13 @@ def test_equal_logits_go_to_the_smaller_id_and_no_number_to_some_id() -> None:
 def test_norm_of_each_row() -> None:
     torch.manual_seed(0)
     rows, weight = torch.randn(9, 100), torch.rand(100)
-    want = torch.nn.functional.rms_norm(rows, (100,), weight, 1e-5)
-    torch.testing.assert_close(rms_norm(rows, weight, 1e-5), want)
-    assert torch.equal(rms_norm(rows, weight, 1e-5)[3:4], rms_norm(rows[3:4].contiguous(), weight, 1e-5))
+    bias = torch.rand(100)
+    for norm, want in (
+        (Norm(weight, 1e-5), torch.nn.functional.rms_norm(rows, (100,), weight, 1e-5)),
+        (Norm(weight, 1e-5, bias, True), torch.nn.functional.layer_norm(rows, (100,), weight, bias, 1e-5)),
+    ):
+        torch.testing.assert_close(normalise(rows, norm), want)
+        assert torch.equal(normalise(rows, norm)[3:4], normalise(rows[3:4].contiguous(), norm))
 
 
 def test_wrong_widths_are_refused() -> None:
@@ -58,4 +62,4 @@ def test_wrong_widths_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\[rows, 64\]"):
         head_top_k(torch.ones(1, 32), head, 5)
     with pytest.raises(ValueError, match=r"\[rows, 64\]"):
-        rms_norm(torch.ones(2, 32), torch.ones(64), 1e-6)
+        normalise(torch.ones(2, 32), Norm(torch.ones(64), 1e-6))

@@ -7,15 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model
-from transformers.models.gemma2 import Gemma2Config, Gemma2Model
 
 from kernels import native
 from kernels.decoder_layer import (
     LayerPass,
     LayerStack,
     PackedDecoderLayer,
-    UnsupportedLayer,
-    check_layer,
     decoder_layers,
     head_argmax,
     layer_from_tensors,
@@ -67,7 +64,7 @@ class Machine:
     def __init__(self, model: Any, bits: int = 32, kv: torch.dtype = torch.float32) -> None:
         self.model = model
         self.layer: PackedDecoderLayer = pack_decoder_layer(model.layers[0], bits)
-        self.slots = KVSlots(3, 400, 2, self.layer.num_kv_heads, self.layer.head_dim, kv, CPU)
+        self.slots = KVSlots(3, 400, 2, self.layer.form.num_kv_heads, self.layer.form.head_dim, kv, CPU)
 
     def run(self, hidden: Tensor, segments: Sequence[Segment], positions: Sequence[int]) -> Tensor:
         cosine, sine = self.model.rotary_emb(hidden[None], torch.tensor([list(positions)]))
@@ -183,17 +180,6 @@ def test_head_argmax_ties_and_nan() -> None:
     assert ids.tolist() == [0, 0] and logits[1].isnan()
 
 
-def test_what_the_layer_cannot_compute_is_refused_by_name() -> None:
-    sizes = SIZES | {"head_dim": 16}
-    with pytest.raises(UnsupportedLayer, match="Gemma2DecoderLayer is not one of LlamaDecoderLayer"):
-        check_layer(Gemma2Model(Gemma2Config(**sizes)).layers[0])
-    with pytest.raises(UnsupportedLayer, match="activation 'gelu'"):
-        check_layer(build("llama", hidden_act="gelu").layers[0])
-    windowed = build("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0)
-    with pytest.raises(UnsupportedLayer, match="sliding window of 8"):
-        check_layer(windowed.layers[0])
-
-
 def test_what_does_not_fit_is_refused_by_name() -> None:
     machine = Machine(build("llama"))
     table = torch.zeros(2, 16)
@@ -202,8 +188,13 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         decoder_layers(torch.zeros(3, 64), LayerStack([machine.layer]), row_pass)
     with pytest.raises(ValueError, match="contiguous"):
         decoder_layers(torch.zeros(64, 2).t(), LayerStack([machine.layer]), row_pass)
-    with pytest.raises(ValueError, match=r"cosine and sine must be \[n, 16\]"):
-        LayerPass(machine.slots, [causal_segment(0, 0, 2)], table[:, :8], table[:, :8])
+    with pytest.raises(ValueError, match=r"cosine and sine must be \[n, d\] with an even d of at most 16"):
+        LayerPass(machine.slots, [causal_segment(0, 0, 2)], table[:, :7], table[:, :7])
+    with pytest.raises(ValueError, match="the layers choose from 2 rotary tables, the pass has 1"):
+        second = dataclasses.replace(machine.layer, form=dataclasses.replace(machine.layer.form, angles=1))
+        decoder_layers(torch.zeros(2, 64), LayerStack([second]), row_pass)
+    with pytest.raises(ValueError, match="a window of 0 has none"):
+        dataclasses.replace(machine.layer.form, window=0)
     with pytest.raises(ValueError, match="3 rows want as many positions below 2"):
         LayerPass(machine.slots, [causal_segment(0, 0, 3)], table, table)
     with pytest.raises(ValueError, match="2 rows want as many positions below 2"):
@@ -217,7 +208,8 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="layers 1 to 2: the slots hold 2 layers"):
         decoder_layers(torch.zeros(2, 64), LayerStack([machine.layer] * 2), row_pass, first_slot_layer=1)
     with pytest.raises(ValueError, match="layers of one stack share"):
-        LayerStack([machine.layer, dataclasses.replace(machine.layer, num_heads=2, num_kv_heads=1, head_dim=32)])
+        other_heads = dataclasses.replace(machine.layer.form, num_heads=2, num_kv_heads=1, head_dim=32)
+        LayerStack([machine.layer, dataclasses.replace(machine.layer, form=other_heads)])
 
 
 @pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16, torch.int8])

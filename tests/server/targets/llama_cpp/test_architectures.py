@@ -1,4 +1,4 @@
-"""Architectures that the native layers do not compute: through llama.cpp, by themselves, with drafts."""
+"""Architectures other than Llama in GGUF files: on the native layers as llama.cpp computes them, or by llama.cpp."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,8 @@ from server.engine.engine import Engine, EngineOptions
 from server.engine.request import Request, SamplingParams
 from server.launch import load_codec
 from server.targets.loading import choose_engine, load_target
-from server.targets.target import TargetError
+from server.targets.native_target import NativeTarget
+from server.targets.target import PrefillChunk, TargetError
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra gguf)")
 
@@ -31,19 +32,33 @@ def add(writer: GGUFWriter, shapes: dict[str, tuple[int, ...]]) -> None:
             writer.add_tensor(f"blk.{layer}.{name}.weight", values + (len(shape) == 1))
 
 
+OUT_NORMS = dict.fromkeys(("post_attention_norm", "post_ffw_norm"), (HIDDEN,))
+
+
+def gemma2(writer: GGUFWriter) -> None:
+    """Caps on scores and logits, a window of 8 positions in the first layer, norms on both sides of every part."""
+    writer.add_sliding_window(8)
+    writer.add_attn_logit_softcapping(2.0)
+    writer.add_final_logit_softcapping(3.0)
+    add(writer, OUT_NORMS)
+
+
 def gemma3(writer: GGUFWriter) -> None:
-    """A window of 8 positions in most layers, norms on both sides of every part."""
+    """A window of 8 positions in most layers, norms of queries and keys."""
     writer.add_sliding_window(8)
     writer.add_key_length(HEAD)
     writer.add_value_length(HEAD)
-    norms = dict.fromkeys(("attn_q_norm", "attn_k_norm"), (HEAD,))
-    add(writer, norms | dict.fromkeys(("post_attention_norm", "post_ffw_norm"), (HIDDEN,)))
+    add(writer, OUT_NORMS | dict.fromkeys(("attn_q_norm", "attn_k_norm"), (HEAD,)))
+
+
+def olmo2(writer: GGUFWriter) -> None:
+    """Norms behind the parts alone; those of queries and keys are over all heads."""
+    add(writer, OUT_NORMS | {"attn_q_norm": (256,), "attn_k_norm": (128,)})
 
 
 def phi3(writer: GGUFWriter) -> None:
     """q, k and v in one matrix, gate and up in another."""
-    writer.add_rope_dimension_count(HEAD)
-    writer.add_sliding_window(8)
+    writer.add_rope_dimension_count(HEAD // 2)
     add(writer, {"attn_qkv": (256 + 128 + 128, HIDDEN), "ffn_up": (2 * INNER, HIDDEN)})
 
 
@@ -65,21 +80,43 @@ def granite(writer: GGUFWriter) -> None:
 
 Case = tuple[str, Callable[[GGUFWriter], None], tuple[str, ...]]
 CASES: dict[str, Case] = {
+    "gemma2": ("gemma2", gemma2, ()),
     "gemma3": ("gemma3", gemma3, ()),
     "phi3": ("phi3", phi3, ("attn_q.", "attn_k.", "attn_v.", "ffn_gate.", "ffn_up.")),
-    "experts": ("llama", experts, ("ffn_gate.", "ffn_up.", "ffn_down.")),
     "granite": ("granite", granite, ()),
+    "olmo2": ("olmo2", olmo2, ("attn_norm", "ffn_norm")),
+    "smollm3": ("smollm3", lambda _: None, ()),
+    "experts": ("llama", experts, ("ffn_gate.", "ffn_up.", "ffn_down.")),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_drafts_leave_the_text_as_it_is(name: str, tiny_gguf: Any, tmp_path: Path) -> None:
+def written(name: str, tiny_gguf: Any, folder: Path) -> Path:
     architecture, extra, without = CASES[name]
-    file = tiny_gguf.write(
-        tmp_path / f"{name}.gguf", GGMLQuantizationType.F32, architecture=architecture, extra=extra, without=without
-    )
-    assert choose_engine(file, None, None) == "llama.cpp"
-    target = load_target(file, None, 2, 96, 1)
+    file: Path = tiny_gguf.write(
+        folder / f"{name}.gguf", GGMLQuantizationType.F32, architecture=architecture, extra=extra, without=without,
+        tied=name != "olmo2",
+    )  # fmt: skip
+    return file
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "experts"])
+def test_native_layers_compute_what_llama_cpp_does(name: str, tiny_gguf: Any, tmp_path: Path) -> None:
+    """Also what its converter changed: norms that hold 1 more, rows of q and k in another order, factors."""
+    file = written(name, tiny_gguf, tmp_path)
+    assert choose_engine(file, None, None) == "native"
+    target = load_target(file, None, 1, 96, 1, "bf16")
+    assert isinstance(target, NativeTarget)
+    got = target.prefill(PrefillChunk(0, PROMPT * 3)).logits
+    want = load_target(file, None, 1, 96, 1, engine="llama.cpp").prefill(PrefillChunk(0, PROMPT * 3)).logits
+    assert (got - want).norm() < 0.01 * want.norm()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi3", "experts"])
+def test_drafts_leave_the_text_as_it_is(name: str, tiny_gguf: Any, tmp_path: Path) -> None:
+    file = written(name, tiny_gguf, tmp_path)
+    if name == "experts":
+        assert choose_engine(file, None, None) == "llama.cpp"
+    target = load_target(file, None, 2, 96, 1, engine="llama.cpp")
     texts = []
     for drafter in (None, lambda: OracleDrafter([[*PROMPT, *texts[0]]], target.info.vocab_size)):
         engine = Engine(target, drafter and drafter(), EngineOptions(2, 80, Budget(12, 3, 3), cache_bytes=1 << 20))
