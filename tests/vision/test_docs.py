@@ -62,7 +62,15 @@ def test_the_distillation_studies_are_their_reports(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["textures_bdd", "textures_cckd", "textures_long", "textures_plugin", "regions_bccd", "shapes_thundernet"],
+    [
+        "textures_bdd",
+        "textures_cckd",
+        "textures_long",
+        "textures_plugin",
+        "regions_bccd",
+        "bccd_lrm",
+        "shapes_thundernet",
+    ],
 )
 def test_the_paired_studies_are_their_reports(name: str) -> None:
     report = json.loads((DOCS / "vision" / "evidence" / f"{name}.json").read_text(encoding="utf-8"))
