@@ -79,9 +79,10 @@ def test_the_paired_studies_are_their_reports(name: str) -> None:
     assert report["command"].split()[:3] == ["dovetail", "eval", "paired-study"]
 
 
-def test_the_study_of_face_scorers_is_its_report() -> None:
-    report = json.loads((DOCS / "vision" / "evidence" / "faces_folds.json").read_text(encoding="utf-8"))
-    assert between_markers("faces_folds", EVIDENCE) == paired_report.markdown(report)
+@pytest.mark.parametrize("name", ["faces_folds", "faces_folds_ranks"])
+def test_the_studies_of_face_scorers_are_their_reports(name: str) -> None:
+    report = json.loads((DOCS / "vision" / "evidence" / f"{name}.json").read_text(encoding="utf-8"))
+    assert between_markers(name, EVIDENCE) == paired_report.markdown(report)
     assert report["conditions"]["people"] == 86 and len(report["seeds"]) == 5
 
 
