@@ -20,7 +20,6 @@ from transformers import (
     LlamaForCausalLM,
     NemotronConfig,
     PreTrainedConfig,
-    StableLmConfig,
 )
 
 from drafters.proposal import Proposal
@@ -323,7 +322,6 @@ def test_a_short_text_turns_as_transformers_turns_it(tmp_path: Path) -> None:
     [
         (FalconConfig(vocab_size=96, hidden_size=64, num_hidden_layers=1, num_attention_heads=4), "registry"),
         (GPTJConfig(vocab_size=96, n_embd=64, n_layer=1, n_head=4, n_positions=64, rotary_dim=8), "registry"),
-        (StableLmConfig(**(SIZES | {"num_key_value_heads": 4})), "hand the rows' places on"),
         (NemotronConfig(**(SIZES | {"num_key_value_heads": 4})), "hand the rows' places on"),
         (BloomConfig(vocab_size=96, hidden_size=64, n_layer=1, n_head=4), "max_position_embeddings"),
     ],
