@@ -158,7 +158,7 @@ def serve(settings: Settings, load: Load | None, vision: VisionWorker | None = N
     scheme = "http" if settings.tls_cert is None else "https"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     logger.info("listening on %s://%s:%d (Ctrl-C ends it)", scheme, host, sockets[0].getsockname()[1])
-    with signals_spent():
+    with signals_spent(), ending_with_its_terminal(server):
         server.run(sockets)
     if server.load_error is not None:
         raise server.load_error
@@ -184,6 +184,18 @@ def bind_sockets(host: str, port: int) -> list[socket.socket]:
             raise ListenError(f"port {port} of {host} is taken; choose another with --port (0: a free one)") from error
         raise ListenError(f"{host}, port {port} cannot be listened on: {error.strerror}") from error
     return sockets
+
+
+@contextmanager
+def ending_with_its_terminal(server: DrainingServer) -> Iterator[None]:
+    """SIGHUP is SIGTERM, unless the server was started to outlive its terminal (nohup)."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, server.handle_exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @contextmanager

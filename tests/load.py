@@ -315,7 +315,7 @@ async def until_idle(client: Client) -> int:
 
 
 def plot(report: Mapping[str, Any], file: Path) -> None:
-    """Memory over time."""
+    """Memory over time; grey where the run stood still."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -323,7 +323,10 @@ def plot(report: Mapping[str, Any], file: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 3))
     axes.plot([t / 60 for t, _ in report["memory"]], [b / 2**20 for _, b in report["memory"]])
-    axes.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, None))
+    for begun, seconds in report["stood_still"]:
+        axes.axvspan(begun / 60, (begun + seconds) / 60, color="0.85", linewidth=0)
+    most = max(resident for _, resident in report["memory"])
+    axes.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, 1.15 * most / 2**20))
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 

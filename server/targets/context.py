@@ -125,11 +125,12 @@ def _tree_rows(name: str, wanted: int, shape: CacheShape, left: float) -> int:
     """Rows of drafts of all requests together. Errors: TargetError for more than their share of the memory."""
     most = left * TREES_SHARE
     if shape.num_slots > 1 and wanted * shape.num_slots * shape.bytes_per_position > most:
-        fits = max(1, shape.rows_in(most) // wanted)
+        room = shape.rows_in(most)
+        fits = f"--max-seqs {room // wanted}" if room >= wanted else f"--max-seqs 1 with --rows {room}"
         raise TargetError(
             f"--max-seqs {shape.num_slots} with {wanted} rows of drafts each takes "
             f"{_size(wanted * shape.num_slots * shape.bytes_per_position)} of keys and values before any text, and "
-            f"{_size(left)} are free beside the weights of {name} and the page cache; --max-seqs {fits} would fit"
+            f"{_size(left)} are free beside the weights of {name} and the page cache; {fits} would fit"
         )
     return wanted * shape.num_slots
 

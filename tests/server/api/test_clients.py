@@ -150,13 +150,14 @@ def test_a_load_error_ends_the_process(make_settings):
         serve(make_settings(port=0), load)
 
 
-def test_a_signal_while_loading_ends_the_process_in_order():
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_while_loading_ends_the_process_in_order(name):
     code = (
         "import os, signal, threading, time\n"
         "from server.app import serve\n"
         "from server.settings import Settings\n"
         "def load(settings, report):\n"
-        "    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        f"    threading.Timer(0.3, os.kill, (os.getpid(), signal.{name})).start()\n"
         "    time.sleep(60)\n"
         "serve(Settings(port=0), load)\n"
     )

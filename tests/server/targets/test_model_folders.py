@@ -264,6 +264,8 @@ def test_rows_of_drafts_of_all_requests_are_counted_and_may_take_a_quarter_of_th
     many = CacheShape(1000, 100_000)
     with pytest.raises(TargetError, match=r"--max-seqs 100000 with 8 rows .* --max-seqs 3125 would fit"):
         plan_memory("m", 8192, Wanted(None, 0, tree_rows=8), many, 1e8)
+    with pytest.raises(TargetError, match=r"; --max-seqs 1 with --rows 25000 would fit"):
+        plan_memory("m", 8192, Wanted(None, 0, tree_rows=30_000), CacheShape(1000, 2), 1e8)
     assert plan_memory("m", 8192, Wanted(None, 0, tree_rows=8), CacheShape(1000, 3125), 1e8).context >= 256
 
 
