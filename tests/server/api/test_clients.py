@@ -156,6 +156,7 @@ def test_a_signal_while_loading_ends_the_process_in_order(name):
         "import os, signal, threading, time\n"
         "from server.app import serve\n"
         "from server.settings import Settings\n"
+        f"signal.signal(signal.{name}, signal.SIG_DFL)\n"  # whatever the tests were started with, nohup say
         "def load(settings, report):\n"
         f"    threading.Timer(0.3, os.kill, (os.getpid(), signal.{name})).start()\n"
         "    time.sleep(60)\n"
