@@ -17,7 +17,7 @@ from kernels.decoder_layer.form import (
     SILU,
     LayerForm,
     LayerParts,
-    centred,
+    Norm,
     layer_form,
     layer_parts,
     model_type,
@@ -160,15 +160,15 @@ def assemble_decoder_layer(
 def _vectors(layer: nn.Module, form: LayerForm, parts: LayerParts) -> dict[str, Tensor]:
     """Norms, whole, and biases, by field; a field without one is left out."""
     attention: Any = layer.self_attn
-    offset = model_type(attention.config).norm_offset
+    offset, order = model_type(attention.config).norm_offset, row_order(layer, form)
     found: dict[str, Tensor] = {}
     for field, name in parts.norms.items():
-        norm: Any = layer.get_submodule(name)
-        found[field] = vector(norm.weight) + offset
-        if centred(norm) and norm.bias is not None:
-            found[f"{field}_bias"] = vector(norm.bias)
+        norm = Norm.of(layer.get_submodule(name), offset)
+        found[field] = norm.weight
+        if norm.bias is not None:
+            found[f"{field}_bias"] = norm.bias
     for field, names in parts.matrices.items():
-        bias = _joined_bias(layer, names, row_order(layer, form))
+        bias = _joined_bias(layer, names, order)
         if bias is not None:
             found[f"{field}_bias"] = bias
     return found
@@ -176,8 +176,12 @@ def _vectors(layer: nn.Module, form: LayerForm, parts: LayerParts) -> dict[str, 
 
 def _joined_weight(layer: nn.Module, names: Sequence[str], order: Tensor | None) -> Tensor:
     """The rows of these projections behind one another; those of q, k and v in ``order``."""
-    joined = torch.cat([layer.get_parameter(f"{name}.weight").detach() for name in names])
-    return joined if order is None or not _is_qkv(names) else joined[order]
+    return _ordered(torch.cat([layer.get_parameter(f"{name}.weight").detach() for name in names]), names, order)
+
+
+def _ordered(rows: Tensor, names: Sequence[str], order: Tensor | None) -> Tensor:
+    """The rows of these projections, in ``order`` where they are q, k and v."""
+    return rows[order] if order is not None and _is_qkv(names) else rows
 
 
 def _is_qkv(names: Sequence[str]) -> bool:
@@ -192,8 +196,7 @@ def _joined_bias(layer: nn.Module, names: Sequence[str], order: Tensor | None) -
         torch.zeros(projection.out_features) if projection.bias is None else vector(projection.bias)
         for projection in projections
     ]
-    joined = torch.cat(parts)
-    return joined if order is None or not _is_qkv(names) else joined[order]
+    return _ordered(torch.cat(parts), names, order)
 
 
 def packing_errors(layer: nn.Module, packed: PackedDecoderLayer) -> dict[str, PackingError]:
@@ -267,7 +270,7 @@ def unpack_decoder_layer(packed: PackedDecoderLayer, module: nn.Module, dtype: t
     for field, name in parts.norms.items():
         norm: Any = module.get_submodule(name)
         norm.weight = nn.Parameter((getattr(packed, field) - offset).to(dtype), requires_grad=False)
-        if centred(norm) and norm.bias is not None:
+        if getattr(norm, "bias", None) is not None:
             norm.bias = nn.Parameter(getattr(packed, f"{field}_bias").to(dtype, copy=True), requires_grad=False)
 
 

@@ -32,8 +32,8 @@ class VerifyCost:
     ``record`` refines it while the server runs: quickly as a whole, since load and longer contexts slow every pass,
     and slowly point by point.
 
-    slowed: how many times longer a pass takes behind drafting, which takes its place in the caches; learnt where rounds
-    with and without drafting follow each other. since_switch: rounds since they last did.
+    slowed: how many times longer a pass takes behind drafting, whose weights take its own's place in the caches;
+    learnt where rounds with and without drafting follow each other. since_switch: rounds since they last did.
     """
 
     def __init__(self, measured: Mapping[int, float]) -> None:
@@ -168,8 +168,7 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a finished round took and gave: all rows of its pass; seconds of drafting, the pass, and all beside them;
-    whether the drafter worked in it."""
+    """What a finished round took and gave: all rows of its pass; seconds of drafting, the pass, and all beside them."""
 
     num_requests: int
     rows: int
@@ -177,7 +176,6 @@ class Spent:
     draft_s: float
     verify_s: float
     other_s: float
-    drafted: bool = False
 
 
 @dataclass
@@ -207,12 +205,13 @@ class Costs:
         rows_s = self.verify.seconds(num_requests + nodes) - self.verify.seconds(num_requests)
         return gain * self.token_s(num_requests) - rows_s - draft_s
 
-    def record(self, spent: Spent) -> None:
-        """A finished round. What it brought is weighed by its expected time: load falls on plain rounds alike."""
-        self.verify.record(spent.rows, spent.verify_s, drafted=spent.drafted)
+    def record(self, spent: Spent, *, drafted: bool = False) -> None:
+        """A finished round, in which the drafter worked or not. What it brought is weighed by its expected time: load
+        falls on plain rounds alike."""
+        self.verify.record(spent.rows, spent.verify_s, drafted=drafted)
         self.overhead_s += DRIFT_RATE * (spent.other_s - self.overhead_s)
         plain_s = spent.num_tokens * self.plain_s(spent.num_requests) / spent.num_requests
-        expected_s = spent.draft_s + self.overhead_s + self.verify.seconds(spent.rows, drafted=spent.drafted)
+        expected_s = spent.draft_s + self.overhead_s + self.verify.seconds(spent.rows, drafted=drafted)
         self.speedup.record(spent.num_requests, plain_s, expected_s)
 
 

@@ -7,7 +7,6 @@ after a pause that doubles with every failure in a row.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import logging
 import math
@@ -151,9 +150,9 @@ class Drafting:
     def record(self, spent: Spent) -> None:
         """A finished round."""
         if self.costs is not None and spent.num_requests:
-            spent = dataclasses.replace(spent, drafted=self.ledger.drafter_worked)
+            drafted = self.ledger.drafter_worked
             self.ledger.close(self.costs, spent)
-            self.costs.record(spent)
+            self.costs.record(spent, drafted=drafted)
 
     def release(self, slot: int) -> None:
         """A request has left its slot."""

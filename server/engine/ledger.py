@@ -64,9 +64,9 @@ class Ledger:
         token_s = costs.token_s(spent.num_requests)
         least = -CREDIT_ROUNDS * costs.plain_s(spent.num_requests)
         verify_s = costs.verify.seconds(spent.rows)
-        for stage, account in self.stages.items():
+        for account in self.stages.values():
             extra_s = verify_s - costs.verify.seconds(spent.rows - account.nodes) if account.nodes else 0.0
-            slowing_s = costs.verify.slowing_s(spent.rows) if stage == DRAFTER and spent.drafted else 0.0
+            slowing_s = costs.verify.slowing_s(spent.rows) if account.draft_s else 0.0
             lost_s = account.draft_s + extra_s + slowing_s - account.accepted * token_s
             before = least if account.debt_s is None else account.debt_s
             account.debt_s = max(before + lost_s - ALLOWANCE * (spent.verify_s + spent.other_s), least)

@@ -130,7 +130,7 @@ def test_text_is_the_targets_with_rows_by_cost_and_lookup(
     target: TorchTarget, plain: dict[str, list[list[int]]], mode: str, name: str, slope: float
 ) -> None:
     costs = Costs(VerifyCost({1: 1.0, 2: 1.0 + slope}), DraftCost(0.1, 0.1, 0.001))
-    costs.record = lambda *_: None  # type: ignore[method-assign]
+    costs.record = lambda *_, **__: None  # type: ignore[method-assign]
     costs.draft.record = lambda *_: None  # type: ignore[method-assign]
     params = GREEDY if mode == "greedy" else SAMPLED
     results = run(target, drafter_named(name, plain[mode]), params, budget=Budget(16, 4, 3), costs=costs)

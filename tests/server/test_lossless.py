@@ -74,7 +74,7 @@ def changing_costs() -> Costs:
     costs = Costs(VerifyCost({1: 1.0}), DraftCost(0.1, 0.1, 0.001))
     rounds = itertools.count()
 
-    def record(*_: float) -> None:
+    def record(*_: object, **__: object) -> None:
         slope = 100.0 if next(rounds) % 10 in (4, 5, 6) else 0.001
         costs.verify = VerifyCost({1: 1.0, 2: 1.0 + slope})
 

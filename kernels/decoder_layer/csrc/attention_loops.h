@@ -182,33 +182,58 @@ inline void fetch_lines(const void* data, int64_t bytes, int64_t first, int64_t 
   for (int64_t at = first * 64; at < (first + count) * 64 && at < bytes; at += 64) __builtin_prefetch(p + at);
 }
 
-// Takes the block of keys from `first` on, where windows begin: each row what it sees of it, if anything. `rows` are its values.
-template <typename Words>
-inline void take_edge(const AttendTask& task, const Buffers& b, const Softmax& s, const uint32_t* rows, int first) {
+constexpr float kWhole[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+static_assert(kRowsTogether <= 4);
+
+// Keys that one row takes: those at `first` + at[0 .. count) of the cache. `values` begin at `first`; the first `shared` packs of
+// those taken lie joined at `joined` already.
+struct RowKeys {
+  int first;
+  const int32_t* at;
+  int count;
+  const uint32_t* values;
+  const uint32_t* joined;
+  int shared;
+};
+
+// Takes them into the softmax of the row's queries. fill(i, count, scores) writes the scores of queries from i on, kKeyBlock apart.
+template <typename Words, typename Fill>
+inline void take_row(const AttendTask& task, const Buffers& b, const Softmax& s, int row, const RowKeys& keys, const Fill& fill) {
   constexpr int packs = kKeyBlock / Words::kPack;
   const int width = task.head_dim;
+  const int ready = keys.shared * Words::kPack;
+  const int own = (keys.count + Words::kPack - 1) / Words::kPack - keys.shared;
+  join_values<Words>(keys.values, keys.at + ready, keys.count - ready, width, b.rest);
+  float value_scales[kKeyBlock] = {};
   const bool scaled = task.values.scales != nullptr;
+  for (int key = 0; scaled && key < keys.count; ++key) value_scales[key] = task.values.scales[keys.first + keys.at[key]];
+  const int end = (row + 1) * task.group;
+  for (int i = row * task.group; i < end; i += kRowsTogether) {
+    const int count = i + kRowsTogether <= end ? kRowsTogether : end - i;
+    float keep[16];
+    float scores[kRowsTogether * kKeyBlock];
+    uint32_t weights[kRowsTogether * packs];
+    fill(i, count, scores);
+    weigh<Words>(s, i, count, scores, keys.count, scaled ? value_scales : nullptr, weights, keep);
+    float* sums = s.sums + int64_t{i} * width;
+    multiply<Words, false>(count, weights, packs, keys.joined, width, keys.shared, keep, sums, width, width);
+    multiply<Words, false>(count, weights + keys.shared, packs, b.rest, width, own, kWhole, sums, width, width);
+  }
+}
+
+// Takes the block of keys from `first` on, where windows begin: each row what it sees of it, if anything.
+template <typename Words>
+inline void take_edge(const AttendTask& task, const Buffers& b, const Softmax& s, const uint32_t* values, int first) {
+  int32_t at[kKeyBlock];
+  for (int key = 0; key < kKeyBlock; ++key) at[key] = key;
   for (int row = 0; row < task.num_rows; ++row) {
     const int hidden = task.window.first[row] > first ? task.window.first[row] - first : 0;
     if (hidden >= kKeyBlock) continue;
-    const int count = kKeyBlock - hidden;
-    int32_t at[kKeyBlock];
-    float value_scales[kKeyBlock] = {};
-    for (int key = 0; key < count; ++key) at[key] = hidden + key;
-    for (int key = 0; scaled && key < count; ++key) value_scales[key] = task.values.scales[first + at[key]];
-    join_values<Words>(rows, at, count, width, b.rest);
-    const int end = (row + 1) * task.group;
-    for (int i = row * task.group; i < end; i += kRowsTogether) {
-      const int together = i + kRowsTogether <= end ? kRowsTogether : end - i;
-      float keep[16];
-      float scores[kRowsTogether * kKeyBlock];
-      uint32_t weights[kRowsTogether * packs];
-      score<Words>(task, b, i, i + together, first, kKeyBlock, scores, kKeyBlock);
-      for (int r = 0; r < together; ++r)
-        std::memmove(scores + r * kKeyBlock, scores + r * kKeyBlock + hidden, static_cast<size_t>(count) * sizeof(float));
-      weigh<Words>(s, i, together, scores, count, scaled ? value_scales : nullptr, weights, keep);
-      multiply<Words, false>(together, weights, packs, b.rest, width, (count + Words::kPack - 1) / Words::kPack, keep, s.sums + int64_t{i} * width, width, width);
-    }
+    const int seen = kKeyBlock - hidden;
+    take_row<Words>(task, b, s, row, {first, at + hidden, seen, values, b.joined, 0}, [&](int i, int count, float* scores) {
+      score<Words>(task, b, i, i + count, first, kKeyBlock, scores, kKeyBlock);
+      for (int r = 0; r < count; ++r) std::memmove(scores + r * kKeyBlock, scores + r * kKeyBlock + hidden, static_cast<size_t>(seen) * sizeof(float));
+    });
   }
 }
 
@@ -268,40 +293,22 @@ inline Path path_of(const AttendTask& task, int row, int32_t* at) {
   return path;
 }
 
-constexpr float kWhole[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-static_assert(kRowsTogether <= 4);
-
-// Takes the keys [from, from + count) of a row's path into the softmax of its queries. `rows` are the open values; the keys in
-// order have their packs in `joined` already, where `from` begins one; the others are joined here.
+// Takes the keys [from, from + count) of a row's path into the softmax of its queries. `values` are the open ones; the keys in
+// order have their packs in `joined` already, where `from` begins one.
 template <typename Words>
-inline void take_path(const AttendTask& task, const Buffers& b, const uint32_t* rows, const Path& path, int row, int from, int count) {
-  constexpr int packs = kKeyBlock / Words::kPack;
-  const int width = task.head_dim;
+inline void take_path(const AttendTask& task, const Buffers& b, const uint32_t* values, const Path& path, int row, int from, int count) {
   const int ready = from % Words::kPack == 0 ? path.in_order - from : 0;
   const int in_order = ready < count ? (ready > 0 ? ready : 0) : count;
-  const int shared = in_order / Words::kPack;  // packs
-  const int own = (count + Words::kPack - 1) / Words::kPack - shared;
-  join_values<Words>(rows, path.at + from + shared * Words::kPack, count - shared * Words::kPack, width, b.rest);
-  float value_scales[kKeyBlock] = {};
-  const bool scaled = task.values.scales != nullptr;
-  for (int key = 0; scaled && key < count; ++key) value_scales[key] = task.values.scales[task.closed() + path.at[from + key]];
-  const int end = (row + 1) * task.group;
-  for (int i = row * task.group; i < end; i += kRowsTogether) {
-    const int together = i + kRowsTogether <= end ? kRowsTogether : end - i;
-    float keep[16];
-    float scores[kRowsTogether * kKeyBlock];
-    uint32_t weights[kRowsTogether * packs];
-    for (int r = 0; r < together; ++r) {
+  const uint32_t* joined = b.joined + int64_t{from} / Words::kPack * task.head_dim;
+  const RowKeys keys{task.closed(), path.at + from, count, values, joined, in_order / Words::kPack};
+  take_row<Words>(task, b, b.chunk, row, keys, [&](int i, int queries, float* scores) {
+    for (int r = 0; r < queries; ++r) {
       const float* all = b.scores + int64_t{i + r} * b.open_stride;
-      float* own_scores = scores + r * kKeyBlock;
-      std::memcpy(own_scores, all + from, static_cast<size_t>(in_order) * sizeof(float));
-      for (int key = in_order; key < count; ++key) own_scores[key] = all[path.at[from + key]];
+      float* own = scores + r * kKeyBlock;
+      std::memcpy(own, all + from, static_cast<size_t>(in_order) * sizeof(float));
+      for (int key = in_order; key < count; ++key) own[key] = all[path.at[from + key]];
     }
-    weigh<Words>(b.chunk, i, together, scores, count, scaled ? value_scales : nullptr, weights, keep);
-    float* sums = b.chunk.sums + int64_t{i} * width;
-    multiply<Words, false>(together, weights, packs, b.joined + int64_t{from} / Words::kPack * width, width, shared, keep, sums, width, width);
-    multiply<Words, false>(together, weights + shared, packs, b.rest, width, own, kWhole, sums, width, width);
-  }
+  });
 }
 
 inline void finish(const AttendTask& task, const Softmax& s, int i) {

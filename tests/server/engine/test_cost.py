@@ -84,7 +84,7 @@ def test_a_ledger_charges_the_drafter_for_the_passes_it_slows() -> None:
         for accepted in (Accepted((0, 1), (5, 7)), Accepted((0,), (7,)), Accepted((0,), (7,))):
             ledger.drafted(DRAFTER, 1e-6)
             ledger.verified(Candidates(chain([1]), (draft,), (0.5,)), accepted)
-            ledger.close(rule, Spent(1, 2, len(accepted.token_ids), 1e-6, 1.0, 0.0, drafted=True))
+            ledger.close(rule, Spent(1, 2, len(accepted.token_ids), 1e-6, 1.0, 0.0))
     assert not ledger.may_draft(DRAFTER) and ledger.may_draft(LOOKUP)
 
 
