@@ -25,6 +25,7 @@ from server.engine.request import Request, SamplingParams
 from server.targets.target import PrefillChunk, Target
 from server.text import TextCodec
 
+MODES = ("greedy", "seeded")
 GROUP = 4  # prompts between two savings of the report
 TIE = 1e-4  # of logits in fp32, for targets whose rows may differ in their last bits
 
@@ -32,18 +33,21 @@ TIE = 1e-4  # of logits in fp32, for targets whose rows may differ in their last
 @dataclass(frozen=True)
 class SearchOptions:
     """suites: prompts are taken from all of them in turn, ``limit`` in all; streams: requests at once, one pass over
-    the texts for each; temperature, top_p: of the seeded texts."""
+    the texts for each; modes: ``greedy``, ``seeded`` or both; temperature, top_p: of the seeded texts."""
 
     suites: tuple[str, ...] = ("humaneval", "mt-bench", "gsm8k")
     limit: int = 500
     max_tokens: int = 64
     streams: tuple[int, ...] = (1, 4)
+    modes: tuple[str, ...] = MODES
     temperature: float = 0.8
     top_p: float = 0.95
 
     def __post_init__(self) -> None:
         if self.limit < 1 or self.max_tokens < 2 or not self.streams or min(self.streams) < 1:
             raise BenchError("a search needs a prompt, two tokens a text and one stream at least")
+        if not self.modes or not set(self.modes) <= set(MODES):
+            raise BenchError(f"texts are {' or '.join(MODES)}, not {', '.join(self.modes) or 'none of them'}")
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ class Search:
     def jobs(self, number: int, prompt: Prompt) -> Iterator[Job]:
         """A prompt's texts as the target alone writes them; a chat's later turns follow its own earlier answers."""
         seeded = SamplingParams(self.options.temperature, self.options.top_p, seed=number)
-        for mode, sampling in (("greedy", GREEDY), ("seeded", seeded)):
+        for mode in self.options.modes:
+            sampling = GREEDY if mode == "greedy" else seeded
             plain = EngineContestant(f"plain {mode}", self.alone, sampling)
             messages: list[dict[str, str]] = []
             for turn in prompt.turns or (None,):

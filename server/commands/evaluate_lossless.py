@@ -36,6 +36,7 @@ def evaluate_lossless(
     limit: Annotated[int, typer.Option(min=1, help="Prompts in all.")] = 500,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longest text.")] = 64,
     streams: Annotated[str, typer.Option(help="Requests at once, by commas.")] = "1,4",
+    modes: Annotated[str, typer.Option(help="greedy, seeded or both, by commas.")] = "greedy,seeded",
     drafter: Drafter = None,
     drafter_device: DrafterDevice = None,
     trees: Trees = None,
@@ -43,7 +44,7 @@ def evaluate_lossless(
     context: Context = None,
     config: Config = None,
 ) -> None:
-    """Write every text plainly and as it is served, greedy and with a seed, and report each one that differs.
+    """Write every text plainly and as it is served, greedily and with a seed, and report each one that differs.
 
     Ctrl-C ends a search; the same command goes on with it. Exit code 1 where a text differs that must not.
     The last line printed is the report as JSON.
@@ -58,9 +59,9 @@ def evaluate_lossless(
 
     try:
         numbers = tuple(int(number) for number in streams.split(","))
-        options = SearchOptions(tuple(suite.split(",")), limit, max_tokens, numbers)
+        options = SearchOptions(tuple(suite.split(",")), limit, max_tokens, numbers, tuple(modes.split(",")))
     except (ValueError, BenchError) as error:
-        raise typer.BadParameter(str(error), param_hint="--streams") from error
+        raise typer.BadParameter(str(error), param_hint="--streams, --modes") from error
     named = settings_from(config, **given)
     report = Report(json_file, named.served_name, named.drafter or "its own", options)
     try:

@@ -1,5 +1,6 @@
 """The search for texts that serving changes: it finds none where there is none, one that is planted, and goes on."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> TorchTarget:
     return TorchTarget.load(folder, "fp32", num_slots=2, capacity=100)
 
 
-def search(target: TorchTarget, report: Report, prompts: list[Prompt] = PROMPTS) -> dict[str, Any]:
-    options = EngineOptions(2, 80, Budget(6, 2, 2), prefill_chunk=4, lookup=True, cache_bytes=10**7)
-    engine = Engine(target, OracleDrafter([], 67), options)
-    Search(engine, LetterCodec(), OPTIONS, report).run(prompts, lambda *_: None)  # type: ignore[arg-type]
+def search(
+    target: TorchTarget, report: Report, prompts: list[Prompt] = PROMPTS, options: SearchOptions = OPTIONS
+) -> dict[str, Any]:
+    served = EngineOptions(2, 80, Budget(6, 2, 2), prefill_chunk=4, lookup=True, cache_bytes=10**7)
+    engine = Engine(target, OracleDrafter([], 67), served)
+    Search(engine, LetterCodec(), options, report).run(prompts, lambda *_: None)  # type: ignore[arg-type]
     return report.content
 
 
@@ -83,3 +86,11 @@ def test_prompts_come_from_all_suites_in_turn() -> None:
     assert len(set(names)) == 500
     with pytest.raises(BenchError, match="one stream at least"):
         SearchOptions(streams=())
+    with pytest.raises(BenchError, match="greedy or seeded, not fast"):
+        SearchOptions(modes=("fast",))
+
+
+def test_a_search_of_greedy_texts_alone_writes_no_others(target: TorchTarget, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, modes=("greedy",))
+    found = search(target, Report(tmp_path / "r.json", "t", "d", options), PROMPTS[:1], options)
+    assert list(found["weights"].popitem()[1]["texts"]) == ["greedy, 1", "greedy, 2"]
