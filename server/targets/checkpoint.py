@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -38,7 +39,12 @@ MALFORMED = (
 )  # fmt: skip
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "intermediate_size", "max_position_embeddings", "head_dim", "sliding_window",
+    "intermediate_size", "max_position_embeddings", "original_max_position_embeddings", "head_dim", "sliding_window",
+)  # fmt: skip
+FACTORS = (
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_eps", "norm_epsilon",
+    "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier",
+    "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale",
 )  # fmt: skip
 MAX_SHOWN = 5
 NO_MEMORY = re.compile(r"tried to allocate (\d+) bytes")
@@ -222,6 +228,7 @@ def read_config(folder: Path) -> Any:
         config = copy.deepcopy(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         text = config.get_text_config()
         check_sizes({name: getattr(text, name, None) for name in SIZES}, file)  # whatever the file calls them
+        check_factors({name: getattr(text, name, None) for name in FACTORS}, file)
     except TargetError:
         raise
     except MALFORMED as error:
@@ -230,13 +237,23 @@ def read_config(folder: Path) -> Any:
 
 
 def check_sizes(fields: Mapping[str, Any], file: Path) -> None:
-    """Every size is a whole number of at least 1, where the architecture has it."""
+    """Every size is a whole number of at least 1 that fits into 32 bits, where the architecture has it."""
     for name in SIZES:
         value = fields.get(name)
         if isinstance(value, list):  # sizes layer by layer, in some architectures
             continue
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise TargetError(f"{file}: {name} is {_shown(value)}; it must be a whole number of at least 1")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31):
+            raise TargetError(
+                f"{file}: {name} is {_shown(value)}; it must be a whole number of at least 1 and below 2**31"
+            )
+
+
+def check_factors(fields: Mapping[str, Any], file: Path) -> None:
+    """Every factor is a finite number above 0, where the architecture has it: every text would be nonsense."""
+    for name, value in fields.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < value < math.inf):
+            raise TargetError(f"{file}: {name} is {_shown(value)}; it must be a finite number above 0")
 
 
 def check_plain(fields: Mapping[str, Any], folder: Path) -> None:

@@ -8,6 +8,7 @@ that length keep the short frequencies, where transformers reads the whole promp
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -75,4 +76,11 @@ def check_frequencies(model: nn.Module, source: object) -> None:
             raise TargetError(
                 f"{source}: the rope_parameters of config.json (rope_theta, factor) give the rotary frequency "
                 f"{float(wrong[0]):g}; frequencies are finite and not negative"
+            )
+    for module in model.modules():
+        scaling = getattr(module, "attention_scaling", 1.0)
+        if not 0 < scaling < math.inf:
+            raise TargetError(
+                f"{source}: the rope_parameters of config.json (factor, attention_factor) scale cosines and sines by "
+                f"{scaling:g}; that must be a finite number above 0"
             )

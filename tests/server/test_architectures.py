@@ -1,12 +1,15 @@
 """Models of every architecture that runs on the native layers, through the loader: transformers' text, with drafts."""
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from architectures import ARCHITECTURES, tiny_model
+from architectures import ARCHITECTURES, LONG_ROPE, tiny_model
 from doubles import OracleDrafter
 from drafters.proposal import Budget
 from kernels import native
@@ -69,4 +72,38 @@ def test_a_window_that_sees_nothing_is_refused(window: int, save_model: Callable
     file = folder / "config.json"
     file.write_text(file.read_text().replace('"sliding_window": 70', f'"sliding_window": {window}'))
     with pytest.raises(TargetError, match=f"sliding_window is int {window}; it must be a whole number of at least 1"):
+        load_target(folder, None, 1, 64, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "value"),
+    [
+        ("llama", "rms_norm_eps", -0.5),
+        ("granite", "logits_scaling", -1.0),
+        ("granite", "residual_multiplier", math.nan),
+        ("gemma2", "attn_logit_softcapping", 0.0),
+        ("gemma2", "query_pre_attn_scalar", -1),
+        ("gemma2", "final_logit_softcapping", math.inf),
+    ],
+)
+def test_a_factor_that_makes_nonsense_of_every_text_is_refused(
+    name: str, factor: str, value: float, save_model: Callable[..., Path]
+) -> None:
+    folder = save_model(tiny_model(name), "factor")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {factor: value}))
+    with pytest.raises(TargetError, match=f"{factor} is .*; it must be a finite number above 0"):
+        load_target(folder, None, 1, 64, 1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rope_parameters": LONG_ROPE | {"factor": math.nan}}, {"original_max_position_embeddings": 2**63}]
+)
+def test_a_rotary_embedding_that_makes_nonsense_is_refused(
+    change: dict[str, Any], save_model: Callable[..., Path]
+) -> None:
+    folder = save_model(tiny_model("phi3"), "rope")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(TargetError, match=r"above 0|below 2\*\*31"):
         load_target(folder, None, 1, 64, 1)

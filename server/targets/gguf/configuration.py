@@ -7,6 +7,7 @@ Sources: llama.cpp's convert_hf_to_gguf.py and llama-model.cpp.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from server.targets.gguf.header import GGUFFile
 from server.targets.target import TargetError
 
 NUMBER = (int, float)
+ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 
 
 class BeyondNative(TargetError):
@@ -31,7 +33,8 @@ class Architecture:
     """One ``general.architecture``.
 
     permuted: the rows of q and k lie with the two halves of each rotary pair side by side. norm_offset: what the file's
-    norms hold beyond transformers'. extra: settings beyond the shared ones.
+    norms hold beyond transformers'. turns_part: a head's first values alone may be turned. extra: settings beyond the
+    shared ones.
     """
 
     model_type: str
@@ -39,6 +42,7 @@ class Architecture:
     extra: Callable[[GGUFFile, str], dict[str, Any]]
     permuted: bool = False
     norm_offset: float = 0.0
+    turns_part: bool = False
 
 
 def llama_extra(file: GGUFFile, _: str) -> dict[str, Any]:
@@ -58,14 +62,13 @@ def qwen3_extra(file: GGUFFile, _: str) -> dict[str, Any]:
 
 def granite_extra(file: GGUFFile, name: str) -> dict[str, Any]:
     """Four factors that other architectures have at 1."""
-    factors = {
+    keys = {
         "attention_multiplier": "attention.scale",
         "embedding_multiplier": "embedding_scale",
         "residual_multiplier": "residual_scale",
         "logits_scaling": "logit_scale",
     }
-    values = {setting: file.get(f"{name}.{key}", NUMBER) for setting, key in factors.items()}
-    return llama_extra(file, name) | {setting: value for setting, value in values.items() if value is not None}
+    return llama_extra(file, name) | {setting: told(file, f"{name}.{key}", 1.0) for setting, key in keys.items()}
 
 
 def smollm3_extra(file: GGUFFile, name: str) -> dict[str, Any]:
@@ -80,7 +83,7 @@ def gemma_extra(file: GGUFFile, name: str, largest: int) -> dict[str, Any]:
     return {
         "query_pre_attn_scalar": hidden // heads if layers == largest else head_size,
         "hidden_activation": "gelu_pytorch_tanh",
-        "final_logit_softcapping": file.get(f"{name}.final_logit_softcapping", NUMBER),
+        "final_logit_softcapping": told(file, f"{name}.final_logit_softcapping"),
     }
 
 
@@ -89,7 +92,7 @@ def gemma2_extra(file: GGUFFile, name: str) -> dict[str, Any]:
     extra = gemma_extra(file, name, 46)
     return extra | {
         "sliding_window": number(file, f"{name}.attention.sliding_window", 4096),
-        "attn_logit_softcapping": file.get(f"{name}.attn_logit_softcapping", NUMBER, 50.0),
+        "attn_logit_softcapping": told(file, f"{name}.attn_logit_softcapping", 50.0),
         "final_logit_softcapping": extra["final_logit_softcapping"] or 30.0,
     }
 
@@ -99,7 +102,7 @@ def gemma3_extra(file: GGUFFile, name: str) -> dict[str, Any]:
     layers, _, _, head_size = sizes(file, name)
     window = file.get(f"{name}.attention.sliding_window", int, 0)
     kinds = ["sliding_attention" if window and (i + 1) % 6 else "full_attention" for i in range(layers)]
-    local_base = float(file.get(f"{name}.rope.freq_base_swa", NUMBER, 10000.0))
+    local_base = positive(file, f"{name}.rope.freq_base_swa", 10000.0)
     ropes = {
         "full_attention": rope_parameters(file, name, head_size),
         "sliding_attention": {"rope_type": "default", "rope_theta": local_base},
@@ -121,7 +124,7 @@ def phi3_extra(file: GGUFFile, name: str) -> dict[str, Any]:
     return extra | {
         "rope_parameters": base | {
             "rope_type": "longrope", "original_max_position_embeddings": original,
-            "attention_factor": float(file.get(f"{name}.rope.scaling.attn_factor", NUMBER, 1.0)),
+            "attention_factor": told(file, f"{name}.rope.scaling.attn_factor", 1.0),
             "short_factor": factors(file, SHORT_FACTORS), "long_factor": factors(file, LONG_FACTORS),
         }
     }  # fmt: skip
@@ -144,7 +147,7 @@ ARCHITECTURES = {
     "smollm3": Architecture("smollm3", MODEL_ARCH.SMOLLM3, smollm3_extra, permuted=True),
     "gemma2": Architecture("gemma2", MODEL_ARCH.GEMMA2, gemma2_extra, norm_offset=1.0),
     "gemma3": Architecture("gemma3_text", MODEL_ARCH.GEMMA3, gemma3_extra, norm_offset=1.0),
-    "phi3": Architecture("phi3", MODEL_ARCH.PHI3, phi3_extra),
+    "phi3": Architecture("phi3", MODEL_ARCH.PHI3, phi3_extra, turns_part=True),
     "olmo2": Architecture("olmo2", MODEL_ARCH.OLMO2, llama_extra),
 }
 
@@ -167,6 +170,7 @@ def read_configuration(file: GGUFFile) -> Any:
     if file.get(f"{name}.expert_count", int, 0):
         raise BeyondNative(f"{file.path} is a mixture of experts, which is not read from GGUF files")
     settings = shared_settings(file, name)
+    check_turned(file, name, known, settings["head_dim"])
     settings |= known.extra(file, name)
     try:
         return AutoConfig.for_model(known.model_type, **settings)
@@ -200,7 +204,7 @@ def shared_settings(file: GGUFFile, name: str) -> dict[str, Any]:
         "head_dim": head_size,
         "intermediate_size": number(file, f"{name}.feed_forward_length"),
         "max_position_embeddings": number(file, f"{name}.context_length"),
-        "rms_norm_eps": file.get(f"{name}.attention.layer_norm_rms_epsilon", NUMBER, 1e-6),
+        "rms_norm_eps": positive(file, f"{name}.attention.layer_norm_rms_epsilon"),
         "vocab_size": embedding.shape[0],
         "rope_parameters": rope_parameters(file, name, head_size),
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -227,25 +231,53 @@ def num_layers(file: GGUFFile, name: str) -> int:
     return described
 
 
+def check_turned(file: GGUFFile, name: str, known: Architecture, head_size: int) -> None:
+    """Errors: TargetError for a rotary embedding of more values than a head has, or of fewer than are turned here."""
+    key = f"{name}.rope.dimension_count"
+    turned = number(file, key, head_size)
+    if turned > head_size or turned % 2:
+        raise TargetError(f"{file.path}: {key} is {turned}; it must be even and at most {head_size}, a head's values")
+    if turned < head_size and not known.turns_part:
+        raise BeyondNative(
+            f"{file.path}: {key} is {turned}; only {name} models that turn all {head_size} values of a head are read"
+        )
+
+
 def rope_parameters(file: GGUFFile, name: str, head_size: int) -> dict[str, Any]:
-    """Rotary embedding; factors that the file holds as a tensor are applied to the frequencies afterwards."""
-    parameters: dict[str, Any] = {
-        "rope_type": file.get(f"{name}.rope.scaling.type", str, "none"),
-        "rope_theta": float(file.get(f"{name}.rope.freq_base", NUMBER, 10000.0)),
-    }
-    rotated = number(file, f"{name}.rope.dimension_count", head_size)
-    if rotated != head_size:
-        parameters["partial_rotary_factor"] = rotated / head_size
-    factor = file.get(f"{name}.rope.scaling.factor", NUMBER)
-    if parameters["rope_type"] in ("none", "") or factor is None:
+    """Rotary embedding; factors that the file holds as a tensor are applied to the frequencies afterwards.
+
+    As in llama.cpp a factor without a type is linear, and older files call it ``rope.scale_linear``.
+    """
+    parameters: dict[str, Any] = {"rope_theta": positive(file, f"{name}.rope.freq_base", 10000.0)}
+    turned = number(file, f"{name}.rope.dimension_count", head_size)
+    if turned != head_size:
+        parameters["partial_rotary_factor"] = turned / head_size
+    kind = file.get(f"{name}.rope.scaling.type", str, "linear")
+    if kind not in ROPE_SCALINGS:
+        raise BeyondNative(f"{file.path}: rope scaling {kind!r} is not read; known are {', '.join(ROPE_SCALINGS)}")
+    factor = told(file, f"{name}.rope.scaling.factor") or told(file, f"{name}.rope.scale_linear")
+    if kind == "none" or factor is None:
         return parameters | {"rope_type": "default"}
-    if parameters["rope_type"] not in ("linear", "yarn"):
-        raise BeyondNative(f"{file.path}: rope scaling {parameters['rope_type']!r} is not read; linear and yarn are")
-    parameters["factor"] = float(factor)
+    if kind == "longrope":
+        raise BeyondNative(f"{file.path}: rope scaling longrope with a factor is not read; linear and yarn are")
+    parameters |= {"rope_type": kind, "factor": factor}
     original = file.get(f"{name}.rope.scaling.original_context_length", int)
-    if original is not None and parameters["rope_type"] == "yarn":
+    if original is not None and kind == "yarn":
         parameters["original_max_position_embeddings"] = original
     return parameters
+
+
+def told(file: GGUFFile, key: str, default: Any = None) -> Any:
+    """A factor, a finite and positive number; 0 is how files say that there is none. Errors: TargetError."""
+    return positive(file, key) if file.get(key, NUMBER) else default
+
+
+def positive(file: GGUFFile, key: str, default: float | None = None) -> float:
+    """A finite number above 0. Errors: TargetError where it is missing or another."""
+    value = file.get(key, NUMBER, default)
+    if value is None or not (math.isfinite(value) and value > 0):
+        raise TargetError(f"{file.path}: the metadata key {key} must be a finite number above 0, not {value!r}")
+    return float(value)
 
 
 def number(file: GGUFFile, key: str, default: int | None = None) -> int:

@@ -1,5 +1,6 @@
 """Damaged and hostile files end in one sentence that names the file and the cause."""
 
+import math
 import re
 import struct
 from collections.abc import Callable
@@ -64,9 +65,9 @@ def unknown_type(data: bytes) -> bytes:
     return data[:at] + struct.pack("<I", 999) + data[at + 4 :]
 
 
-def with_number(key: str, old: int, new: int, kind: str = "<I") -> Callable[[bytes], bytes]:
+def with_number(key: str, old: float, new: float, kind: str = "<I") -> Callable[[bytes], bytes]:
     """The file with another number behind a key; ``kind`` is that of the number."""
-    before = key.encode() + struct.pack("<I", 4)
+    before = key.encode() + struct.pack("<I", {"<I": 4, "<f": 6}[kind])
 
     def damage(data: bytes) -> bytes:
         return replaced(data, before + struct.pack(kind, old), before + struct.pack(kind, new))
@@ -97,6 +98,12 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "no heads": (with_number("attention.head_count", 4, 0), "head_count must be a positive number"),
     "more heads": (with_number("attention.head_count", 4, 256), "heads of 1"),
     "more key heads": (with_number("attention.head_count_kv", 2, 4), "attn_k"),
+    "a norm's negative epsilon": (with_number("layer_norm_rms_epsilon", 1e-5, -1.0, "<f"), "epsilon must be a finite"),
+    "a norm's epsilon that is no number": (
+        with_number("rms_epsilon", 1e-5, math.nan, "<f"),
+        "epsilon must be a finite",
+    ),
+    "a rotary base of 0": (with_number("llama.rope.freq_base", 10000.0, 0.0, "<f"), "freq_base must be a finite"),
     "lying offset": (lying_offset, "blk.0.attn_q.weight"),
     "overlapping tensors": (overlapping, "over another"),
     "lying size": (lying_size, "blk.0.attn_q.weight"),
@@ -155,6 +162,26 @@ def test_architectures_types_and_empty_models_are_named(tiny_gguf: Any, tmp_path
     for engine in (None, "native", "llama.cpp"):
         with pytest.raises(TargetError, match=r"vocabulary.gguf holds a vocabulary only|needs llama-cpp-python"):
             load_target(tmp_path / "vocabulary.gguf", None, 1, 64, 1, engine=engine)
+
+
+@pytest.mark.parametrize(
+    ("add", "words"),
+    [
+        (lambda writer: writer.add_rope_dimension_count(128), "dimension_count is 128; it must be even and at most 64"),
+        (
+            lambda writer: writer.add_rope_dimension_count(32),
+            "dimension_count is 32; only llama models that turn all 64",
+        ),
+        (lambda writer: writer.add_string("llama.rope.scaling.type", "odd"), "rope scaling 'odd' is not read"),
+        (lambda writer: writer.add_rope_scaling_factor(-2.0), "scaling.factor must be a finite number above 0"),
+        (lambda writer: writer.add_rope_scaling_factor(math.inf), "scaling.factor must be a finite number above 0"),
+    ],
+    ids=["more than a head", "a part of a head", "a type", "a negative factor", "an endless factor"],
+)
+def test_rotary_embeddings_that_are_not_computed_are_named(
+    add: Callable[[GGUFWriter], None], words: str, tiny_gguf: Any, tmp_path: Path
+) -> None:
+    assert re.search(words, refusal(tiny_gguf.write(tmp_path / "turned.gguf", extra=add)))
 
 
 def test_bad_vocabularies_are_named(tiny_gguf: Any, whole: bytes, tmp_path: Path) -> None:

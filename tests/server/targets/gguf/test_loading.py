@@ -161,6 +161,15 @@ def test_linear_and_yarn_scaling_are_read(tiny_gguf: Any, tmp_path: Path) -> Non
         assert (parameters["rope_type"], parameters["factor"]) == (kind, 4.0)
 
 
+@pytest.mark.parametrize("key", ["factor", "scale_linear"])
+def test_a_factor_without_a_type_is_linear(key: str, tiny_gguf: Any, tmp_path: Path) -> None:
+    def scaling(writer: GGUFWriter) -> None:
+        writer.add_float32("llama.rope.scaling.factor" if key == "factor" else "llama.rope.scale_linear", 4.0)
+
+    parameters = read_configuration(open_gguf(tiny_gguf.write(tmp_path / "tiny.gguf", extra=scaling))).rope_parameters
+    assert (parameters["rope_type"], parameters["factor"]) == ("linear", 4.0)
+
+
 def test_heads_that_the_native_layers_do_not_compute_run_on_transformers(
     tiny_gguf: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
