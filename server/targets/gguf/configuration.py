@@ -100,7 +100,7 @@ def gemma2_extra(file: GGUFFile, name: str) -> dict[str, Any]:
 def gemma3_extra(file: GGUFFile, name: str) -> dict[str, Any]:
     """Five layers with a window and a rotary base of their own before each without; all without where none is told."""
     layers, _, _, head_size = sizes(file, name)
-    window = file.get(f"{name}.attention.sliding_window", int, 0)
+    window = told_window(file, name)
     kinds = ["sliding_attention" if window and (i + 1) % 6 else "full_attention" for i in range(layers)]
     local_base = positive(file, f"{name}.rope.freq_base_swa", 10000.0)
     ropes = {
@@ -108,7 +108,7 @@ def gemma3_extra(file: GGUFFile, name: str) -> dict[str, Any]:
         "sliding_attention": {"rope_type": "default", "rope_theta": local_base},
     }
     extra = gemma_extra(file, name, 62)
-    return extra | {"sliding_window": window or None, "layer_types": kinds, "rope_parameters": ropes}
+    return extra | {"sliding_window": window, "layer_types": kinds, "rope_parameters": ropes}
 
 
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -116,7 +116,7 @@ LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.we
 
 def phi3_extra(file: GGUFFile, name: str) -> dict[str, Any]:
     """A window in every layer, where one is told; two sets of rotary factors, where the file holds them."""
-    extra: dict[str, Any] = {"sliding_window": file.get(f"{name}.attention.sliding_window", int, 0) or None}
+    extra: dict[str, Any] = {"sliding_window": told_window(file, name)}
     if LONG_FACTORS not in file.tensors or SHORT_FACTORS not in file.tensors:
         return extra
     base = rope_parameters(file, name, sizes(file, name)[3])
@@ -267,6 +267,12 @@ def rope_parameters(file: GGUFFile, name: str, head_size: int) -> dict[str, Any]
     return parameters
 
 
+def told_window(file: GGUFFile, name: str) -> int | None:
+    """Positions that a row sees; None, which files say by 0 too: all before it. Errors: TargetError."""
+    key = f"{name}.attention.sliding_window"
+    return number(file, key) if file.get(key, int) else None
+
+
 def told(file: GGUFFile, key: str, default: Any = None) -> Any:
     """A factor, a finite and positive number; 0 is how files say that there is none. Errors: TargetError."""
     return positive(file, key) if file.get(key, NUMBER) else default
@@ -281,12 +287,12 @@ def positive(file: GGUFFile, key: str, default: float | None = None) -> float:
 
 
 def number(file: GGUFFile, key: str, default: int | None = None) -> int:
-    """A positive whole number. Errors: TargetError where it is missing, not positive, or a number for each layer."""
+    """A positive whole number of 32 bits. Errors: TargetError where it is missing, another, or one for each layer."""
     value = file.get(key, (int, list), default)
     if isinstance(value, list):
         if len(set(value)) != 1:
             raise BeyondNative(f"{file.path}: {key} differs from layer to layer, which is not read from GGUF files")
         value = value[0]
-    if not isinstance(value, int) or value < 1:
-        raise TargetError(f"{file.path}: the metadata key {key} must be a positive number, not {value!r}")
+    if not isinstance(value, int) or not 1 <= value < 2**31:
+        raise TargetError(f"{file.path}: the metadata key {key} must be a positive number below 2**31, not {value!r}")
     return value

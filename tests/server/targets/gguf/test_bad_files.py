@@ -104,6 +104,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         "epsilon must be a finite",
     ),
     "a rotary base of 0": (with_number("llama.rope.freq_base", 10000.0, 0.0, "<f"), "freq_base must be a finite"),
+    "positions beyond 32 bits": (with_number("llama.context_length", 256, 2**31), "positive number below 2\\*\\*31"),
     "lying offset": (lying_offset, "blk.0.attn_q.weight"),
     "overlapping tensors": (overlapping, "over another"),
     "lying size": (lying_size, "blk.0.attn_q.weight"),
