@@ -92,7 +92,10 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "many keys": (lambda data: data[:16] + struct.pack("<Q", 1 << 62) + data[24:], "truncated"),
     "a key longer than the file": (lambda data: data[:24] + struct.pack("<Q", 1 << 62) + data[32:], "truncated"),
     "a list longer than the file": (long_list, "tokenizer.ggml.tokens"),
-    "layers that are not there": (with_number("llama.block_count", 2, 1 << 31), "2147483648, tensors of 2 layers"),
+    "layers that are not there": (
+        with_number("llama.block_count", 2, (1 << 31) - 1),
+        "2147483647, tensors of 2 layers",
+    ),
     "another width": (with_number("llama.embedding_length", 256, 1 << 30), "embedding_length"),
     "another inner width": (with_number("feed_forward_length", 256, 512), "ffn_gate"),
     "no heads": (with_number("attention.head_count", 4, 0), "head_count must be a positive number"),
