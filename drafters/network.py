@@ -54,8 +54,8 @@ class BlockConfig:
         optional = () if self.draft_vocab_size is None else ("draft_vocab_size",)
         for name in (*sizes, "num_blocks", *optional):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise DrafterError(f"{name} is {value!r}; it must be a whole number of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+                raise DrafterError(f"{name} is {value!r}; it must be a whole number of at least 1 and below 2**31")
         for name in ("rope_theta", "norm_eps"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
