@@ -1,17 +1,21 @@
 """The designs of docs/evidence.md can be read whole before anything is trained."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vision
 from kernels.training import load_recipe, take_table
 from kernels.training.study import expand
+from vision.distillation.terms import parse_terms
 from vision.tasks.classification import ClassifierRecipe
 from vision.tasks.detection_recipe import DetectorRecipe, MiningOptions
+from vision.tasks.distillation import DistillationRecipe
 from vision.tasks.face_quality import FaceQualityRecipe
 from vision.tasks.perceptrons import Variant
 from vision.tasks.region_heads import FrozenOptions
+from vision.tasks.segmentation import SegmentationDataOptions
 
 DATA = {"needles_lrm": "needles", "bccd_lrm": "voc", "shapes_thundernet": "shapes"}
 RECIPES = Path(vision.__file__).parent / "recipes" / "evidence"
@@ -48,7 +52,7 @@ def test_studies_of_region_heads() -> None:
     assert all(each.nms_threshold < frozen.proposals_nms for each in miners.values()), "something to suppress"
 
 
-@pytest.mark.parametrize("name", ["backbones", "textures_backbones", "textures_menet"])
+@pytest.mark.parametrize("name", ["backbones", "textures_backbones"])
 def test_studies_of_classifiers(name: str) -> None:
     cells = expand(load_recipe(RECIPES / f"{name}.toml"))
     assert len({cell.seed for cell in cells}) >= 10
@@ -56,16 +60,27 @@ def test_studies_of_classifiers(name: str) -> None:
         assert ClassifierRecipe.parse(cell.recipe).model.backbone == cell.variant
 
 
-def test_one_training_of_menet_serves_both_parts() -> None:
-    first, second = (
-        [
-            cell
-            for cell in expand(load_recipe(RECIPES / f"textures_{name}.toml"))
-            if cell.variant.startswith("menet_108")
+def test_the_studies_beside_a_teacher_differ_in_the_teaching_alone() -> None:
+    for name, parse in (("orl_cckd", DistillationRecipe.parse), ("scenes_bdd", parse_scenes)):
+        cells = expand(load_recipe(RECIPES / f"{name}.toml"))
+        assert len({cell.seed for cell in cells}) == 10
+        teacher = load_recipe(RECIPES / f"{name.split('_')[0]}_teacher.toml")["training"]["output"]
+        assert {cell.recipe["teacher"]["path"] for cell in cells if "teacher" in cell.recipe} == {f"{teacher}/model"}
+        for cell in cells:
+            parse(cell.recipe)
+        same = [
+            {table: cell.recipe[table] for table in ("model", "data", "training")} for cell in cells if cell.seed == 0
         ]
-        for name in ("backbones", "menet")
-    )
-    assert first == second
+        for each in same:
+            each["training"] = {key: value for key, value in each["training"].items() if key != "output"}
+        assert all(each == same[0] for each in same), name
+
+
+def parse_scenes(recipe: dict[str, Any]) -> None:
+    data = take_table(recipe, "data", SegmentationDataOptions)
+    train, measured = data.sources()
+    assert data.shape_odds is not None and len(train) > len(measured) > 0
+    assert parse_terms(recipe.get("terms", [])).keys() <= {"kd", "bdd"}
 
 
 def test_the_studies_of_face_scorers_measure_everybody_once() -> None:

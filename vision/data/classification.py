@@ -18,7 +18,7 @@ from vision.backbones.preprocessing import NORMALIZATIONS, Preprocessing
 from vision.data.augmentation import AugmentationOptions, augment
 from vision.data.epoch import shared_epoch
 from vision.data.image_sources import SOURCES, open_source
-from vision.data.sources import DataError, ImageSource, InMemorySource, UnreadableImageError
+from vision.data.sources import DataError, FirstClasses, ImageSource, InMemorySource, UnreadableImageError
 from vision.data.view import centre_crop
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ class DataOptions:
 
     ``kind`` is one of ``vision.data.image_sources.SOURCES``; the splits are names inside ``root`` and default to the
     kind's own. ImageNet is of kind "folder": ``root/train/CLASS/``, ``root/val/CLASS/``. ``resize`` None means
-    image_size / 0.875. ``limit`` takes that many images, evenly spread over the training split. ``in_memory`` keeps
-    decoded images for the next epoch.
+    image_size / 0.875. ``classes`` takes the images of the first so many classes, ``limit`` that many images, evenly
+    spread over the training split. ``in_memory`` keeps decoded images for the next epoch.
     """
 
     kind: str
@@ -41,6 +41,7 @@ class DataOptions:
     image_size: int = 224
     resize: int | None = None
     normalization: str = "imagenet"
+    classes: int | None = None
     limit: int | None = None
     in_memory: bool = False
 
@@ -65,8 +66,9 @@ class DataOptions:
         return self.open(self.eval_split or SOURCES[self.kind].eval_split)
 
     def open(self, split: str) -> ImageSource:
-        """The images of ``split``."""
+        """The images of ``split``. Errors: DataError."""
         source = open_source(self.kind, Path(self.root), split)
+        source = source if self.classes is None else FirstClasses(source, self.classes)
         return InMemorySource(source) if self.in_memory else source
 
 

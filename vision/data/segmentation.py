@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -114,13 +115,19 @@ def read_mask(file: Path) -> NDArray[np.uint8]:
 class ShapeScenes:
     """Noisy scenes of overlapping shapes whose colour says nothing of their class; a function of seed and index.
 
-    Outlines of one pixel do not count, as the borders of VOC's objects do not.
+    Outlines of one pixel do not count, as the borders of VOC's objects do not. ``odds`` says how often each of the five
+    shapes is drawn, against the others; without it, all equally often. Errors: DataError.
     """
 
     class_names: tuple[str, ...] = SHAPES
 
-    def __init__(self, count: int, size: int, seed: int) -> None:
+    def __init__(self, count: int, size: int, seed: int, odds: Sequence[float] | None = None) -> None:
+        if odds is not None and (len(odds) != len(SHAPES) - 1 or min(odds) <= 0):
+            raise DataError(
+                f"data.shape_odds is {list(odds)}; it must hold a number above 0 for each of {', '.join(SHAPES[1:])}"
+            )
         self.count, self.size, self.seed = count, size, seed
+        self.shares = None if odds is None else np.array(odds) / sum(odds)
 
     def __len__(self) -> int:
         return self.count
@@ -131,7 +138,7 @@ class ShapeScenes:
         image = Image.new("RGB", (self.size, self.size), tuple(generator.integers(60, 196, 3).tolist()))
         mask = Image.new("L", (self.size, self.size), 0)
         for _ in range(generator.integers(3, 7)):
-            kind = int(generator.integers(1, len(SHAPES)))
+            kind = self.draw_kind(generator)
             side = int(generator.integers(self.size // 6, self.size // 2))
             x, y = generator.integers(-side // 4, self.size - side // 2, 2).tolist()
             colour = tuple(generator.integers(0, 256, 3).tolist())
@@ -141,6 +148,12 @@ class ShapeScenes:
             mask.paste(kind, (x + 1, y + 1), draw_shape(SHAPES[kind], side - 2))
         pixels = np.asarray(image) + generator.normal(0, 24, (self.size, self.size, 3))
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), mask
+
+    def draw_kind(self, generator: np.random.Generator) -> int:
+        """The class of the next shape."""
+        if self.shares is None:
+            return int(generator.integers(1, len(SHAPES)))
+        return 1 + int(generator.choice(len(self.shares), p=self.shares))
 
 
 def draw_shape(name: str, side: int) -> Image.Image:

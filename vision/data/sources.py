@@ -170,6 +170,24 @@ class InMemorySource:
         return image
 
 
+class FirstClasses:
+    """The images of another source of the first ``count`` classes. Errors: DataError for a count that it has not."""
+
+    def __init__(self, source: ImageSource, count: int) -> None:
+        names = source.class_names
+        if not 2 <= count <= len(names):
+            raise DataError(
+                f"data.classes is {count}; the data has {len(names)} classes, so allowed are 2 to {len(names)}"
+            )
+        self.source, self.class_names = source, names[:count]
+        self.indices = np.flatnonzero(source.labels < count)
+        self.labels = source.labels[self.indices]
+
+    def read(self, index: int) -> Image.Image:
+        """The image at ``indices[index]`` of the whole."""
+        return self.source.read(int(self.indices[index]))
+
+
 def read_bytes(path: Path) -> bytes:
     """The content of ``path`` or of its gzip ``path.gz``."""
     packed = path.with_name(path.name + ".gz")

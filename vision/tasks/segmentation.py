@@ -63,7 +63,8 @@ class SegmenterOptions:
 class SegmentationDataOptions:
     """A recipe's ``[data]`` table: ``root`` names a folder of images and masks; without it, scenes of shapes are made.
 
-    ``train_images``, ``eval_images`` and ``scene_seed`` belong to the made scenes.
+    ``train_images``, ``eval_images``, ``scene_seed`` and ``shape_odds`` (how often each of the five shapes is drawn,
+    against the others; left out, equally often) belong to the made scenes.
     """
 
     image_size: int
@@ -73,13 +74,14 @@ class SegmentationDataOptions:
     train_images: int = 1000
     eval_images: int = 200
     scene_seed: int = 0
+    shape_odds: tuple[float, ...] | None = None
 
     def sources(self) -> tuple[MaskSource, MaskSource]:
         """(training, evaluation). Errors: DataError."""
         if self.root is None:
             # Far apart, so that no count of images makes the two overlap.
-            evaluation = ShapeScenes(self.eval_images, self.image_size, self.scene_seed + 1_000_003)
-            return ShapeScenes(self.train_images, self.image_size, self.scene_seed), evaluation
+            evaluation = ShapeScenes(self.eval_images, self.image_size, self.scene_seed + 1_000_003, self.shape_odds)
+            return ShapeScenes(self.train_images, self.image_size, self.scene_seed, self.shape_odds), evaluation
         root = Path(self.root).expanduser()
         return FolderMasks(root, self.train_split), FolderMasks(root, self.eval_split)
 
@@ -172,8 +174,8 @@ def train_segmenter(recipe: dict[str, Any], *, resume: bool = False, console: Co
     """Run a recipe; ``output/model`` then holds the segmenter, which ``checkpoint`` names.
 
     It is the better of the last weights and the best evaluation's, which stay in ``output/best``. ``final`` gains
-    ``mean_iou`` and ``pixel_accuracy`` over the evaluation split. Errors: RecipeError, DataError,
-    TeacherError, BackboneError, TrainingDivergedError.
+    ``mean_iou`` and ``pixel_accuracy`` over the evaluation split, and ``rare_iou`` where some class has less than two
+    in a hundred pixels there. Errors: RecipeError, DataError, TeacherError, BackboneError, TrainingDivergedError.
     """
     check_tables(recipe, TABLES)
     shape = take_table(recipe, "model", SegmenterOptions)
@@ -215,6 +217,7 @@ def train_segmenter(recipe: dict[str, Any], *, resume: bool = False, console: Co
             measured, chosen = (again, kept) if again.mean_iou > measured.mean_iou else (measured, model)
         save_segmenter(chosen, folder)
         figures = {"mean_iou": measured.mean_iou, "pixel_accuracy": measured.pixel_accuracy}
+        figures |= {} if measured.rare_iou is None else {"rare_iou": measured.rare_iou}
     PartialState().wait_for_everyone()
     return dataclasses.replace(report, final={**report.final, **figures}, checkpoint=str(folder))
 

@@ -27,6 +27,20 @@ def test_classes_share_parts_and_differ() -> None:
     assert patterns.mean(1) == pytest.approx(0, abs=1e-5)
 
 
+def test_the_first_classes_are_those_of_the_whole() -> None:
+    whole, few = (DataOptions(kind="textures", root=".", classes=classes) for classes in (None, 12))
+    source, every = few.open_eval(), whole.open_eval()
+    assert source.class_names == every.class_names[:12] == few.open_train().class_names
+    assert np.bincount(source.labels).tolist() == [50] * 12
+    assert np.array_equal(np.asarray(source.read(599)), np.asarray(every.read(599)))
+
+
+@pytest.mark.parametrize("count", [1, 61])
+def test_as_many_classes_as_there_are_not_are_refused(count: int) -> None:
+    with pytest.raises(DataError, match=f"data.classes is {count}; .* allowed are 2 to 60"):
+        DataOptions(kind="textures", root=".", classes=count).open_train()
+
+
 def test_an_unknown_split_is_refused() -> None:
     with pytest.raises(DataError, match="no split 'val'; they have train, test"):
         textures(Path("."), "val")

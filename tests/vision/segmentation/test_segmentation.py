@@ -65,7 +65,21 @@ def test_intersection_over_union_by_hand() -> None:
     report = matrix.report(("zero", "one", "two", "never"))
     assert report.iou == {"zero": 2 / 5, "one": 2 / 4, "two": 0.0, "never": None}
     assert report.mean_iou == pytest.approx(0.3)
-    assert report.pixel_accuracy == pytest.approx(4 / 7)
+    assert report.pixel_accuracy == pytest.approx(4 / 7) and report.rare_iou is None
+
+
+def test_rare_classes_are_averaged_apart() -> None:
+    matrix = ConfusionMatrix(4)
+    matrix.counts = torch.tensor([[980, 0, 5, 0], [0, 3, 0, 0], [6, 0, 6, 0], [0, 0, 0, 0]])
+    assert matrix.report(("common", "rare", "rarer", "never")).rare_iou == pytest.approx((1 + 6 / 17) / 2)
+
+
+def test_odds_say_how_often_a_shape_is_drawn() -> None:
+    scenes = ShapeScenes(60, 48, 0, (16, 8, 4, 1, 1))
+    pixels = np.bincount(np.stack([np.asarray(scenes.read(i)[1]) for i in range(60)]).ravel(), minlength=len(SHAPES))
+    assert (pixels[1:4] > 2 * pixels[4:6].max()).all() and pixels[4:6].min() > 0
+    with pytest.raises(DataError, match=r"shape_odds is .* above 0 for each of disc, square, triangle, ring, cross"):
+        ShapeScenes(60, 48, 0, (1, 1, 0, 1, 1))
 
 
 def test_scenes_are_functions_of_seed_and_index_and_show_every_class() -> None:
