@@ -24,7 +24,7 @@ from drafters.train.feature_source import (
     packed_windows,
 )
 from drafters.train.records import READERS, TOOL, Message, read_conversations
-from kernels.training import RecipeError
+from kernels.training import RecipeError, TrainingReport
 from kernels.training.heartbeat import Heartbeat
 from kernels.training.processes import is_first_process, wait_until
 from server.answers import AnswersFile, Writing, questions_of, write_answers
@@ -186,8 +186,29 @@ def captured(target: Target, samples: Samples, layers: Sequence[str], folder: Pa
     return capture(samples, lambda token_ids: features_of(target, token_ids), folder, manifest)
 
 
-def train_drafter(recipe: dict[str, Any], resume: bool) -> Any:
-    """``dovetail train drafter``: run a recipe; the report's checkpoint is a drafter folder ready to serve."""
-    from drafters.train.drafter_task import train_drafter as train
+class DrafterTraining:
+    """``dovetail train drafter``, and the cells of ``dovetail study drafter``.
 
-    return train(recipe, source_for, resume=resume)
+    Recipes one after another with the same [data] and layers draw on one source: the cells of a study load their target
+    and read its samples once.
+    """
+
+    def __init__(self) -> None:
+        self.data: tuple[DataOptions, tuple[str, ...]] | None = None
+        self.source: FeatureSource | None = None
+
+    def __call__(self, recipe: dict[str, Any], *, resume: bool) -> TrainingReport:
+        """Run a recipe; the report's checkpoint is a drafter folder ready to serve. Errors: those of ``source_for`` and
+        of ``drafters.train.drafter_task.train_drafter``."""
+        from drafters.train.drafter_task import train_drafter
+
+        return train_drafter(recipe, self.source_of, resume=resume)
+
+    def source_of(self, options: DataOptions, layers: Sequence[str]) -> FeatureSource:
+        """``source_for``, or the source of the recipe before where it is the same."""
+        data = (options, tuple(layers))
+        if self.source is None or self.data != data:
+            self.data, self.source = None, None  # two targets need not fit beside each other
+            self.source = source_for(options, layers)
+            self.data = data
+        return self.source

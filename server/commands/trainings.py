@@ -13,17 +13,18 @@ import typer
 
 @dataclass(frozen=True)
 class Training:
-    """``trains``: module and function, for a recipe's tables and ``resume``; ``noun``: what a study compares."""
+    """``trains``: module and function, for a recipe's tables and ``resume``, or a class whose instances are called so;
+    ``noun``: what a study compares."""
 
     help: str
     trains: str
     noun: str
 
     def load(self) -> Callable[..., Any]:
-        """The function."""
+        """What trains; made anew from a class, so what its trainings share ends with the command."""
         module, _, name = self.trains.partition(":")
-        function: Callable[..., Any] = getattr(import_module(module), name)
-        return function
+        found: Callable[..., Any] = getattr(import_module(module), name)
+        return found() if isinstance(found, type) else found
 
 
 TRAININGS: Mapping[str, Training] = {
@@ -44,7 +45,7 @@ TRAININGS: Mapping[str, Training] = {
         "vision.tasks.segmentation:train_segmenter", "semantic segmenters",
     ),
     "drafter": Training(
-        "Train a drafter on a target's own features.", "server.feature_source:train_drafter",
+        "Train a drafter on a target's own features.", "server.feature_source:DrafterTraining",
         "drafters; `eval drafter-study` compares them",
     ),
     "detector": Training(

@@ -1,5 +1,6 @@
 """A served target as the source of a drafter's training data: conversations in, features on the fly or captured."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from doubles import save_word_tokenizer, tiny_llama
 from drafters.train.capture import CaptureError
 from drafters.train.feature_source import DataOptions
-from server.feature_source import source_for
+from server.feature_source import DrafterTraining, source_for
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 
@@ -40,6 +41,15 @@ def test_captured_features_are_the_targets_own(options: DataOptions) -> None:
     )  # kept in fp16
     again = source_for(options)
     assert torch.equal(again.train_data[0]["features"], sample["features"])
+
+
+def test_trainings_with_the_same_data_share_a_source(options: DataOptions) -> None:
+    training = DrafterTraining()
+    source = training.source_of(options, ("last",))
+    assert training.source_of(dataclasses.replace(options), ["last"]) is source
+    longer = dataclasses.replace(options, window_length=12, captured=None)
+    assert training.source_of(longer, ("last",)).train_data is not source.train_data
+    assert training.source_of(options, ("last",)) is not source
 
 
 def test_features_of_another_target_are_refused(options: DataOptions) -> None:

@@ -142,16 +142,16 @@ def test_ctrl_c_in_mid_capture_loses_nothing(folder: Path, monkeypatch: pytest.M
 def test_targets_without_the_layers_and_windows_beyond_the_context_are_refused(
     folder: Path, save_model: Callable[..., Path]
 ) -> None:
-    from server.feature_source import train_drafter
+    from server.feature_source import DrafterTraining
 
     recipe = recipe_of(folder, window_length=300)
     with pytest.raises(ValueError, match=r"data\.window_length is 300; the positions of target end at 256"):
-        train_drafter(recipe, False)
+        DrafterTraining()(recipe, resume=False)
     shallow = save_model(tiny_llama(), "shallow")
     recipe = recipe_of(folder, target=str(shallow))
     recipe["drafter"]["features"] = "low+mid+high"
     with pytest.raises(TargetError, match="no feature layers high, low, mid; it gives last"):
-        train_drafter(recipe, False)
+        DrafterTraining()(recipe, resume=False)
 
 
 def test_features_of_other_layers_are_refused(folder: Path) -> None:
@@ -159,7 +159,7 @@ def test_features_of_other_layers_are_refused(folder: Path) -> None:
     recipe = recipe_of(folder)
     recipe["drafter"]["features"] = "low+mid+high"
     recipe["training"]["output"] = str(folder / "other")
-    from server.feature_source import train_drafter
+    from server.feature_source import DrafterTraining
 
     with pytest.raises(CaptureError, match=r"another layers: 'last' there, 'low\+mid\+high\+last' asked for"):
-        train_drafter(recipe, False)
+        DrafterTraining()(recipe, resume=False)
