@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from server.bench.contestants import GREEDY, Case, EngineContestant
+from server.bench.near_ties import movement_json, near_tie, seeded_gap
 from server.bench.prompts import Prompt, load_prompts
 from server.bench.texts import Advance, BenchError
 from server.engine.completion import generate
 from server.engine.engine import Engine
 from server.engine.measure import replaced
 from server.engine.request import Request, SamplingParams
+from server.engine.sampling import uniform
 from server.targets.target import PrefillChunk, Target
 from server.text import TextCodec
 
 MODES = ("greedy", "seeded")
 GROUP = 4  # prompts between two savings of the report
-TIE = 1e-4  # of logits in fp32, for targets whose rows may differ in their last bits
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,16 @@ class Job:
 class Report:
     """What was compared so far, in a JSON file: for each format of the weights the prompts done and the counts."""
 
-    def __init__(self, file: Path, target: str, drafter: str, options: SearchOptions) -> None:
-        """Takes up the search in ``file`` where there is one. Errors: BenchError for another search's file."""
+    def __init__(
+        self, file: Path, target: str, drafter: str, options: SearchOptions, engine: str | None = None
+    ) -> None:
+        """``engine``: which one was asked for, if any. Takes up the search in ``file`` where there is one.
+
+        Errors: BenchError for another search's file.
+        """
         self.file = file
-        head = {"target": target, "drafter": drafter, "conditions": json.loads(json.dumps(dataclasses.asdict(options)))}
+        conditions = json.loads(json.dumps(dataclasses.asdict(options)))
+        head = {"target": target, "engine": engine, "drafter": drafter, "conditions": conditions}
         self.content: dict[str, Any] = head | {"weights": {}, "counter_examples": []}
         if file.exists():
             self.content = read_report(file)
@@ -91,8 +98,22 @@ class Report:
         found: list[dict[str, Any]] = self.content["counter_examples"]
         return found
 
+    @property
+    def faults(self) -> int:
+        """Texts that differ and must not."""
+        return sum(not found["tie"] for found in self.counter_examples)
+
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file, whole or not at all; near-ties are counted apart from faults, with the largest gap of each
+        mode."""
+        ties: dict[str, list[float]] = {}
+        for found in self.counter_examples:
+            if found["tie"]:
+                ties.setdefault(found["mode"], []).append(abs(found["gap"]))
+        self.content["near_ties"] = {
+            mode: {"texts": len(gaps), "largest_gap": max(gaps)} for mode, gaps in ties.items()
+        }
+        self.content["faults"] = self.faults
         with replaced(self.file) as partial:
             partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
 
@@ -130,6 +151,9 @@ class Search:
     def run(self, prompts: Sequence[Prompt], advance: Advance) -> None:
         """Every prompt that the report has not seen yet. Errors: EngineError where plain decoding fails."""
         counts = self.report.counts(self.weights)
+        if not self.engine.target.info.exact_rows and "near_tie" not in counts:
+            texts = [self.prompt_ids(prompt) for prompt in prompts]
+            counts["near_tie"] = movement_json(self.engine.target, texts)
         while counts["prompts"] < len(prompts):
             start = counts["prompts"]
             group = prompts[start : start + GROUP]
@@ -140,6 +164,12 @@ class Search:
             counts["prompts"] += len(group)
             self.report.save()
             advance(self.weights, counts["prompts"], len(prompts))
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The first turn, as the target reads it."""
+        if prompt.text is not None:
+            return self.codec.encode(prompt.text)
+        return self.codec.chat([{"role": "user", "content": prompt.turns[0]}])
 
     def jobs(self, number: int, prompt: Prompt) -> Iterator[Job]:
         """A prompt's texts as the target alone writes them; a chat's later turns follow its own earlier answers."""
@@ -183,17 +213,21 @@ class Search:
 def difference(target: Target, job: Job, served: Sequence[int]) -> dict[str, Any]:
     """Where two texts part, and by how much the target alone prefers its own token there, in logits.
 
-    tie: a greedy choice between logits so close that rows which depend on their neighbours may turn it.
+    gap: of the two tokens' logits; of a seeded choice ``near_ties.seeded_gap``. tie: nearer than rows that depend on
+    their neighbours can be told apart.
     """
-    position = next(
-        (i for i, (own, other) in enumerate(zip(job.plain, served, strict=False)) if own != other),
-        min(len(job.plain), len(served)),
-    )
+    shorter = min(len(job.plain), len(served))
+    position = next((i for i in range(shorter) if job.plain[i] != served[i]), shorter)
     found: dict[str, Any] = {"position": position, "plain": job.plain[position:], "served": tuple(served[position:])}
-    if position == min(len(job.plain), len(served)):
+    if position == shorter:
         return found | {"gap": None, "tie": False}
     logits = target.prefill(PrefillChunk(0, [*job.case.prompt_ids, *job.plain[:position]])).logits
     target.release(0)
-    gap = float(logits[job.plain[position]] - logits[served[position]])
-    is_tie = not target.info.exact_rows and job.mode == "greedy" and abs(gap) < TIE
-    return found | {"gap": gap, "tie": is_tie}
+    own, other, tie = job.plain[position], served[position], near_tie(target.info)
+    if job.sampling.temperature == 0:
+        gap: float | None = float(logits[own] - logits[other])
+    else:
+        assert job.sampling.seed is not None
+        number = uniform(job.sampling.seed, 0, position)
+        gap = seeded_gap(logits, job.sampling, number, other, tie)
+    return found | {"gap": gap, "tie": gap is not None and abs(gap) < tie}

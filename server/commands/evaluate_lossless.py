@@ -13,6 +13,7 @@ from server.commands.options import (
     Context,
     Drafter,
     DrafterDevice,
+    Engine,
     Target,
     Threads,
     Trees,
@@ -37,6 +38,7 @@ def evaluate_lossless(
     max_tokens: Annotated[int, typer.Option(min=2, help="Longest text.")] = 64,
     streams: Annotated[str, typer.Option(help="Requests at once, by commas.")] = "1,4",
     modes: Annotated[str, typer.Option(help="greedy, seeded or both, by commas.")] = "greedy,seeded",
+    engine: Engine = None,
     drafter: Drafter = None,
     drafter_device: DrafterDevice = None,
     trees: Trees = None,
@@ -46,13 +48,14 @@ def evaluate_lossless(
 ) -> None:
     """Write every text plainly and as it is served, greedily and with a seed, and report each one that differs.
 
-    Ctrl-C ends a search; the same command goes on with it. Exit code 1 where a text differs that must not.
+    Ctrl-C ends a search; the same command goes on with it. Exit code 1 where a text differs that must not: where rows
+    are equal up to rounding (--engine llama.cpp), near-ties are counted apart, with the largest gap.
     The last line printed is the report as JSON.
     """
     check_folder(json_file, "--json")
     given = {
-        "target": target, "drafter": drafter, "drafter_device": drafter_device, "trees": trees, "threads": threads,
-        "context": context,
+        "target": target, "engine": engine, "drafter": drafter, "drafter_device": drafter_device, "trees": trees,
+        "threads": threads, "context": context,
     }  # fmt: skip
     from server.bench.lossless import Report, SearchOptions
     from server.bench.texts import BenchError
@@ -63,14 +66,14 @@ def evaluate_lossless(
     except (ValueError, BenchError) as error:
         raise typer.BadParameter(str(error), param_hint="--streams, --modes") from error
     named = settings_from(config, **given)
-    report = Report(json_file, named.served_name, named.drafter or "its own", options)
+    report = Report(json_file, named.served_name, named.drafter or "its own", options, named.engine)
     try:
         for each in weights.split(",") if weights else [None]:
             search_format(settings_from(config, **given, weights=each, max_seqs=max(numbers)), options, report)
     except KeyboardInterrupt:
         typer.echo(f"ended; the same command goes on from {json_file}", err=True)
     typer.echo(json.dumps(report.content))
-    if any(not found["tie"] for found in report.counter_examples):
+    if report.faults:
         raise typer.Exit(1)
 
 
