@@ -185,7 +185,7 @@ def test_train_prints_its_report(monkeypatch, tmp_path):
         final: dict[str, float]
 
     module = types.ModuleType("server.feature_source")
-    module.train_drafter = lambda recipe, resume: Report({"loss": recipe["x"], "resumed": float(resume)})
+    module.DrafterTraining = lambda recipe, resume: Report({"loss": recipe["x"], "resumed": float(resume)})
     monkeypatch.setitem(sys.modules, "server.feature_source", module)
     (tmp_path / "recipe.toml").write_text("x = 2")
     result = run("train", "drafter", str(tmp_path / "recipe.toml"), "--resume")

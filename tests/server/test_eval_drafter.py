@@ -120,7 +120,7 @@ def test_studies_of_drafters_train_from_the_command_line(monkeypatch: pytest.Mon
         seen.append((recipe["drafter"].get("fusion"), recipe["training"]["seed"], resume))
         return TrainingReport({"loss": 1.0}, {}, 1.0, "there", finished=True)
 
-    monkeypatch.setattr(server.feature_source, "train_drafter", train)
+    monkeypatch.setattr(server.feature_source, "DrafterTraining", train)
     recipe = tmp_path / "study.toml"
     (tmp_path / "tokens.npy").touch()  # that there are data is looked at first
     tokens = str(tmp_path / "tokens.npy")
