@@ -70,6 +70,7 @@ def test_the_distillation_studies_are_their_reports(name: str) -> None:
         "regions_bccd",
         "bccd_lrm",
         "shapes_thundernet",
+        "orl_cckd",
     ],
 )
 def test_the_paired_studies_are_their_reports(name: str) -> None:
@@ -79,7 +80,7 @@ def test_the_paired_studies_are_their_reports(name: str) -> None:
     assert report["command"].split()[:3] == ["dovetail", "eval", "paired-study"]
 
 
-@pytest.mark.parametrize("name", ["faces_folds", "faces_folds_ranks"])
+@pytest.mark.parametrize("name", ["faces_folds", "faces_folds_ranks", "faces_folds_wide"])
 def test_the_studies_of_face_scorers_are_their_reports(name: str) -> None:
     report = json.loads((DOCS / "vision" / "evidence" / f"{name}.json").read_text(encoding="utf-8"))
     assert between_markers(name, EVIDENCE) == paired_report.markdown(report)
