@@ -70,7 +70,7 @@ async def read_vision_request(request: HttpRequest, schema: type[ImageBody], asi
         fields, files = await read_form(request, schema.lists)
         body = validated(schema, fields, strict=False)
         given = files["image"] + files["images"]
-        sources = await aside(lambda: [text_source(each) if isinstance(each, str) else each for each in given])
+        sources = [await aside(text_source, each) if isinstance(each, str) else each for each in given]
         single = len(files["image"]) == 1 and not files["images"]
     else:
         message = f"The content type is {kind or 'missing'}; send application/json or multipart/form-data."

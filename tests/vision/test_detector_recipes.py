@@ -80,3 +80,19 @@ def test_the_bundled_detectors_study_is_its_recipe_with_three_seeds() -> None:
     for seed, cell in enumerate(cells):
         output = {"output": f"runs/bccd_study/thundernet_snet49/seed_{seed}", "seed": seed}
         assert cell == single | {"training": single["training"] | output}  # type: ignore[operator]
+
+
+def test_the_study_of_own_images_is_their_recipe_twice_with_fewer_steps() -> None:
+    single = load_recipe(FOLDER / "own_images.toml")
+    cells = recipes(FOLDER / "own_images_study.toml")
+    for cell, start in zip(cells, (None, "server/assets/detector"), strict=True):
+        parsed = DetectorRecipe.parse(cell)
+        model, data, training = (cell[table] | {} for table in ("model", "data", "training"))  # type: ignore[operator]
+        assert model.pop("start_from", None) == start
+        assert model | {"licence": "yours"} == single["model"]
+        assert data | {"source": ""} == single["data"] | {"source": ""}  # type: ignore[operator]
+        own = {key: training[key] for key in ("steps", "evaluate_every", "output", "seed", "threads")}
+        assert training == single["training"] | own  # type: ignore[operator]
+        assert 4 * parsed.training.steps == DetectorRecipe.parse(single).training.steps
+        others = {table: values for table, values in cell.items() if table not in ("model", "data", "training")}
+        assert others == {table: single[table] for table in others}

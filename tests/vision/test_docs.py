@@ -49,6 +49,20 @@ def test_the_bundled_detectors_study_is_its_report() -> None:
     assert between_markers("bccd_study", DETECTION) == detection_study.markdown(report["rows"])
 
 
+def test_the_study_of_own_images_is_its_report() -> None:
+    report = json.loads((DOCS / "vision" / "own_images_study.json").read_text(encoding="utf-8"))
+    assert between_markers("own_images_study", DETECTION) == detection_study.markdown(report["rows"])
+
+
+def test_the_endpoints_before_and_now_are_their_report() -> None:
+    rows = json.loads((DOCS / "bench" / "vision_versions.json").read_text(encoding="utf-8"))["rows"]
+    table = between_markers("vision_versions", DETECTION).splitlines()[2:]
+    assert table == [
+        f"| {name} | {row['before']:.1f} | {row['now']:.1f} | {row['now_over_before']:.2f} |"
+        for name, row in rows.items()
+    ]
+
+
 def test_the_mining_study_is_its_report() -> None:
     report = json.loads((DOCS / "vision" / "detector_mining_study.json").read_text(encoding="utf-8"))
     assert between_markers("detector_mining_study", DETECTION) == detection_study.markdown(report["rows"])

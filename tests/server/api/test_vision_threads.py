@@ -41,6 +41,22 @@ async def test_bodies_are_parsed_and_decoded_in_threads_of_their_own(connect, wo
     assert len(threads) == 2 and all(name.startswith(READER_NAME) for name in threads)
 
 
+async def test_files_of_a_form_ask_no_thread_since_there_is_nothing_to_decode(connect, worker, monkeypatch):
+    asked, aside = [], worker.aside
+
+    async def counted(work, *arguments):
+        asked.append(arguments)
+        return await aside(work, *arguments)
+
+    monkeypatch.setattr(worker, "aside", counted)
+    image = encoded(halves())
+    async with connect(None, vision=worker) as client:
+        assert (await client.post(DETECTIONS, files=[as_part(image)])).status_code == 200
+        assert asked == []
+        assert (await client.post(DETECTIONS, files={"image": (None, b64(image))})).status_code == 200
+    assert asked == [(b64(image),)]
+
+
 async def test_what_is_fetched_counts_and_is_fetched_in_threads_of_vision(connect, worker, monkeypatch):
     seen = []
 
