@@ -40,6 +40,16 @@ CLAIMS = (
     Claim("dgf", "dgf_1", "tokens_per_s", "a second block is faster (Dovetail)"),
     Claim("dgf_1", "dgf_3", "tokens_per_s", "four blocks are faster than two (Dovetail)"),
     Claim("dgf", "dgf_ttt", "acceptance_length", "training-time test lengthens acceptance (EAGLE-3)"),
+    Claim(
+        "cross_entropy", "as_shipped", "acceptance_length", "acceptance as a loss beats cross-entropy alone (DSpark)"
+    ),
+    Claim("teacher_forced", "as_shipped", "acceptance_length", "training-time test lengthens acceptance (EAGLE-3)"),
+    Claim("as_shipped", "two_blocks", "acceptance_length", "a second block lengthens acceptance (Dovetail)"),
+    Claim("as_shipped", "two_blocks", "tokens_per_s", "a second block is faster (Dovetail)"),
+    Claim(
+        "linear", "as_shipped", "acceptance_length", "gated instead of linear fusion lengthens acceptance (Dovetail)"
+    ),
+    Claim("as_shipped", "vocabulary_4096", "tokens_per_s", "half the draft vocabulary is faster (FR-Spec)"),
 )
 
 
@@ -63,7 +73,7 @@ def finished_folders(cells: Sequence[Cell]) -> list[str]:
 
 
 def num_tokens(recipe: Mapping[str, Any]) -> int:
-    """Positions a training reads: steps x samples x their length, where samples are windows of packed tokens."""
+    """Positions a training reads: steps x samples x their length; at most so many where samples are conversations."""
     training = take_table(dict(recipe), "training", TrainingOptions)
     window: int = take_table(dict(recipe), "data", DataOptions).window_length
     return training.steps * training.batch_size * training.accumulation * window
@@ -104,7 +114,8 @@ def study_report(cells: Sequence[Cell], evaluation: Mapping[str, Any]) -> dict[s
         runs.append(run)
     variants = [variant_json(cell, runs) for cell in {cell.variant: cell for cell in cells}.values()]
     kept = {key: value for key, value in evaluation.items() if key != "drafters"}
-    return {**kept, "variants": variants, "claims": judged_claims(variants), "runs": runs}
+    packed = all(cell.recipe["data"].get("tokens") is not None for cell in cells)
+    return {**kept, "packed": packed, "variants": variants, "claims": judged_claims(variants), "runs": runs}
 
 
 def variant_json(cell: Cell, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -44,11 +44,12 @@ def conditions(report: Mapping[str, Any]) -> list[str]:
                  if run.get("differs")]  # fmt: skip
     sampling = "greedy" if not told["temperature"] else f"temperature {told['temperature']}, seed {told['seed']}"
     target, plain = report["target"], report["plain"]
+    bound = "" if report["packed"] else "at most "
     lines = [
         f"A target of {target['num_parameters'] / 1e6:.1f} M parameters ({target['weights']}); {told['suite']}, "
         f"{told['texts']} texts of {told['max_tokens']} tokens, {sampling}, measured {told['repeats']} times; "
         f"{hardware['cpu']}, {hardware['threads']} threads. Every drafter was trained on "
-        f"{', '.join(f'{count / 1e6:.2f}' for count in tokens)} M tokens and takes turns with plain decoding, "
+        f"{bound}{', '.join(f'{count / 1e6:.2f}' for count in tokens)} M tokens and takes turns with plain decoding, "
         f"{plain['tokens_per_s']:.1f} tokens/s, in one run. The n-gram drafter reaches an acceptance length of "
         f"{ngram['acceptance_length']:.2f} and {ngram['tokens_per_s']:.1f} tokens/s; "
         f"{report['repeated_4gram_share']:.0%} of the texts' 4-grams are repeated.",

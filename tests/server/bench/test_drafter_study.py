@@ -144,6 +144,8 @@ def test_page_marks_what_was_not_run(report: dict[str, Any]) -> None:
     assert "dovetail eval drafter-study x.toml" in page and "(ablation.png)" in page and "one seed" in page
     widths = {line.count("|") for line in page.split("## Against")[0].splitlines() if line.startswith("|")}
     assert len(widths) == 1, "every line of the table has as many cells"
+    talks = markdown({**report, "packed": False}, "", "")
+    assert "trained on 0.00 M tokens" in page and "trained on at most 0.00 M tokens" in talks
 
 
 def test_plot_is_drawn_with_gaps(report: dict[str, Any], tmp_path: Path) -> None:
