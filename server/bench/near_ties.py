@@ -27,11 +27,7 @@ from server.targets.target import PrefillChunk, Target, TargetInfo, VerifyRows
 TIE_FP32 = 1e-4
 TIE_ROUNDED = 1.0  # SmolLM2-135M's rows in llama.cpp move by 0.18 at the median, by 0.71 at most of 272
 SLOT, EIGHT, BEST = 0, 8, 10
-TEXTS, READ, TOKENS = (
-    6,
-    16,
-    32,
-)  # of ``movement_json``: texts, tokens read before any is judged, tokens of a text judged
+TEXTS, READ, TOKENS = 6, 16, 32  # of ``movement_json``: texts, tokens read before any is judged, tokens judged
 
 
 def near_tie(info: TargetInfo) -> float:
