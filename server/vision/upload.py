@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
@@ -19,7 +19,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from server.api.errors import ApiError, InvalidValue, shown
 from server.api.gate import MAX_VISION_BODY_BYTES, content_type
-from server.api.reading import UNREADABLE
+from server.api.reading import SMALL_BODY, UNREADABLE
 from server.vision.bodies import MAX_IMAGES, ImageBody, refuse_constant
 from vision.images import ImageError
 
@@ -60,17 +60,19 @@ class VisionRequest:
 async def read_vision_request(request: HttpRequest, schema: type[ImageBody], aside: Aside) -> VisionRequest:
     """A body by its content type. An image that is no base64 stands as an ImageError in its place.
 
-    What takes longer the larger the body is runs ``aside``. Errors: ApiError 400 and 415, RequestValidationError.
+    What takes longer the larger the body is runs ``aside``, if that is longer than asking another thread takes. Errors:
+    ApiError 400 and 415, RequestValidationError.
     """
     kind = content_type(request)
     if kind == "application/json":
-        body, sources = await aside(parse_json, await request.body(), schema)
+        raw = await request.body()
+        body, sources = parse_json(raw, schema) if len(raw) <= SMALL_BODY else await aside(parse_json, raw, schema)
         single = body.image is not None
     elif kind == "multipart/form-data":
         fields, files = await read_form(request, schema.lists)
         body = validated(schema, fields, strict=False)
         given = files["image"] + files["images"]
-        sources = [await aside(text_source, each) if isinstance(each, str) else each for each in given]
+        sources = [await source_of(each, aside) for each in given]
         single = len(files["image"]) == 1 and not files["images"]
     else:
         message = f"The content type is {kind or 'missing'}; send application/json or multipart/form-data."
@@ -81,6 +83,13 @@ async def read_vision_request(request: HttpRequest, schema: type[ImageBody], asi
     if len(sources) > MAX_IMAGES:
         raise InvalidValue("images", f"{len(sources)} images were sent; at most {MAX_IMAGES} are allowed.")
     return VisionRequest(body, sources, single)
+
+
+async def source_of(given: str | FileSource, aside: Aside) -> Source:
+    """The image in a form's field; long texts are decoded ``aside``."""
+    if isinstance(given, FileSource):
+        return given
+    return text_source(given) if len(given) <= SMALL_BODY else cast(Source, await aside(text_source, given))
 
 
 def parse_json(raw: bytes, schema: type[ImageBody]) -> tuple[ImageBody, list[Source]]:

@@ -20,6 +20,7 @@ pytestmark = [
     ),
 ]
 URL = "https://images.example/a.png"
+LARGE = encoded(halves(size=(160, 120)), compress_level=0)  # 58 kB
 
 
 async def test_bodies_are_parsed_and_decoded_in_threads_of_their_own(connect, worker, monkeypatch):
@@ -28,20 +29,19 @@ async def test_bodies_are_parsed_and_decoded_in_threads_of_their_own(connect, wo
     monkeypatch.setattr(
         upload, "text_source", lambda t: threads.append(threading.current_thread().name) or text_source(t)
     )
-    image = encoded(halves())
     async with connect(None, vision=worker) as client:
         parsed = threading.local()
         watched = SimpleNamespace(loads=lambda *a, **k: setattr(parsed, "here", True) or loads(*a, **k))
         monkeypatch.setattr(upload, "json", watched)  # the reader's own: answers are parsed in this thread too
-        assert (await client.post(DETECTIONS, json={"image": b64(image)})).status_code == 200
+        assert (await client.post(DETECTIONS, json={"image": b64(LARGE)})).status_code == 200
         assert not hasattr(parsed, "here"), "the event loop's thread parsed it"
-        form = {"image": (None, b64(image))}
+        form = {"image": (None, b64(LARGE))}
         assert (await client.post(DETECTIONS, files=form)).status_code == 200
-        assert (await client.post(DETECTIONS, files=[as_part(image)])).status_code == 200
+        assert (await client.post(DETECTIONS, files=[as_part(LARGE)])).status_code == 200
     assert len(threads) == 2 and all(name.startswith(READER_NAME) for name in threads)
 
 
-async def test_files_of_a_form_ask_no_thread_since_there_is_nothing_to_decode(connect, worker, monkeypatch):
+async def test_what_is_read_sooner_than_a_thread_is_asked_asks_none(connect, worker, monkeypatch):
     asked, aside = [], worker.aside
 
     async def counted(work, *arguments):
@@ -49,12 +49,14 @@ async def test_files_of_a_form_ask_no_thread_since_there_is_nothing_to_decode(co
         return await aside(work, *arguments)
 
     monkeypatch.setattr(worker, "aside", counted)
-    image = encoded(halves())
+    small = b64(encoded(halves()))
     async with connect(None, vision=worker) as client:
-        assert (await client.post(DETECTIONS, files=[as_part(image)])).status_code == 200
+        assert (await client.post(DETECTIONS, files=[as_part(LARGE)])).status_code == 200
+        assert (await client.post(DETECTIONS, files={"image": (None, small)})).status_code == 200
+        assert (await client.post(DETECTIONS, json={"image": small})).status_code == 200
         assert asked == []
-        assert (await client.post(DETECTIONS, files={"image": (None, b64(image))})).status_code == 200
-    assert asked == [(b64(image),)]
+        assert (await client.post(DETECTIONS, files={"image": (None, b64(LARGE))})).status_code == 200
+    assert asked == [(b64(LARGE),)]
 
 
 async def test_what_is_fetched_counts_and_is_fetched_in_threads_of_vision(connect, worker, monkeypatch):
