@@ -85,6 +85,7 @@ def test_the_distillation_studies_are_their_reports(name: str) -> None:
         "bccd_lrm",
         "shapes_thundernet",
         "orl_cckd",
+        "scenes_bdd",
     ],
 )
 def test_the_paired_studies_are_their_reports(name: str) -> None:
