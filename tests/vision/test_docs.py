@@ -86,6 +86,7 @@ def test_the_distillation_studies_are_their_reports(name: str) -> None:
         "shapes_thundernet",
         "orl_cckd",
         "scenes_bdd",
+        "textures_backbones",
     ],
 )
 def test_the_paired_studies_are_their_reports(name: str) -> None:
