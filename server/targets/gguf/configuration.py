@@ -17,6 +17,7 @@ from gguf.constants import MODEL_ARCH, GGMLQuantizationType
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
+from server.targets.checkpoint import reason_of
 from server.targets.gguf.header import GGUFFile
 from server.targets.target import TargetError
 
@@ -175,7 +176,7 @@ def read_configuration(file: GGUFFile) -> Any:
     try:
         return AutoConfig.for_model(known.model_type, **settings)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise TargetError(f"{file.path}: its metadata does not describe a {name} model: {error}") from error
+        raise TargetError(f"{file.path}: its metadata does not describe a {name} model: {reason_of(error)}") from error
 
 
 def shared_settings(file: GGUFFile, name: str) -> dict[str, Any]:

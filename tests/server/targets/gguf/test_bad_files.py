@@ -188,6 +188,14 @@ def test_rotary_embeddings_that_are_not_computed_are_named(
     assert re.search(words, refusal(tiny_gguf.write(tmp_path / "turned.gguf", extra=add)))
 
 
+def test_what_transformers_refuses_is_one_sentence(tiny_gguf: Any, tmp_path: Path) -> None:
+    def scaled(writer: GGUFWriter) -> None:
+        writer.add_rope_scaling_factor(4.0)
+
+    told = refusal(tiny_gguf.write(tmp_path / "scaled.gguf", architecture="phi3", extra=scaled))
+    assert re.match(r"\S*scaled.gguf: its metadata does not describe a phi3 model: .", told)
+
+
 def test_bad_vocabularies_are_named(tiny_gguf: Any, whole: bytes, tmp_path: Path) -> None:
     cases = {
         "unknown pre-tokenizer": (text("smollm"), text("smollx"), "'smollx'"),
