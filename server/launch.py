@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.engine.request import SamplingParams
+from server.heaps import uncollected
 from server.installation import own_version
 from server.own_models import (
     ASSETS,
@@ -76,24 +75,6 @@ class LoadedDrafters:
     drafters: dict[str, Drafter]
     codec: TextCodec
     context_length: int
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Take no garbage's cycles apart while modules and a model are loaded, and never look at what is there then again.
-
-    Next to all of it stays: collections took an eighth of the time until a server's first answer, and every full one
-    afterwards would walk all of transformers' and the model's objects.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-        gc.collect()
-        gc.freeze()
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def resolve_target(name: str | None) -> Path:
